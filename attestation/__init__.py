@@ -1,0 +1,1 @@
+"""What a relying party must trust: Evidence -> Claims -> Verdict, and the measurements it is held against."""

@@ -1,0 +1,39 @@
+"""Errors: every one typed, with a stable code and, where something was compared, what was expected and what was got."""
+
+from __future__ import annotations
+
+
+class StrongroomError(Exception):
+    """The root of every error that this project raises on purpose.
+
+    ``code`` is stable and meant for programs; the message is for people and may change. ``expected`` and ``got`` are
+    texts without secrets: digests, names, numbers.
+    """
+
+    def __init__(
+        self, code: str, message: str, *, expected: object | None = None, got: object | None = None
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.expected = None if expected is None else str(expected)
+        self.got = None if got is None else str(got)
+
+    def __str__(self) -> str:
+        text = f"{self.message} [{self.code}]"
+        if self.expected is not None:
+            text += f"; expected {self.expected}"
+        if self.got is not None:
+            text += f"; got {self.got}"
+        return text
+
+    def as_json(self) -> dict[str, str | None]:
+        return {"code": self.code, "message": self.message, "expected": self.expected, "got": self.got}
+
+
+class EvidenceError(StrongroomError):
+    """Evidence that is malformed or that nothing vouches for: nothing in it may be believed."""
+
+
+class PolicyError(StrongroomError):
+    """A policy file that cannot be judged by: unknown, missing or contradictory fields."""

@@ -1,0 +1,1 @@
+"""What is measured into the image: boot, NSM, model, engine, server."""

@@ -1,0 +1,1 @@
+"""The untrusted host: proxy, model store, launchers. It conveys bytes and is believed in nothing."""

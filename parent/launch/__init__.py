@@ -1,0 +1,1 @@
+"""How an enclave is started on this host."""

@@ -1,0 +1,1 @@
+"""The wire: addresses, frames, calls, the sealed channel, messages."""
