@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from attestation.checks import Check
+
 
 class StrongroomError(Exception):
     """The root of every error that this project raises on purpose.
@@ -10,9 +15,7 @@ class StrongroomError(Exception):
     texts without secrets: digests, names, numbers.
     """
 
-    def __init__(
-        self, code: str, message: str, *, expected: object | None = None, got: object | None = None
-    ) -> None:
+    def __init__(self, code: str, message: str, *, expected: object | None = None, got: object | None = None) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
@@ -32,8 +35,38 @@ class StrongroomError(Exception):
 
 
 class EvidenceError(StrongroomError):
-    """Evidence that is malformed or that nothing vouches for: nothing in it may be believed."""
+    """Evidence that is malformed or that nothing vouches for: nothing in it may be believed.
+
+    ``checks`` holds the verifier's steps up to the one that failed and, as not reached, those behind it. It is empty
+    on an error that a parser raised on its own.
+    """
+
+    checks: tuple[Check, ...] = ()
+
+
+class AppraisalError(StrongroomError):
+    """Genuine and fresh Evidence of an enclave that the policy does not accept.
+
+    ``checks`` holds every step, with each failure; ``code``, ``expected`` and ``got`` are those of the first.
+    """
+
+    checks: tuple[Check, ...] = ()
 
 
 class PolicyError(StrongroomError):
-    """A policy file that cannot be judged by: unknown, missing or contradictory fields."""
+    """A policy that cannot be judged by: unknown, missing or contradictory fields. ``field`` is the field's path."""
+
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        *,
+        field: str | None = None,
+        expected: object | None = None,
+        got: object | None = None,
+    ) -> None:
+        super().__init__(code, message if field is None else f"{field}: {message}", expected=expected, got=got)
+        self.field = field
+
+    def as_json(self) -> dict[str, str | None]:
+        return {**super().as_json(), "field": self.field}

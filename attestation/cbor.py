@@ -1,0 +1,264 @@
+"""A strict, bounded CBOR decoder (RFC 8949) for Evidence, and for nothing else.
+
+It knows what Evidence consists of: integers, byte and text strings, arrays, maps with integer or text keys, and null.
+Floats, booleans and further simple values have no place there and are refused, which also spares a reader Python's
+``True == 1``. General-purpose decoders accept duplicate keys, indefinite lengths or trailing bytes; every one of those
+lets two readers of the same signed bytes see two different documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Set
+from typing import NoReturn, TypeAlias
+
+from attestation.errors import EvidenceError
+
+Value: TypeAlias = "int | bytes | str | list[Value] | dict[int | str, Value] | None"
+
+MAX_DEPTH = 8
+"""Arrays and maps inside one another. Real documents have two."""
+
+_UNSIGNED, _NEGATIVE, _BYTES, _TEXT, _ARRAY, _MAP, _TAG, _SIMPLE = range(8)
+_NULL = 22
+_INDEFINITE = 31
+_BREAK = 0xFF
+
+
+def decode(
+    data: bytes,
+    *,
+    deterministic: bool = False,
+    indefinite_top_map: bool = False,
+    optional_tag: int | None = None,
+    code: str = "malformed_cbor",
+) -> Value:
+    """The one value that ``data`` encodes, from its first byte to its last.
+
+    ``deterministic`` holds the encoding to RFC 8949 section 4.2.1: shortest heads, keys in bytewise order.
+    ``indefinite_top_map`` allows, not requires, an indefinite length on the outermost map alone: so AWS writes its
+    payloads since 2025-08. ``optional_tag`` may stand once, outermost, and is dropped.
+
+    Raises EvidenceError with ``code``, never anything else. The caller bounds the size of ``data``; no length in it is
+    believed before that many bytes are seen to be there.
+    """
+    reader = _Reader(data, deterministic, code)
+    if optional_tag is not None:
+        reader.skip_tag(optional_tag)
+    value = reader.value(depth=0, indefinite_map=indefinite_top_map)
+    if reader.position != len(data):
+        reader.fail("bytes follow the value", expected="nothing", got=f"{len(data) - reader.position} bytes")
+    return value
+
+
+def shown(value: Value) -> str:
+    """A short text for an error message; nothing in it can move a terminal's cursor."""
+    match value:
+        case None:
+            return "null"
+        case int():
+            return str(value)
+        case str():
+            return ascii(value) if len(value) <= 64 else f"text of {len(value)} characters"
+        case bytes():
+            return f"h'{value.hex()}'" if len(value) <= 64 else f"{len(value)} bytes"
+        case list():
+            return f"array of {len(value)}"
+        case dict():
+            return f"map of {len(value)}"
+
+
+class _Reader:
+    def __init__(self, data: bytes, deterministic: bool, code: str) -> None:
+        self.position = 0
+        self._data = data
+        self._deterministic = deterministic
+        self._code = code
+
+    def fail(self, message: str, *, expected: object | None = None, got: object | None = None) -> NoReturn:
+        raise EvidenceError(self._code, f"CBOR: {message}, at byte {self.position}", expected=expected, got=got)
+
+    def skip_tag(self, tag: int) -> None:
+        start = self.position
+        major, argument = self._head()
+        if major != _TAG:
+            self.position = start
+        elif argument != tag:
+            self.fail("a tag that has no place here", expected=tag, got=argument)
+
+    def value(self, depth: int, *, indefinite_map: bool = False) -> Value:
+        if indefinite_map and self._peek() == (_MAP << 5 | _INDEFINITE):
+            self.position += 1
+            return self._map(self._until_break, depth)
+        major, argument = self._head()
+        match major:
+            case 0:
+                return argument
+            case 1:
+                return -1 - argument
+            case 2:
+                return self._take(argument)
+            case 3:
+                return self._text(argument)
+            case 4:
+                return self._array(argument, depth)
+            case 5:
+                return self._map(_counter(argument), depth)
+            case 7 if argument == _NULL:
+                return None
+        self.fail("a tag, float or simple value that has no place here", got=f"major type {major}, {argument}")
+
+    def _peek(self) -> int:
+        if self.position >= len(self._data):
+            self.fail("the input ends too early", expected="another value", got="the end")
+        return self._data[self.position]
+
+    def _head(self) -> tuple[int, int]:
+        """Major type and argument (RFC 8949 section 3)."""
+        initial = self._peek()
+        major, short = initial >> 5, initial & 0x1F
+        self.position += 1
+        if short < 24:
+            return major, short
+        if short > 27:
+            what = "an indefinite length" if short == _INDEFINITE else f"reserved additional information {short}"
+            self.fail("a length that is not definite", expected="a definite length", got=what)
+        argument = int.from_bytes(self._take(1 << (short - 24)), "big")
+        if major == _SIMPLE:
+            self.fail("a float or simple value that has no place here", got=f"major type {major}")
+        if self._deterministic and argument < (24, 0x100, 0x1_0000, 0x1_0000_0000)[short - 24]:
+            self.fail("an integer or length that is not in its shortest form", got=argument)
+        return major, argument
+
+    def _take(self, size: int) -> bytes:
+        left = len(self._data) - self.position
+        if size > left:
+            self.fail("the input ends too early", expected=f"{size} bytes", got=f"{left} bytes")
+        taken = self._data[self.position : self.position + size]
+        self.position += size
+        return taken
+
+    def _text(self, size: int) -> str:
+        taken = self._take(size)
+        try:
+            return taken.decode("utf-8")
+        except UnicodeDecodeError:
+            self.fail("a text that is not UTF-8", got=shown(taken))
+
+    def _descend(self, depth: int) -> int:
+        if depth == MAX_DEPTH:
+            self.fail("nested too deeply", expected=f"at most {MAX_DEPTH} levels", got="more")
+        return depth + 1
+
+    def _array(self, count: int, depth: int) -> list[Value]:
+        inner = self._descend(depth)
+        items: list[Value] = []
+        while len(items) < count:  # grows by what is there, not by what the head claims
+            items.append(self.value(inner))
+        return items
+
+    def _map(self, another: Callable[[], bool], depth: int) -> dict[int | str, Value]:
+        inner = self._descend(depth)
+        entries: dict[int | str, Value] = {}
+        previous = b""
+        while another():
+            start = self.position
+            key = self.value(inner)
+            if not isinstance(key, int | str):
+                self.fail("a map key that is neither an integer nor a text", got=shown(key))
+            if key in entries:
+                self.fail("a duplicate key", expected="each key once", got=shown(key))
+            encoded = self._data[start : self.position]
+            if self._deterministic and encoded <= previous:
+                self.fail("map keys that are out of order", expected="bytewise order", got=shown(key))
+            previous = encoded
+            entries[key] = self.value(inner)
+        return entries
+
+    def _until_break(self) -> bool:
+        if self._peek() != _BREAK:
+            return True
+        self.position += 1
+        return False
+
+
+def _counter(count: int) -> Callable[[], bool]:
+    """Says ``count`` times that there is another."""
+    left = count
+
+    def another() -> bool:
+        nonlocal left
+        left -= 1
+        return left >= 0
+
+    return another
+
+
+class Record:
+    """A map read as a record: exactly the fields named, each taken with its type and its bounds.
+
+    Every method raises EvidenceError with the record's ``code``.
+    """
+
+    def __init__(self, value: Value, name: str, *, required: Set[str], optional: Set[str] = frozenset(), code: str):
+        self._name = name
+        self._code = code
+        if not isinstance(value, dict):
+            self.refuse("", "a map", shown(value))
+        unknown = [key for key in value if key not in required | optional]
+        if unknown:
+            self.refuse("", "known fields only", f"unknown field {shown(unknown[0])}")
+        missing = required - value.keys()
+        if missing:
+            self.refuse("", f"field {min(missing)}", "none")
+        self._fields = value
+
+    def refuse(self, field: str, expected: object, got: object) -> NoReturn:
+        where = f"{self._name}, {field}" if field else self._name
+        raise EvidenceError(self._code, f"{where}: not as specified", expected=expected, got=got)
+
+    def literal(self, field: str, expected: int | str) -> None:
+        if self._fields[field] != expected:
+            self.refuse(field, shown(expected), shown(self._fields[field]))
+
+    def integer(self, field: str, low: int, high: int) -> int:
+        value = self._fields[field]
+        if not isinstance(value, int):
+            self.refuse(field, "an integer", shown(value))
+        if not low <= value <= high:
+            self.refuse(field, f"{low} to {high}", value)
+        return value
+
+    def text(self, field: str, longest: int) -> str:
+        """A text that is safe to print: not empty, on one line, without control characters."""
+        value = self._fields[field]
+        if not isinstance(value, str) or not 0 < len(value) <= longest or not value.isprintable():
+            self.refuse(field, f"a printable text of 1 to {longest} characters", shown(value))
+        return value
+
+    def octets(self, field: str, low: int, high: int) -> bytes:
+        return self.octets_of(self._fields[field], field, low, high)
+
+    def optional_octets(self, field: str, high: int) -> bytes | None:
+        """None for a field that is absent or null; an empty byte string is there, and is not None."""
+        value = self._fields.get(field)
+        return None if value is None else self.octets_of(value, field, 0, high)
+
+    def octets_of(self, value: Value, field: str, low: int, high: int) -> bytes:
+        size = f"{low} bytes" if low == high else f"{low} to {high} bytes"
+        if not isinstance(value, bytes):
+            self.refuse(field, size, shown(value))
+        if not low <= len(value) <= high:
+            self.refuse(field, size, f"{len(value)} bytes")
+        return value
+
+    def array(self, field: str) -> list[Value]:
+        value = self._fields[field]
+        if not isinstance(value, list):
+            self.refuse(field, "an array", shown(value))
+        return value
+
+    def map(self, field: str) -> dict[int | str, Value]:
+        value = self._fields[field]
+        if not isinstance(value, dict):
+            self.refuse(field, "a map", shown(value))
+        return value

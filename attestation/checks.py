@@ -1,0 +1,103 @@
+"""The verifier's checklist: which steps there are, and what became of each.
+
+The numbers are those of PROTOCOL.md section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+
+from attestation.errors import EvidenceError
+
+STEPS = {
+    1: "Evidence encoding",
+    2: "COSE structure",
+    3: "document fields",
+    4: "certificate chain",
+    5: "signature",
+    6: "nonce",
+    7: "freshness",
+    8: "binding",
+    9: "commitment",
+    10: "debug mode",
+    11: "image",
+    12: "model",
+    13: "configuration",
+    14: "other PCRs and module",
+    15: "entropy",
+}
+
+
+class Status(StrEnum):
+    PASSED = "passed"
+    FAILED = "failed"
+    IGNORED = "ignored"
+    NOT_REACHED = "not_reached"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of a report. ``code`` is set on a failure only; step 14 has a line for each thing that it judges."""
+
+    step: int
+    name: str
+    status: Status
+    expected: str | None = None
+    got: str | None = None
+    code: str | None = None
+    explanation: str | None = None
+
+    def as_json(self) -> dict[str, str | int | None]:
+        return {
+            "step": self.step,
+            "name": self.name,
+            "status": self.status.value,
+            "expected": self.expected,
+            "got": self.got,
+            "code": self.code,
+            "explanation": self.explanation,
+        }
+
+
+@dataclass(slots=True)
+class Finding:
+    """What a step that is being proven compares; it becomes the passed check's expected and got."""
+
+    expected: str | None = None
+    got: str | None = None
+    explanation: str | None = None
+
+
+class Checklist:
+    """The checks of one verification, in the order of their steps, up to and including ``last``."""
+
+    def __init__(self, last: int) -> None:
+        self._last = last
+        self._checks: list[Check] = []
+
+    @contextmanager
+    def proving(self, step: int) -> Iterator[Finding]:
+        """A step that ends the verification when it fails: its EvidenceError leaves with the whole checklist."""
+        finding = Finding()
+        try:
+            yield finding
+        except EvidenceError as error:
+            self.add(Check(step, STEPS[step], Status.FAILED, error.expected, error.got, error.code, error.message))
+            error.checks = self.complete()
+            raise
+        self.add(Check(step, STEPS[step], Status.PASSED, finding.expected, finding.got, None, finding.explanation))
+
+    def add(self, check: Check) -> None:
+        self._checks.append(check)
+
+    def failures(self) -> tuple[Check, ...]:
+        return tuple(check for check in self._checks if check.status is Status.FAILED)
+
+    def complete(self) -> tuple[Check, ...]:
+        """Every check so far, and each step without one as not reached."""
+        reached = {check.step for check in self._checks}
+        behind = (step for step in STEPS if step <= self._last and step not in reached)
+        return (*self._checks, *(Check(step, STEPS[step], Status.NOT_REACHED) for step in behind))
