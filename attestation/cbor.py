@@ -9,7 +9,7 @@ lets two readers of the same signed bytes see two different documents.
 from __future__ import annotations
 
 from collections.abc import Callable, Set
-from typing import NoReturn, TypeAlias
+from typing import TypeAlias
 
 from attestation.errors import EvidenceError
 
@@ -46,7 +46,7 @@ def decode(
         reader.skip_tag(optional_tag)
     value = reader.value(depth=0, indefinite_map=indefinite_top_map)
     if reader.position != len(data):
-        reader.fail("bytes follow the value", expected="nothing", got=f"{len(data) - reader.position} bytes")
+        raise reader.error("bytes follow the value", expected="nothing", got=f"{len(data) - reader.position} bytes")
     return value
 
 
@@ -74,8 +74,8 @@ class _Reader:
         self._deterministic = deterministic
         self._code = code
 
-    def fail(self, message: str, *, expected: object | None = None, got: object | None = None) -> NoReturn:
-        raise EvidenceError(self._code, f"CBOR: {message}, at byte {self.position}", expected=expected, got=got)
+    def error(self, message: str, *, expected: object | None = None, got: object | None = None) -> EvidenceError:
+        return EvidenceError(self._code, f"CBOR: {message}, at byte {self.position}", expected=expected, got=got)
 
     def skip_tag(self, tag: int) -> None:
         start = self.position
@@ -83,7 +83,7 @@ class _Reader:
         if major != _TAG:
             self.position = start
         elif argument != tag:
-            self.fail("a tag that has no place here", expected=tag, got=argument)
+            raise self.error("a tag that has no place here", expected=tag, got=argument)
 
     def value(self, depth: int, *, indefinite_map: bool = False) -> Value:
         if indefinite_map and self._peek() == (_MAP << 5 | _INDEFINITE):
@@ -105,11 +105,11 @@ class _Reader:
                 return self._map(_counter(argument), depth)
             case 7 if argument == _NULL:
                 return None
-        self.fail("a tag, float or simple value that has no place here", got=f"major type {major}, {argument}")
+        raise self.error("a tag, float or simple value that has no place here", got=f"major type {major}, {argument}")
 
     def _peek(self) -> int:
         if self.position >= len(self._data):
-            self.fail("the input ends too early", expected="another value", got="the end")
+            raise self.error("the input ends too early", expected="another value", got="the end")
         return self._data[self.position]
 
     def _head(self) -> tuple[int, int]:
@@ -121,18 +121,18 @@ class _Reader:
             return major, short
         if short > 27:
             what = "an indefinite length" if short == _INDEFINITE else f"reserved additional information {short}"
-            self.fail("a length that is not definite", expected="a definite length", got=what)
+            raise self.error("a length that is not definite", expected="a definite length", got=what)
         argument = int.from_bytes(self._take(1 << (short - 24)), "big")
         if major == _SIMPLE:
-            self.fail("a float or simple value that has no place here", got=f"major type {major}")
+            raise self.error("a float or simple value that has no place here", got=f"major type {major}")
         if self._deterministic and argument < (24, 0x100, 0x1_0000, 0x1_0000_0000)[short - 24]:
-            self.fail("an integer or length that is not in its shortest form", got=argument)
+            raise self.error("an integer or length that is not in its shortest form", got=argument)
         return major, argument
 
     def _take(self, size: int) -> bytes:
         left = len(self._data) - self.position
         if size > left:
-            self.fail("the input ends too early", expected=f"{size} bytes", got=f"{left} bytes")
+            raise self.error("the input ends too early", expected=f"{size} bytes", got=f"{left} bytes")
         taken = self._data[self.position : self.position + size]
         self.position += size
         return taken
@@ -142,11 +142,11 @@ class _Reader:
         try:
             return taken.decode("utf-8")
         except UnicodeDecodeError:
-            self.fail("a text that is not UTF-8", got=shown(taken))
+            raise self.error("a text that is not UTF-8", got=shown(taken)) from None
 
     def _descend(self, depth: int) -> int:
         if depth == MAX_DEPTH:
-            self.fail("nested too deeply", expected=f"at most {MAX_DEPTH} levels", got="more")
+            raise self.error("nested too deeply", expected=f"at most {MAX_DEPTH} levels", got="more")
         return depth + 1
 
     def _array(self, count: int, depth: int) -> list[Value]:
@@ -164,12 +164,12 @@ class _Reader:
             start = self.position
             key = self.value(inner)
             if not isinstance(key, int | str):
-                self.fail("a map key that is neither an integer nor a text", got=shown(key))
+                raise self.error("a map key that is neither an integer nor a text", got=shown(key))
             if key in entries:
-                self.fail("a duplicate key", expected="each key once", got=shown(key))
+                raise self.error("a duplicate key", expected="each key once", got=shown(key))
             encoded = self._data[start : self.position]
             if self._deterministic and encoded <= previous:
-                self.fail("map keys that are out of order", expected="bytewise order", got=shown(key))
+                raise self.error("map keys that are out of order", expected="bytewise order", got=shown(key))
             previous = encoded
             entries[key] = self.value(inner)
         return entries
@@ -196,43 +196,43 @@ def _counter(count: int) -> Callable[[], bool]:
 class Record:
     """A map read as a record: exactly the fields named, each taken with its type and its bounds.
 
-    Every method raises EvidenceError with the record's ``code``.
+    Every method raises EvidenceError with the record's ``code``; ``refusal`` makes one for a caller's own rules.
     """
 
     def __init__(self, value: Value, name: str, *, required: Set[str], optional: Set[str] = frozenset(), code: str):
         self._name = name
         self._code = code
         if not isinstance(value, dict):
-            self.refuse("", "a map", shown(value))
+            raise self.refusal("", "a map", shown(value))
         unknown = [key for key in value if key not in required | optional]
         if unknown:
-            self.refuse("", "known fields only", f"unknown field {shown(unknown[0])}")
+            raise self.refusal("", "known fields only", f"unknown field {shown(unknown[0])}")
         missing = required - value.keys()
         if missing:
-            self.refuse("", f"field {min(missing)}", "none")
+            raise self.refusal("", f"field {min(missing)}", "none")
         self._fields = value
 
-    def refuse(self, field: str, expected: object, got: object) -> NoReturn:
+    def refusal(self, field: str, expected: object, got: object) -> EvidenceError:
         where = f"{self._name}, {field}" if field else self._name
-        raise EvidenceError(self._code, f"{where}: not as specified", expected=expected, got=got)
+        return EvidenceError(self._code, f"{where}: not as specified", expected=expected, got=got)
 
     def literal(self, field: str, expected: int | str) -> None:
         if self._fields[field] != expected:
-            self.refuse(field, shown(expected), shown(self._fields[field]))
+            raise self.refusal(field, shown(expected), shown(self._fields[field]))
 
     def integer(self, field: str, low: int, high: int) -> int:
         value = self._fields[field]
         if not isinstance(value, int):
-            self.refuse(field, "an integer", shown(value))
+            raise self.refusal(field, "an integer", shown(value))
         if not low <= value <= high:
-            self.refuse(field, f"{low} to {high}", value)
+            raise self.refusal(field, f"{low} to {high}", value)
         return value
 
     def text(self, field: str, longest: int) -> str:
         """A text that is safe to print: not empty, on one line, without control characters."""
         value = self._fields[field]
         if not isinstance(value, str) or not 0 < len(value) <= longest or not value.isprintable():
-            self.refuse(field, f"a printable text of 1 to {longest} characters", shown(value))
+            raise self.refusal(field, f"a printable text of 1 to {longest} characters", shown(value))
         return value
 
     def octets(self, field: str, low: int, high: int) -> bytes:
@@ -246,19 +246,19 @@ class Record:
     def octets_of(self, value: Value, field: str, low: int, high: int) -> bytes:
         size = f"{low} bytes" if low == high else f"{low} to {high} bytes"
         if not isinstance(value, bytes):
-            self.refuse(field, size, shown(value))
+            raise self.refusal(field, size, shown(value))
         if not low <= len(value) <= high:
-            self.refuse(field, size, f"{len(value)} bytes")
+            raise self.refusal(field, size, f"{len(value)} bytes")
         return value
 
     def array(self, field: str) -> list[Value]:
         value = self._fields[field]
         if not isinstance(value, list):
-            self.refuse(field, "an array", shown(value))
+            raise self.refusal(field, "an array", shown(value))
         return value
 
     def map(self, field: str) -> dict[int | str, Value]:
         value = self._fields[field]
         if not isinstance(value, dict):
-            self.refuse(field, "a map", shown(value))
+            raise self.refusal(field, "a map", shown(value))
         return value

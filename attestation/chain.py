@@ -87,7 +87,8 @@ def validate(
 ) -> ec.EllipticCurvePublicKey:
     """The public key of ``certificate``, proven by the whole ``cabundle`` (root first) up to ``anchor``, at ``at``.
 
-    ``at`` is the verification time, with a time zone. The key is returned here and nowhere else, so that no signature can be checked with a key that has no chain.
+    ``at`` is the verification time, with a time zone. The key is returned here and nowhere else, so that no signature
+    can be checked with a key that has no chain.
     Raises EvidenceError ``untrusted_chain``.
     """
     # The bundle's own root is never trusted, only compared with ours.

@@ -121,7 +121,7 @@ class Commitment:
         record.literal("suite", CHANNEL_SUITE)
         entropy = record.text("entropy", longest=16)
         if entropy not in set(Entropy):
-            record.refuse("entropy", " or ".join(Entropy), cbor.shown(entropy))
+            raise record.refusal("entropy", " or ".join(Entropy), cbor.shown(entropy))
         commitment = cls(
             key=record.octets("key", CHANNEL_KEY_SIZE, CHANNEL_KEY_SIZE),
             lifetime=record.integer("lifetime", 1, MAX_LIFETIME),

@@ -6,7 +6,6 @@ Parsing only: nothing here says that a signature is good.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NoReturn
 
 import cbor2
 
@@ -39,11 +38,13 @@ class CoseSign1:
             case [bytes(protected), dict(unprotected), bytes(payload), bytes(signature)]:
                 _require_es384(protected)
             case _:
-                _refuse("not a COSE_Sign1", "[protected, unprotected, payload, signature]", cbor.shown(value))
+                raise _malformed("not a COSE_Sign1", "[protected, unprotected, payload, signature]", cbor.shown(value))
         if unprotected:
-            _refuse("the unprotected header is not empty", "map of 0", cbor.shown(unprotected))
+            raise _malformed("the unprotected header is not empty", "map of 0", cbor.shown(unprotected))
         if len(signature) != SIGNATURE_SIZE:
-            _refuse("the signature's size is not that of ES384", f"{SIGNATURE_SIZE} bytes", f"{len(signature)} bytes")
+            raise _malformed(
+                "the signature's size is not that of ES384", f"{SIGNATURE_SIZE} bytes", f"{len(signature)} bytes"
+            )
         return cls(protected, payload, signature)
 
 
@@ -60,7 +61,7 @@ def _require_es384(protected: bytes) -> None:
     # RFC 9052 section 3 writes an empty header as an empty byte string.
     header = cbor.decode(protected, code="malformed_cose") if protected else {}
     if not isinstance(header, dict):
-        _refuse("the protected header is not a map", "a map", cbor.shown(header))
+        raise _malformed("the protected header is not a map", "a map", cbor.shown(header))
     if header.get(ALGORITHM_HEADER) != ES384:
         raise EvidenceError(
             "wrong_algorithm",
@@ -69,8 +70,8 @@ def _require_es384(protected: bytes) -> None:
             got=cbor.shown(header.get(ALGORITHM_HEADER)),
         )
     if len(header) != 1:
-        _refuse("the protected header says more than the algorithm", "map of 1", cbor.shown(header))
+        raise _malformed("the protected header says more than the algorithm", "map of 1", cbor.shown(header))
 
 
-def _refuse(message: str, expected: str, got: str) -> NoReturn:
-    raise EvidenceError("malformed_cose", f"COSE: {message}", expected=expected, got=got)
+def _malformed(message: str, expected: str, got: str) -> EvidenceError:
+    return EvidenceError("malformed_cose", f"COSE: {message}", expected=expected, got=got)

@@ -54,15 +54,15 @@ class AttestationDocument:
         pcrs: dict[int, bytes] = {}
         for index, register in record.map("pcrs").items():
             if not isinstance(index, int) or not 0 <= index < PCR_COUNT:
-                record.refuse("pcrs", f"indexes 0 to {PCR_COUNT - 1}", cbor.shown(index))
+                raise record.refusal("pcrs", f"indexes 0 to {PCR_COUNT - 1}", cbor.shown(index))
             pcrs[index] = record.octets_of(register, f"PCR{index}", DIGEST_SIZE, DIGEST_SIZE)
         if not pcrs:
-            record.refuse("pcrs", "at least one register", "none")
+            raise record.refusal("pcrs", "at least one register", "none")
         cabundle = tuple(
             record.octets_of(certificate, "cabundle", 1, MAX_CERTIFICATE) for certificate in record.array("cabundle")
         )
         if not cabundle:
-            record.refuse("cabundle", "at least the root", "none")
+            raise record.refusal("cabundle", "at least the root", "none")
         return cls(
             module_id=record.text("module_id", MAX_MODULE_ID),
             timestamp=_EPOCH + timedelta(milliseconds=milliseconds),
