@@ -93,9 +93,6 @@ class Checklist:
     def add(self, check: Check) -> None:
         self._checks.append(check)
 
-    def failures(self) -> tuple[Check, ...]:
-        return tuple(check for check in self._checks if check.status is Status.FAILED)
-
     def complete(self) -> tuple[Check, ...]:
         """Every check so far, and each step without one as not reached."""
         reached = {check.step for check in self._checks}

@@ -1,0 +1,117 @@
+"""TOML read strictly: each field by its type, no field unknown, every error with the field's path.
+
+For the policy, whose author is a person: an error says which field, what was expected there and what was got.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+from attestation.errors import PolicyError
+
+MAX_TEXT = 500
+"""Characters of one text."""
+
+
+class Table:
+    """One table of the file. Each field is taken by its type; what nobody took is unknown, and an error."""
+
+    def __init__(self, path: str, values: Mapping[str, object]) -> None:
+        self._path = path
+        self._values = dict(values)
+        self._taken: set[str] = set()
+
+    def field(self, key: str) -> str:
+        safe = ascii(key)[1:-1]
+        return f"{self._path}.{safe}" if self._path else safe
+
+    def has(self, key: str) -> bool:
+        return key in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def finish(self) -> None:
+        for key in self._values:
+            if key not in self._taken:
+                raise PolicyError("unknown_field", "no such field", field=self.field(key))
+
+    def one_of(self, *keys: str) -> str:
+        """Which one of ``keys`` is there: none is a missing field, two are a contradiction."""
+        present = [key for key in keys if key in self._values]
+        if len(present) == 1:
+            return present[0]
+        raise PolicyError(
+            "contradiction" if present else "missing_field",
+            "exactly one of these must be given",
+            field=self._path,
+            expected=" or ".join(keys),
+            got=" and ".join(present) or "none",
+        )
+
+    def table(self, key: str) -> Table:
+        value = self._take(key)
+        if not isinstance(value, dict):
+            raise wrong_value(self.field(key), "a table", type(value).__name__)
+        return Table(self.field(key), value)
+
+    def tables(self, key: str) -> list[Table]:
+        value = self._take(key)
+        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+            raise wrong_value(self.field(key), "tables", type(value).__name__)
+        return [Table(f"{self.field(key)}[{position}]", item) for position, item in enumerate(value)]
+
+    def integer(self, key: str) -> int:
+        value = self._take(key)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise wrong_value(self.field(key), "an integer", type(value).__name__)
+        return value
+
+    def true(self, key: str) -> None:
+        if self._take(key) is not True:
+            raise wrong_value(self.field(key), "true", self._values[key])
+
+    def text(self, key: str) -> str:
+        return printable(self.field(key), self._take(key))
+
+    def texts(self, key: str) -> list[tuple[str, str]]:
+        """The texts of a list, each with its field's path."""
+        value = self._take(key)
+        if not isinstance(value, list):
+            raise wrong_value(self.field(key), "a list of texts", type(value).__name__)
+        if not value:
+            raise PolicyError("empty_list", "an empty list accepts nothing", field=self.field(key))
+        items = [(f"{self.field(key)}[{position}]", item) for position, item in enumerate(value)]
+        return [(field, printable(field, item)) for field, item in items]
+
+    def hexadecimal(self, key: str, size: int) -> bytes:
+        return self.octets(self.field(key), self.text(key), size)
+
+    @staticmethod
+    def octets(field: str, text: str, size: int) -> bytes:
+        if not re.fullmatch(rf"[0-9a-fA-F]{{{2 * size}}}", text):
+            raise wrong_value(field, f"{2 * size} hexadecimal digits", ascii(text))
+        return bytes.fromhex(text)
+
+    def _take(self, key: str) -> object:
+        if key not in self._values:
+            raise missing(self.field(key))
+        self._taken.add(key)
+        return self._values[key]
+
+
+def printable(field: str, value: object) -> str:
+    """``value`` as a text that says something and is safe to print. Raises PolicyError."""
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_TEXT or not value.strip() or not value.isprintable():
+        got = ascii(value) if isinstance(value, str) else type(value).__name__
+        raise wrong_value(field, f"a text of one line, 1 to {MAX_TEXT} characters", got)
+    return value
+
+
+def missing(field: str) -> PolicyError:
+    return PolicyError("missing_field", "every field must be given", field=field, got="none")
+
+
+def wrong_value(field: str, expected: str, got: object) -> PolicyError:
+    return PolicyError("wrong_value", "not a value for this field", field=field, expected=expected, got=got)
