@@ -121,6 +121,7 @@ class AppraisalPolicy:
     module_id: NameRule
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "pcrs", MappingProxyType(dict(self.pcrs)))
         _require_bounds("freshness.max_age_seconds", self.max_age_seconds, 1, MAX_AGE)
         _require_bounds("freshness.leeway_seconds", self.leeway_seconds, 0, MAX_LEEWAY)
         if self.accept_debug is not None:
@@ -356,7 +357,7 @@ def _register_rules(table: Table) -> Mapping[int, RegisterRule]:
             raise PolicyError("unknown_field", "not a register", field=table.field(key), expected="a number, 0 to 31")
         rules[int(key)] = _register_rule(table.table(key))
     table.finish()
-    return MappingProxyType(rules)
+    return rules
 
 
 def _register_rule(table: Table) -> RegisterRule:

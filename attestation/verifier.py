@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, InitVar, dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -186,10 +187,13 @@ def verify(evidence: bytes, *, policy: AppraisalPolicy, nonce: bytes, at: dateti
     # 9. The commitment is well formed, and the locked registers say the same of model and configuration.
     with checklist.proving(9) as finding:
         commitment = Commitment.decode(parts.commitment)
-        for index, value in ((PCR_MODEL, commitment.model), (PCR_CONFIGURATION, commitment.configuration)):
-            finding.expected, finding.got = _register(index, once_extended(value)), _register_in(claims, index)
-            if finding.got != finding.expected:
-                _refuse("wrong_binding", f"PCR{index} does not follow from the commitment", finding)
+        committed = {
+            PCR_MODEL: once_extended(commitment.model),
+            PCR_CONFIGURATION: once_extended(commitment.configuration),
+        }
+        finding.expected, finding.got = _registers(committed), _registers(claims.pcrs, committed)
+        if finding.got != finding.expected:
+            _refuse("wrong_binding", "the registers do not follow from the commitment", finding)
 
     # 10 to 15: all are judged, every failure is listed.
     debug = _judge_debug(checklist, policy, claims)
@@ -245,6 +249,7 @@ def _prove_document(
     # 3. The payload's fields.
     with checklist.proving(3) as finding:
         document = AttestationDocument.from_cbor(payload)
+        finding.expected = "the known fields, each within its bounds"
         finding.got = f"{document.module_id}, {document.timestamp.isoformat()}"
 
     # 4. The chain, at the verification time. A client's clock that is slow by no more than the leeway would find a
@@ -298,15 +303,14 @@ def _judge_image(
     for release in policy.releases:
         registers = release.pcrs.as_registers()
         if all(claims.pcrs.get(index) == value for index, value in registers.items()):
-            got = ", ".join(_register(index, value) for index, value in registers.items())
-            checklist.add(Check(11, STEPS[11], Status.PASSED, f"release {release.name}", got))
+            expected = f"release {release.name} ({_registers(registers)})"
+            checklist.add(Check(11, STEPS[11], Status.PASSED, expected, _registers(claims.pcrs, registers)))
             return release
     named = sorted({index for release in policy.releases for index in release.pcrs.as_registers()})
     expected = " or ".join(
-        f"release {release.name} ({', '.join(_register(*item) for item in release.pcrs.as_registers().items())})"
-        for release in policy.releases
+        f"release {release.name} ({_registers(release.pcrs.as_registers())})" for release in policy.releases
     )
-    got = ", ".join(_register_in(claims, index) for index in named)
+    got = _registers(claims.pcrs, named)
     if debug and policy.accept_debug is not None:
         checklist.add(Check(11, STEPS[11], Status.IGNORED, expected, got, explanation=policy.accept_debug))
     else:
@@ -337,18 +341,18 @@ def _judge_registers(
         if index not in elsewhere:
             _judge_register(checklist, rule, index, claims.pcrs.get(index))
     used = [index for index in sorted(unnamed) if claims.pcrs.get(index, ZERO_PCR) != ZERO_PCR]
-    got = ", ".join(_register_in(claims, index) for index in used) or "zero"
+    got = _registers(claims.pcrs, used) or "zero"
     checklist.add(_judged(14, "other PCRs", not used, "zero", got, "wrong_pcr"))
 
 
 def _judge_register(checklist: Checklist, rule: RegisterRule, index: int, value: bytes | None) -> None:
-    name, got = f"PCR{index}", _hex(value)
+    name, got = f"PCR{index}", _register(value)
     if isinstance(rule, Ignore):
         checklist.add(Check(14, name, Status.IGNORED, None, got, explanation=rule.reason))
     elif isinstance(rule, Forbid):
         checklist.add(_judged(14, name, value in (None, ZERO_PCR), "zero", got, "wrong_pcr"))
     else:
-        expected = " or ".join(accepted.hex() for accepted in rule.values)
+        expected = " or ".join(map(_register, rule.values))
         checklist.add(_judged(14, name, value in rule.values, expected, got, "wrong_pcr"))
 
 
@@ -402,10 +406,13 @@ def _hex(value: bytes | None) -> str:
     return "absent" if value is None else f"h'{value.hex()}'"
 
 
-def _register(index: int, value: bytes) -> str:
-    return f"PCR{index} {value.hex()}"
+def _register(value: bytes | None) -> str:
+    if value is None:
+        return "absent"
+    return "zero" if value == ZERO_PCR else value.hex()
 
 
-def _register_in(claims: AttestationDocument, index: int) -> str:
-    value = claims.pcrs.get(index)
-    return f"PCR{index} absent" if value is None else _register(index, value)
+def _registers(registers: Mapping[int, bytes], indexes: Iterable[int] | None = None) -> str:
+    """The registers of these indexes, or all of them, on one line."""
+    wanted = registers if indexes is None else indexes
+    return ", ".join(f"PCR{index} {_register(registers.get(index))}" for index in wanted)
