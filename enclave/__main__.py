@@ -1,0 +1,79 @@
+"""``python -m enclave --config enclave.toml``: one enclave, from COLD to its end.
+
+Relative socket addresses are relative to the working directory. Exit codes: 0 after SIGTERM or SIGINT, 2 when the configuration cannot be used
+or the RPC cannot listen. A boot that halts does not exit: the enclave stays to say why in its events, and answers nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from attestation.errors import StrongroomError
+from enclave.boot import Enclave
+from enclave.config import EnclaveConfiguration
+from enclave.confine import forbid_core_dumps
+from enclave.engine import Engine, LlamaEngine
+from enclave.log import EngineExited, EngineStarted, EventLog, InternalError
+from enclave.model import SealedModel
+from enclave.nsm import open_nsm
+from enclave.server import Server
+from vsockrpc.transport import serve
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m enclave", description="Run one enclave.")
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the measured configuration, enclave.toml")
+    options = parser.parse_args(arguments)
+    forbid_core_dumps()
+    try:
+        configuration = EnclaveConfiguration.parse(options.config.read_bytes())
+        asyncio.run(run(configuration))
+    except (StrongroomError, OSError) as error:
+        # Nothing of a client can be in this text: the enclave has not listened yet.
+        print(f"enclave: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+async def run(configuration: EnclaveConfiguration) -> None:
+    """Listens, boots and serves until a signal. Raises StrongroomError or OSError when it cannot listen."""
+    log = EventLog()
+    enclave = Enclave(configuration, open_nsm(configuration.nsm), make_engine, log)
+    server = Server(enclave)
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+
+    def on_error(error: BaseException) -> None:
+        log.write(InternalError(type(error).__name__))
+
+    async with serve(configuration.listen, server.handlers, on_error=on_error):
+        background = [asyncio.ensure_future(enclave.boot()), asyncio.ensure_future(server.write_totals())]
+        try:
+            await ended.wait()
+        finally:
+            for task in background:
+                task.cancel()
+            await asyncio.gather(*background, return_exceptions=True)
+            await enclave.close()
+            server.close()
+
+
+def make_engine(configuration: EnclaveConfiguration, model: SealedModel, log: EventLog) -> Engine:
+    return LlamaEngine(
+        model.fd,
+        model.manifest.chat_template,
+        configuration.engine,
+        on_start=lambda ready: log.write(EngineStarted(ready.own_user, ready.seccomp)),
+        on_exit=lambda: log.write(EngineExited()),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""The boot: a table of phases, each with what it does and where it leads. Any error leads to HALTED.
+
+    COLD -> ENTROPY -> CONFIGURED -> MODEL_COMMITTED -> KEYED -> SERVING
+
+Each phase's name says what is true once it is reached. No channel key exists before both registers are locked, so no channel Evidence can.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from attestation.commitment import Entropy
+from attestation.errors import StrongroomError
+from attestation.reference import PCR_CONFIGURATION, PCR_MODEL, ZERO_PCR, once_extended
+from enclave.config import EnclaveConfiguration
+from enclave.engine import Engine
+from enclave.identity import Identity
+from enclave.log import EventLog, Halted, KeyOffered, Phase, PhaseReached, WeightsReceived
+from enclave.model import SealedModel, receive_model
+from enclave.nsm import Nsm
+
+RNG_CURRENT = Path("/sys/class/misc/hw_random/rng_current")
+KERNEL_POOL = Path("/dev/urandom")
+PROGRESS_STEPS = 50
+"""Events at most for the weights' arrival."""
+
+
+class BootError(StrongroomError):
+    """The boot cannot go on."""
+
+
+class Enclave:
+    """One boot of one enclave: what each phase has established so far."""
+
+    def __init__(
+        self,
+        configuration: EnclaveConfiguration,
+        nsm: Nsm,
+        make_engine: Callable[[EnclaveConfiguration, SealedModel, EventLog], Engine],
+        log: EventLog,
+        *,
+        rng_current: Path = RNG_CURRENT,
+    ) -> None:
+        self.configuration = configuration
+        self.nsm = nsm
+        self.log = log
+        self.phase = Phase.COLD
+        self._make_engine = make_engine
+        self._rng_current = rng_current
+        self._model: SealedModel | None = None
+        self._identity: Identity | None = None
+        self._engine: Engine | None = None
+
+    @property
+    def model(self) -> SealedModel:
+        assert self._model is not None, "the model exists from MODEL_COMMITTED"
+        return self._model
+
+    @property
+    def identity(self) -> Identity:
+        assert self._identity is not None, "the identity exists from KEYED"
+        return self._identity
+
+    @property
+    def engine(self) -> Engine:
+        assert self._engine is not None, "the engine exists from SERVING"
+        return self._engine
+
+    async def boot(self) -> None:
+        """Runs the table to SERVING or HALTED. It returns either way; :attr:`phase` and the events say which."""
+        while (step := PHASES.get(self.phase)) is not None:
+            try:
+                await step.does(self)
+            except Exception as error:  # noqa: BLE001 - whatever went wrong, the boot halts and says so
+                self.log.write(_halted(step.leads_to, error))
+                self.phase = Phase.HALTED
+                return
+            self.phase = step.leads_to
+            self.log.write(PhaseReached(self.phase))
+
+    async def close(self) -> None:
+        if self._engine is not None:
+            await self._engine.close()
+        if self._model is not None:
+            self._model.close()
+
+    # --- What the phases do ------------------------------------------------------------------------------------
+
+    async def check_entropy(self) -> None:
+        """No key is made before the kernel's generator is fed by the NSM (aws-nitro-enclaves-sdk-c#41), unless the configuration says ``host``."""
+        if self.configuration.entropy is Entropy.NSM_HWRNG:
+            current = self._rng_current.read_text().strip()
+            if current != "nsm-hwrng":
+                raise BootError("entropy_missing", "the kernel is not seeded by the NSM", expected="nsm-hwrng", got=current)
+        with KERNEL_POOL.open("wb", buffering=0) as pool:
+            pool.write(await asyncio.to_thread(self.nsm.get_random))
+
+    async def commit_configuration(self) -> None:
+        await self._commit(PCR_CONFIGURATION, self.configuration.digest)
+
+    async def commit_model(self) -> None:
+        reported = 0
+
+        def progress(received: int, total: int) -> None:
+            nonlocal reported
+            if received == total or received - reported >= total / PROGRESS_STEPS:
+                reported = received
+                self.log.write(WeightsReceived(received, total))
+
+        configuration = self.configuration
+        self._model = await receive_model(
+            configuration.model_store, configuration.manifest, max_bytes=configuration.max_model_bytes, progress=progress
+        )
+        await self._commit(PCR_MODEL, self._model.manifest.digest())
+
+    async def make_identity(self) -> None:
+        self._identity = Identity(
+            model=self.model.manifest.digest(),
+            configuration=self.configuration.digest,
+            entropy=self.configuration.entropy,
+            settings=self.configuration.channel,
+            on_offer=lambda key_id: self.log.write(KeyOffered(key_id.hex())),
+        )
+
+    async def start_engine(self) -> None:
+        self._engine = self._make_engine(self.configuration, self.model, self.log)
+        await self._engine.start()
+
+    async def _commit(self, index: int, digest: bytes) -> None:
+        """Exactly one extend from zero, then the lock: what the register holds afterwards is what ``digest`` says and nothing else."""
+
+        def commit() -> None:
+            before = self.nsm.describe_pcr(index)
+            if before.lock or before.data != ZERO_PCR:
+                raise BootError("register_in_use", f"PCR{index} was used before this boot's commitment", expected="zero, unlocked")
+            after = self.nsm.extend_pcr(index, digest)
+            if after != once_extended(digest):
+                raise BootError(
+                    "register_wrong", f"PCR{index} is not what one extend gives", expected=once_extended(digest).hex(), got=after.hex()
+                )
+            self.nsm.lock_pcr(index)
+
+        await asyncio.to_thread(commit)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    does: Callable[[Enclave], Awaitable[None]]
+    leads_to: Phase
+
+
+PHASES: Mapping[Phase, Step] = {
+    Phase.COLD: Step(Enclave.check_entropy, Phase.ENTROPY),
+    Phase.ENTROPY: Step(Enclave.commit_configuration, Phase.CONFIGURED),
+    Phase.CONFIGURED: Step(Enclave.commit_model, Phase.MODEL_COMMITTED),
+    Phase.MODEL_COMMITTED: Step(Enclave.make_identity, Phase.KEYED),
+    Phase.KEYED: Step(Enclave.start_engine, Phase.SERVING),
+}
+
+
+def _halted(phase: Phase, error: Exception) -> Halted:
+    match error:
+        case StrongroomError():
+            return Halted(phase, error.code, error.message, error.expected, error.got)
+        case OSError():
+            return Halted(phase, "system_error", type(error).__name__, None, error.strerror)
+        case _:
+            return Halted(phase, "internal", type(error).__name__, None, None)

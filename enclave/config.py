@@ -1,0 +1,174 @@
+"""The measured configuration: ``enclave.toml``, read strictly. Its bytes are committed to PCR17 before anything acts on them.
+
+Every key has one meaning, unknown keys are refused, and nothing here is overridden by environment, arguments or the parent.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+
+from attestation.commitment import Entropy
+from attestation.errors import PolicyError, StrongroomError
+from attestation.reference import DIGEST_SIZE, configuration_digest
+from attestation.strict_toml import Table, wrong_value
+from vsockrpc.address import Address, AddressError, parse_address
+
+
+class ConfigurationError(StrongroomError):
+    """``enclave.toml`` cannot be used. The message names the key."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, expected: object | None = None, got: object | None = None) -> None:
+        super().__init__("bad_configuration", message, expected=expected, got=got)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """How llama.cpp is run."""
+
+    context: int
+    """Tokens of context, prompt and answer together."""
+    batch: int
+    """Prompt tokens in one decode step: a cancelled call stops within one."""
+    threads: int
+    """Threads that decode; 0 takes every CPU that the enclave has."""
+    queue: int
+    """Requests that may wait."""
+    uid: int
+    """The engine process's own user and group, where the server may change users."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelSettings:
+    """How long a channel key serves."""
+
+    rotation_seconds: int
+    """Seconds for which a key is offered."""
+    lifetime_seconds: int
+    """Seconds for which it is accepted after it was last offered."""
+    max_requests: int
+    """Secrets that a key's replay set remembers; a full set retires the key."""
+
+
+@dataclass(frozen=True, slots=True)
+class PacingSettings:
+    """The size and the beat of answers: what an observer of ciphertext may see of them."""
+
+    tick_ms: int
+    """Milliseconds between two records of an answer; 0 sends each as soon as it has content."""
+    record_bytes: int
+    """Bytes of plaintext in a record."""
+    bucket_records: int
+    """An answer's number of records is a multiple of this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds on what one client can ask for."""
+
+    request_bytes: int
+    request_seconds: int
+
+
+@dataclass(frozen=True, slots=True)
+class EnclaveConfiguration:
+    """All that decides how an enclave behaves, besides its code and its model."""
+
+    listen: Address
+    nsm: str
+    entropy: Entropy
+    model_store: Address
+    manifest: bytes
+    max_model_bytes: int
+    engine: EngineSettings
+    channel: ChannelSettings
+    pacing: PacingSettings
+    limits: Limits
+    digest: bytes
+    """PCR17 is this, extended once."""
+
+    @classmethod
+    def parse(cls, data: bytes) -> EnclaveConfiguration:
+        """Raises ConfigurationError."""
+        try:
+            return cls._read(Table("", tomllib.loads(data.decode("utf-8"))), configuration_digest(data))
+        except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+            raise ConfigurationError("enclave.toml is not TOML") from error
+        except PolicyError as error:
+            raise ConfigurationError(error.message, expected=error.expected, got=error.got) from error
+
+    @classmethod
+    def _read(cls, top: Table, digest: bytes) -> EnclaveConfiguration:
+        _integer(top, "version", 1, 1)
+        rpc, nsm, model = top.table("rpc"), top.table("nsm"), top.table("model")
+        engine, channel, pacing, limits = (_section(top, name) for name in ("engine", "channel", "pacing", "limits"))
+        configuration = cls(
+            listen=_address(rpc, "listen"),
+            nsm=nsm.text("address"),
+            entropy=_entropy(nsm, "entropy"),
+            model_store=_address(model, "store"),
+            manifest=_digest(model, "manifest"),
+            max_model_bytes=_integer(model, "max_bytes", 1, 1 << 40, default=64 << 30),
+            engine=EngineSettings(
+                context=_integer(engine, "context", 64, 1 << 20, default=2048),
+                batch=_integer(engine, "batch", 16, 4096, default=128),
+                threads=_integer(engine, "threads", 0, 256, default=0),
+                queue=_integer(engine, "queue", 1, 1024, default=64),
+                uid=_integer(engine, "uid", 1, 2**31 - 1, default=64001),
+            ),
+            channel=ChannelSettings(
+                rotation_seconds=_integer(channel, "rotation_seconds", 1, 86400, default=300),
+                lifetime_seconds=_integer(channel, "lifetime_seconds", 1, 86400, default=600),
+                max_requests=_integer(channel, "max_requests", 1, 1 << 20, default=1 << 16),
+            ),
+            pacing=PacingSettings(
+                tick_ms=_integer(pacing, "tick_ms", 0, 10_000, default=50),
+                record_bytes=_integer(pacing, "record_bytes", 64, 65536, default=512),
+                bucket_records=_integer(pacing, "bucket_records", 1, 1024, default=8),
+            ),
+            limits=Limits(
+                request_bytes=_integer(limits, "request_bytes", 4096, 4 << 20, default=1 << 20),
+                request_seconds=_integer(limits, "request_seconds", 1, 86400, default=600),
+            ),
+            digest=digest,
+        )
+        for table in (rpc, nsm, model, engine, channel, pacing, limits, top):
+            table.finish()
+        return configuration
+
+
+def _section(top: Table, key: str) -> Table:
+    """A table that may be absent: every field in it has a default."""
+    return top.table(key) if top.has(key) else Table(key, {})
+
+
+def _integer(table: Table, key: str, low: int, high: int, *, default: int | None = None) -> int:
+    if default is not None and not table.has(key):
+        return default
+    value = table.integer(key)
+    if not low <= value <= high:
+        raise wrong_value(table.field(key), f"{low}..{high}", value)
+    return value
+
+
+def _address(table: Table, key: str) -> Address:
+    try:
+        return parse_address(table.text(key))
+    except AddressError as error:
+        raise wrong_value(table.field(key), str(error.expected), error.got) from error
+
+
+def _entropy(table: Table, key: str) -> Entropy:
+    text = table.text(key)
+    if text not in set(Entropy):
+        raise wrong_value(table.field(key), " or ".join(Entropy), text)
+    return Entropy(text)
+
+
+def _digest(table: Table, key: str) -> bytes:
+    prefix, _, digits = table.text(key).partition(":")
+    if prefix != "sha384":
+        raise wrong_value(table.field(key), "sha384: and a digest in hexadecimal", prefix)
+    return table.octets(table.field(key), digits, DIGEST_SIZE)

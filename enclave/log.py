@@ -1,0 +1,155 @@
+"""What an enclave says of itself: a closed catalogue of content-free events.
+
+There is no free text. A field is a number, a digest, a member of a fixed set, or an error's code; and once clients are served, what concerns
+requests leaves only as totals over a fixed interval, never for one request (DESIGN, invariant 8). The parent reads the events over the RPC.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import ClassVar, TypeAlias
+
+TOTALS_INTERVAL_SECONDS = 60
+
+
+class Phase(StrEnum):
+    """Where the boot stands."""
+
+    COLD = "COLD"
+    ENTROPY = "ENTROPY"
+    CONFIGURED = "CONFIGURED"
+    MODEL_COMMITTED = "MODEL_COMMITTED"
+    KEYED = "KEYED"
+    SERVING = "SERVING"
+    HALTED = "HALTED"
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseReached:
+    """The boot moved on."""
+
+    event: ClassVar = "phase"
+    phase: Phase
+
+
+@dataclass(frozen=True, slots=True)
+class Halted:
+    """The boot failed for good. It happens before any client is served, so expected and got hold digests, names and numbers of the operator's own."""
+
+    event: ClassVar = "halted"
+    phase: Phase
+    code: str
+    message: str
+    expected: str | None
+    got: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsReceived:
+    """Bytes of the model's weights that have arrived."""
+
+    event: ClassVar = "weights"
+    received: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStarted:
+    """An engine process is ready. The flags say which confinement this system gave it."""
+
+    event: ClassVar = "engine_started"
+    own_user: bool
+    seccomp: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EngineExited:
+    """The engine process died and is being started again."""
+
+    event: ClassVar = "engine_exited"
+
+
+@dataclass(frozen=True, slots=True)
+class KeyOffered:
+    """A new channel key is offered. Its id is public: it routes requests."""
+
+    event: ClassVar = "key_offered"
+    key_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class NsmFailed:
+    """The NSM gave no attestation document."""
+
+    event: ClassVar = "nsm_failed"
+    code: str
+
+
+@dataclass(frozen=True, slots=True)
+class InternalError:
+    """A defect: the name of an exception's class, never its text."""
+
+    event: ClassVar = "internal_error"
+    kind: str
+
+
+@dataclass(slots=True)
+class Totals:
+    """Counts over one interval of :data:`TOTALS_INTERVAL_SECONDS`."""
+
+    event: ClassVar = "totals"
+    evidence: int = 0
+    requests: int = 0
+    answered: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    refused: int = 0
+
+
+Event: TypeAlias = (
+    PhaseReached | Halted | WeightsReceived | EngineStarted | EngineExited | KeyOffered | NsmFailed | InternalError | Totals
+)
+
+
+@dataclass(slots=True)
+class EventLog:
+    """The last events, for whoever asks later, and the way to follow new ones. Bounded: a reader who is too slow misses some."""
+
+    capacity: int = 1024
+    totals: Totals = field(default_factory=Totals)
+    _recent: deque[str] = field(init=False)
+    _written: int = field(default=0, init=False)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+
+    def __post_init__(self) -> None:
+        self._recent = deque(maxlen=self.capacity)
+
+    def write(self, event: Event) -> None:
+        body = {"event": event.event, "at": round(time.monotonic(), 3), **asdict(event)}
+        self._recent.append(json.dumps(body, separators=(",", ":")))
+        self._written += 1
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def close_interval(self) -> None:
+        """Writes the interval's totals and begins the next. An interval without a request is written too: silence is no signal."""
+        self.write(self.totals)
+        self.totals = Totals()
+
+    async def follow(self) -> AsyncIterator[str]:
+        """JSON texts, one an event: the recent ones, then new ones as they come."""
+        seen = max(0, self._written - len(self._recent))
+        while True:
+            oldest = self._written - len(self._recent)
+            fresh = list(self._recent)[max(0, seen - oldest) :]
+            seen = self._written
+            for line in fresh:
+                yield line
+            if seen == self._written:
+                await self._changed.wait()

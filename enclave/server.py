@@ -1,0 +1,266 @@
+"""What an enclave answers: Evidence, sealed calls and its events. PROTOCOL.md sections 5.2 and 6.
+
+The one page that matters is :meth:`Server.sealed`: a request comes in as ciphertext, becomes a prompt in this process and nowhere before, goes
+to the engine, and its answer leaves as records of one size on a fixed beat.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+from vsockrpc.transport import Fault, IncomingCall
+
+from attestation.commitment import Evidence, Purpose, UserData
+from attestation.errors import StrongroomError
+from attestation.verifier import NONCE_SIZE
+from enclave.boot import Enclave
+from enclave.generation import Finished, GenerateRequest, TextDelta
+from enclave.identity import OfferedKey
+from enclave.log import TOTALS_INTERVAL_SECONDS, InternalError, NsmFailed, Phase
+from enclave.nsm import NsmError
+from enclave.pacing import PacedAnswer
+from vsockrpc.messages import (
+    ChatRequest,
+    Delta,
+    DescribeRequest,
+    Description,
+    Done,
+    MessageError,
+    MessageReader,
+    Request,
+    Start,
+)
+from vsockrpc.sealed import (
+    OPENING_SIZE,
+    ExchangeKeys,
+    RecordOpener,
+    SealedError,
+    split_opening,
+)
+
+EVIDENCE_QUEUE = 32
+OPENING_QUEUE = 256
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Handler = Callable[[IncomingCall], Awaitable[None]]
+
+
+class BoundedWorker:
+    """One thread with a bounded queue: work that must neither block the event loop nor pile up behind it."""
+
+    def __init__(self, name: str, limit: int) -> None:
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+        self._limit = limit
+        self._queued = 0
+
+    async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Raises Fault ``overloaded`` when the queue is full."""
+        if self._queued >= self._limit:
+            raise Fault("overloaded", "too many requests of this kind at once")
+        self._queued += 1
+        try:
+            return await asyncio.wrap_future(self._executor.submit(work, *args, **kwargs))
+        finally:
+            self._queued -= 1
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+class Server:
+    """The enclave's side of the RPC."""
+
+    def __init__(self, enclave: Enclave) -> None:
+        self._enclave = enclave
+        self._log = enclave.log
+        self._attesting = BoundedWorker("evidence", EVIDENCE_QUEUE)
+        self._opening = BoundedWorker("opening", OPENING_QUEUE)
+
+    @property
+    def handlers(self) -> Mapping[str, Handler]:
+        return {"evidence": self.evidence, "sealed": self.sealed, "events": self.events}
+
+    def close(self) -> None:
+        self._attesting.close()
+        self._opening.close()
+
+    # --- Evidence ------------------------------------------------------------------------------------------------
+
+    async def evidence(self, call: IncomingCall) -> None:
+        """Fresh Evidence for the channel key on offer. The caller chooses the nonce and nothing else of what is attested."""
+        nonce = call.meta.get("nonce")
+        if set(call.meta) != {"nonce"} or not isinstance(nonce, bytes) or len(nonce) != NONCE_SIZE:
+            raise Fault("malformed", f"evidence takes a nonce of {NONCE_SIZE} bytes")
+        self._require_serving()
+        self._log.totals.evidence += 1
+        try:
+            commitment = self._enclave.identity.current().commitment
+        except SealedError as error:
+            raise Fault("overloaded", error.message) from error
+        binding = UserData(Purpose.CHANNEL, commitment.digest()).encode()
+        try:
+            document = await self._attesting.run(
+                self._enclave.nsm.attestation, user_data=binding, nonce=nonce, public_key=None
+            )
+        except NsmError as error:
+            self._log.write(NsmFailed(error.code))
+            raise Fault("unavailable", "the NSM gave no document") from error
+        await call.reply({})
+        await call.send(Evidence(document, commitment.encode()).encode(), end=True)
+
+    # --- Sealed calls --------------------------------------------------------------------------------------------
+
+    async def sealed(self, call: IncomingCall) -> None:
+        """One sealed request and its answer. Until the secret is opened a failure is a clear fault; from then on every one is sealed."""
+        self._require_serving()
+        self._log.totals.requests += 1
+        try:
+            await self._exchange(call)
+        except asyncio.CancelledError:
+            self._log.totals.cancelled += 1
+            raise
+        except Fault:
+            self._log.totals.refused += 1
+            raise
+
+    async def _exchange(self, call: IncomingCall) -> None:
+        key_id = call.meta.get("key_id")
+        if set(call.meta) != {"key_id"} or not isinstance(key_id, bytes):
+            raise Fault("malformed", "a sealed call names its key")
+        key = self._enclave.identity.find(key_id)
+        if key is None:
+            raise Fault("unknown_key", "this key is not accepted")
+        limits = self._enclave.configuration.limits
+        body = _Body(call)
+        try:
+            async with asyncio.timeout(limits.request_seconds):
+                sealed = split_opening(await body.exactly(OPENING_SIZE))
+            keys = await self._opening.run(key.private.open, sealed, key.commitment)
+        except TimeoutError as error:
+            raise Fault("deadline_exceeded", "the request did not arrive in time") from error
+        except SealedError as error:
+            raise Fault("malformed", "the sealed secret does not open") from error
+        accepted = await self._accept(key, keys, body)
+        answer = PacedAnswer(
+            call,
+            keys,
+            self._enclave.configuration.pacing,
+            seconds=limits.request_seconds,
+            on_defect=lambda kind: self._log.write(InternalError(kind)),
+        )
+
+        async def work() -> None:
+            if isinstance(accepted, StrongroomError):
+                raise accepted
+            await self._work(accepted, answer)
+            self._log.totals.answered += 1
+
+        await answer.run(work)
+
+    async def _accept(self, key: OfferedKey, keys: ExchangeKeys, body: _Body) -> Request | StrongroomError:
+        """The request, or why there is none; both are answered sealed. The replay tag goes in before any other work."""
+        limits = self._enclave.configuration.limits
+        try:
+            key.secrets_seen.add(keys.replay_tag)
+            async with asyncio.timeout(limits.request_seconds):
+                request = await self._read_request(body, keys)
+            self._enclave.identity.begin(key, request.id)
+        except StrongroomError as error:
+            return error
+        except TimeoutError:
+            return StrongroomError("deadline_exceeded", "the request did not arrive in time")
+        return request
+
+    async def _read_request(self, body: _Body, keys: ExchangeKeys) -> Request:
+        """The whole request: nothing of it is acted on before its final record."""
+        limit = self._enclave.configuration.limits.request_bytes
+        records, content = RecordOpener(keys.request), bytearray()
+        async for chunk in body.rest():
+            content += records.feed(chunk)
+            if len(content) > limit:
+                raise MessageError("the request is too large", param="request", expected=f"<= {limit}", got="more")
+        records.finish()
+        messages = MessageReader(limit)
+        decoded = list(messages.feed(bytes(content)))
+        if len(decoded) != 1 or messages.buffered:
+            raise MessageError("a request is one message", param="request", expected=1, got=len(decoded))
+        return Request.decode(decoded[0])
+
+    async def _work(self, request: Request, answer: PacedAnswer) -> None:
+        manifest, engine = self._enclave.model.manifest, self._enclave.engine
+        match request.body:
+            case DescribeRequest():
+                context = self._enclave.configuration.engine.context
+                await answer.write(Description(manifest.name, context, manifest.digest()).encode())
+            case ChatRequest() as chat:
+                if chat.model is not None and chat.model != manifest.name:
+                    raise StrongroomError(
+                        "unknown_model", "this enclave does not serve that model", expected=manifest.name, got=chat.model
+                    )
+                await answer.write(Start(manifest.name).encode())
+                async for event in engine.generate(_generate_request(chat)):
+                    match event:
+                        case TextDelta(text):
+                            await answer.write(Delta(text).encode())
+                        case Finished(reason, prompt_tokens, completion_tokens):
+                            await answer.write(Done(reason, prompt_tokens, completion_tokens).encode())
+
+    # --- Events --------------------------------------------------------------------------------------------------
+
+    async def events(self, call: IncomingCall) -> None:
+        """Every recent event and then the new ones, one JSON text a line, until the caller has enough."""
+        await call.reply({})
+        async for line in self._log.follow():
+            await call.send(line.encode() + b"\n")
+
+    async def write_totals(self) -> None:
+        """Closes an interval of totals for ever, once a fixed interval."""
+        while True:
+            await asyncio.sleep(TOTALS_INTERVAL_SECONDS)
+            self._log.close_interval()
+
+    def _require_serving(self) -> None:
+        if self._enclave.phase is not Phase.SERVING:
+            raise Fault("unavailable", "the enclave is not serving")
+
+
+def _generate_request(chat: ChatRequest) -> GenerateRequest:
+    return GenerateRequest(
+        messages=tuple((message.role, message.content) for message in chat.messages),
+        max_tokens=chat.max_tokens,
+        temperature=chat.temperature,
+        top_p=chat.top_p,
+        top_k=chat.top_k,
+        min_p=chat.min_p,
+        seed=chat.seed,
+        stop=chat.stop,
+    )
+
+
+class _Body:
+    """A call's incoming bytes, first so many of them, then the rest."""
+
+    def __init__(self, call: IncomingCall) -> None:
+        self._chunks = aiter(call)
+        self._buffer = bytearray()
+
+    async def exactly(self, size: int) -> bytes:
+        """The next ``size`` bytes, or fewer when the body ends before."""
+        while len(self._buffer) < size:
+            try:
+                self._buffer += await anext(self._chunks)
+            except StopAsyncIteration:
+                break
+        piece = bytes(self._buffer[:size])
+        del self._buffer[:size]
+        return piece
+
+    async def rest(self) -> AsyncIterator[bytes]:
+        if self._buffer:
+            yield bytes(self._buffer)
+        async for chunk in self._chunks:
+            yield bytes(chunk)

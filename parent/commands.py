@@ -1,0 +1,241 @@
+"""The operator's commands: start, ps, logs, stop, proxy."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from attestation.manifest import ModelManifest
+from parent.config import LaunchConfiguration, LaunchConfigurationError
+from parent.launch.process import Launch, LaunchError, Supervisor
+from parent.progress import BootProgress
+from parent.proxy import Proxy
+from parent.registry import Instance, Registry, RegistryError, State
+from vsockrpc.address import Address, TcpAddress, UnixAddress, parse_address
+from vsockrpc.http import listen_on, serve_http
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+ENDED = ("STOPPED", "FAILED", "DIED")
+POLL_SECONDS = 0.05
+STOP_SECONDS = 30
+FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+
+
+# --- start --------------------------------------------------------------------------------------------------------
+
+
+@click.command()
+@click.option("--launcher", type=click.Choice(["process"]), default="process", show_default=True, help="process: emulated, on this host.")
+@click.option("--config", "configuration", type=FILE, required=True, help="The measured configuration, enclave.toml.")
+@click.option("--model", type=FILE, required=True, help="The GGUF file whose manifest the configuration pins.")
+@click.option("--name", default="enclave", show_default=True, help="What to call it.")
+@click.option("--memory-gib", type=click.FloatRange(0.5), help="Address space of each of its processes.  [default: 2 x model + 6]")
+@click.option("--cpus", type=click.IntRange(1), help="CPUs it may use.  [default: all]")
+@click.option("--foreground", is_flag=True, help="Stay, and end the enclave with this command.")
+@click.option("--leave-terminal", is_flag=True, hidden=True, help="Let go of the terminal once the enclave serves.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object when it serves.")
+def start(
+    launcher: str,
+    configuration: Path,
+    model: Path,
+    name: str,
+    memory_gib: float | None,
+    cpus: int | None,
+    foreground: bool,
+    leave_terminal: bool,
+    as_json: bool,
+) -> int:
+    """Start an enclave and wait until it serves.
+
+    \b
+    Example:
+      strongroom init --model SmolLM2.gguf --directory demo
+      strongroom start --config demo/enclave.toml --model SmolLM2.gguf --name demo
+      strongroom logs demo
+      strongroom stop demo
+
+    Exit codes: 0 it serves, 2 the files do not fit, 4 it could not start; then `strongroom ps` says why.
+    """
+    if not foreground:
+        arguments = ["--config", str(configuration), "--model", str(model), "--name", name]
+        arguments += ["--memory-gib", str(memory_gib)] if memory_gib else []
+        arguments += ["--cpus", str(cpus)] if cpus else []
+        arguments += ["--json"] if as_json else []
+        return start_in_background(arguments)
+    with BootProgress(err, quiet=as_json) as progress:
+        progress.phase("HASHING")
+        manifest = pinned_manifest(configuration, model)
+        instance = Registry.of_user().create(name)
+        shutil.copyfile(configuration, instance.configuration)
+        memory = int((memory_gib or 0) * (1 << 30))
+        launch = Launch(instance, manifest, model.resolve(), memory=memory, cpus=cpus or 0)
+
+        def changed(state: State) -> None:
+            if state.phase == "SERVING" and not state.restarts:
+                progress.phase(state.phase)
+                show_started(state, as_json)
+                if leave_terminal:
+                    let_go_of_terminal(instance)
+            elif state.phase not in ENDED:
+                progress.phase(state.phase)
+
+        state = asyncio.run(Supervisor(launch, on_change=changed, on_event=progress.event).run())
+    if state.error is not None:
+        error = state.error
+        raise LaunchError(str(error["code"]), str(error["message"]), expected=error["expected"], got=error["got"])
+    return 0
+
+
+def start_in_background(arguments: list[str]) -> int:
+    """The same command in a session of its own; it lets go of the terminal once its enclave serves, and is left alone then."""
+    command = [sys.executable, "-m", "strongroom.cli", "start", *arguments, "--foreground", "--leave-terminal"]
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True)
+    assert child.stdout is not None
+    try:
+        said = child.stdout.read()
+    except KeyboardInterrupt:
+        child.terminate()
+        child.wait()
+        raise
+    click.echo(said.decode(), nl=False)
+    return 0 if said else child.wait()
+
+
+def show_started(state: State, as_json: bool) -> None:
+    click.echo(json.dumps(asdict(state)) if as_json else f"{state.name} serves at {state.address}")
+    sys.stdout.flush()
+
+
+def let_go_of_terminal(instance: Instance) -> None:
+    log = os.open(instance.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for descriptor in (sys.stdout.fileno(), sys.stderr.fileno()):
+        os.dup2(log, descriptor)
+    os.close(log)
+
+
+def pinned_manifest(configuration: Path, model: Path) -> ModelManifest:
+    """The model's manifest, when it is the one that the configuration pins. The enclave checks it again, on what it receives."""
+    pinned = LaunchConfiguration.load(configuration).manifest
+    manifest = ModelManifest.from_gguf(model)
+    got = f"sha384:{manifest.digest().hex()}"
+    if got != pinned:
+        raise LaunchConfigurationError("model.manifest", f"{model.name} is another model", expected=pinned, got=got)
+    return manifest
+
+
+# --- ps, logs, stop -----------------------------------------------------------------------------------------------
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON array.")
+def ps(as_json: bool) -> None:
+    """List the enclaves that were started here."""
+    states = [state for instance in Registry.of_user().all() if (state := instance.read_state()) is not None]
+    if as_json:
+        click.echo(json.dumps([asdict(state) for state in states]))
+        return
+    if not states:
+        click.echo("no enclaves")
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("name", "phase", "since", "boots", "network", "address"):
+        table.add_column(title, overflow="fold")
+    for state in states:
+        since = str(timedelta(seconds=int(time.time() - state.started_at)))
+        table.add_row(state.name, state.phase, since, str(state.restarts + 1), state.network, state.address)
+        if state.error is not None:
+            table.add_row("", f"[red]{state.error['code']}", "", "", "", str(state.error["message"]))
+    out.print(table)
+
+
+@click.command()
+@click.argument("name", default="enclave")
+@click.option("-f", "--follow", is_flag=True, help="Wait for more until Ctrl-C or the enclave's end.")
+def logs(name: str, follow: bool) -> None:
+    """Print an enclave's events, one JSON object a line.
+
+    The events come from a closed catalogue and hold nothing of any prompt or answer.
+    """
+    instance = Registry.of_user().find(name)
+    if not instance.events.exists() and not follow:
+        return
+    instance.events.touch()
+    with instance.events.open() as file:
+        while True:
+            for line in file:
+                click.echo(line, nl=False)
+            if not follow or not instance.supervised():
+                return
+            time.sleep(POLL_SECONDS)
+
+
+@click.command()
+@click.argument("name", default="enclave")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def stop(name: str, as_json: bool) -> None:
+    """Stop an enclave and remove its folder. Its keys die with it."""
+    instance = Registry.of_user().find(name)
+    state = instance.read_state()
+    if state is not None and instance.supervised():
+        os.kill(state.pid, signal.SIGTERM)
+        deadline = time.monotonic() + STOP_SECONDS
+        while instance.supervised():
+            if time.monotonic() > deadline:
+                raise RegistryError("does_not_stop", f"{name} does not stop; its supervisor is process {state.pid}", got=name)
+            time.sleep(POLL_SECONDS)
+    instance.remove()
+    click.echo(json.dumps({"stopped": name}) if as_json else f"stopped {name}")
+
+
+# --- proxy --------------------------------------------------------------------------------------------------------
+
+
+@click.command()
+@click.option("--enclave", default="enclave", show_default=True, metavar="ADDRESS", help="vsock:CID:PORT, unix:PATH, tcp:HOST:PORT or a name of `strongroom ps`.")
+@click.option("--listen", default="127.0.0.1:8080", show_default=True, metavar="HOST:PORT", help="Where clients connect; port 0 takes a free one.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line when ready.")
+def proxy(enclave: str, listen: str, as_json: bool) -> None:
+    """Carry HTTP to an enclave: ciphertext, and nothing that it could read.
+
+    It may start before its enclave does: until then /healthz and every request say that it is unavailable.
+
+    \b
+    Example:
+      strongroom proxy --enclave demo --listen 127.0.0.1:8080
+      curl http://127.0.0.1:8080/healthz
+    """
+    address = parse_address(f"tcp:{listen}")
+    assert isinstance(address, TcpAddress)
+    application = Proxy(enclave_address(enclave)).application()
+    listener = listen_on(address)
+    host, port = listener.getsockname()[:2]
+
+    def ready() -> None:
+        click.echo(json.dumps({"listening": f"{host}:{port}"}) if as_json else f"proxy: http://{host}:{port}")
+        sys.stdout.flush()
+
+    asyncio.run(serve_http(application, listener, ready=ready))
+
+
+def enclave_address(text: str) -> Address:
+    """An address, or the name of an enclave that was started here."""
+    if ":" in text:
+        return parse_address(text)
+    instance = Registry.of_user().find(text)
+    return UnixAddress(str(instance.directory / LaunchConfiguration.load(instance.configuration).listen.path))
+

@@ -1,0 +1,74 @@
+"""What a launcher has to know of an ``enclave.toml``: where the enclave listens, and where it will look for its NSM and its model.
+
+The enclave reads the whole file, strictly; here only these keys are looked at, so that a mistake is said before anything is started.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from attestation.errors import StrongroomError
+from vsockrpc.address import AddressError, UnixAddress, parse_address
+
+
+class LaunchConfigurationError(StrongroomError):
+    """An ``enclave.toml`` that this launcher cannot start."""
+
+    exit_code = 2
+
+    def __init__(self, key: str, message: str, *, expected: object | None = None, got: object | None = None) -> None:
+        super().__init__("bad_configuration", f"{key}: {message}", expected=expected, got=got)
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchConfiguration:
+    """The addresses of an enclave that runs as a process: Unix sockets beside its ``enclave.toml``."""
+
+    listen: UnixAddress
+    nsm: UnixAddress
+    store: UnixAddress
+    manifest: str
+    """``sha384:`` and the digest of the model's manifest, in hexadecimal."""
+
+    @classmethod
+    def load(cls, path: Path) -> LaunchConfiguration:
+        """Raises LaunchConfigurationError, or OSError when the file cannot be read."""
+        try:
+            document = tomllib.loads(path.read_text("utf-8"))
+        except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise LaunchConfigurationError(path.name, f"not TOML: {error}") from error
+        return cls(
+            listen=_beside(document, "rpc", "listen"),
+            nsm=_beside(document, "nsm", "address"),
+            store=_beside(document, "model", "store"),
+            manifest=_text(document, "model", "manifest"),
+        )
+
+
+def _text(document: dict[str, object], table: str, key: str) -> str:
+    values = document.get(table)
+    value = values.get(key) if isinstance(values, dict) else None
+    if not isinstance(value, str):
+        raise LaunchConfigurationError(f"{table}.{key}", "missing", expected="text", got=repr(value))
+    return value
+
+
+def _beside(document: dict[str, object], table: str, key: str) -> UnixAddress:
+    """An emulated enclave's sockets stand in its own folder, so that the same file, and so the same PCRs, serves wherever that folder is."""
+    text = _text(document, table, key)
+    try:
+        address = parse_address(text)
+    except AddressError as error:
+        raise LaunchConfigurationError(
+            f"{table}.{key}", error.message, expected=error.expected, got=error.got
+        ) from error
+    if not isinstance(address, UnixAddress) or Path(address.path).name != address.path:
+        raise LaunchConfigurationError(
+            f"{table}.{key}",
+            "the process launcher needs a socket in the enclave's own folder",
+            expected="unix:NAME",
+            got=text,
+        )
+    return address

@@ -1,0 +1,250 @@
+"""The process launcher: an emulated enclave as its own processes on this host, supervised.
+
+It measures the files that it is about to run, as the hypervisor measures an image, gives the measurements to a software NSM, and starts the
+enclave beside it without network and under limits. What it starts is what it measured: bytecode comes from a cache of its own, never from
+beside the sources. An enclave whose NSM or server dies is booted again with a fresh NSM: registers do not survive.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vsockrpc.transport import ConnectionLost, Fault, connect, serve
+
+from attestation.errors import StrongroomError
+from attestation.manifest import ModelManifest
+from attestation.measure import measure_process_image
+from attestation.reference import PcrSet
+from parent.config import LaunchConfiguration
+from parent.modelstore import ModelStore
+from parent.registry import Instance, State
+from vsockrpc.address import UnixAddress
+
+FIRST_PAUSE_SECONDS = 0.5
+LONGEST_PAUSE_SECONDS = 30.0
+STOP_SECONDS = 10
+ENVIRONMENT = {"PATH": os.defpath, "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"}
+PKI_ENVIRONMENT = ("HOME", "STRONGROOM_HOME", "XDG_DATA_HOME")
+"""By which the software NSM finds this user's development root. The enclave gets none of the environment."""
+UNUSABLE = 2
+"""The exit code of an enclave that could not begin: starting it again would not help."""
+LISTEN_SECONDS = 60
+MEMORY_SLACK = 6 << 30
+"""Address space besides twice the model: Python, llama.cpp's buffers and the reserve of its threads' stacks."""
+
+
+class LaunchError(StrongroomError):
+    """The enclave cannot be started here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What to start, and under which limits. ``memory`` is bytes of address space a process, ``cpus`` a count; 0 takes the defaults."""
+
+    instance: Instance
+    manifest: ModelManifest
+    model: Path
+    memory: int = 0
+    cpus: int = 0
+
+
+class Supervisor:
+    """Keeps one emulated enclave running until it is told to stop or its boot halts."""
+
+    def __init__(
+        self, launch: Launch, *, on_change: Callable[[State], None], on_event: Callable[[dict[str, Any]], None]
+    ) -> None:
+        self._launch = launch
+        self._on_change = on_change
+        self._on_event = on_event
+        self._instance = launch.instance
+        self._configuration = LaunchConfiguration.load(launch.instance.configuration)
+        self._state = State(
+            name=self._instance.name,
+            launcher="process",
+            pid=os.getpid(),
+            phase="MEASURING",
+            address=f"unix:{self._instance.directory / self._configuration.listen.path}",
+            started_at=time.time(),
+            model=f"{launch.manifest.name} sha384:{launch.manifest.digest().hex()}",
+        )
+
+    async def run(self) -> State:
+        """Runs until SIGTERM or SIGINT, or until a boot halts, and returns the state at the end: ``error`` says why it halted."""
+        lock = self._instance.lock()
+        stopping = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stopping.set)
+        try:
+            self._enter("MEASURING")
+            measured = await asyncio.to_thread(
+                measure_process_image, Path(sys.executable), self._instance.configuration
+            )
+            self._state.pcrs = {str(index): value.hex() for index, value in measured.as_registers().items()}
+            store = ModelStore(self._launch.manifest, self._launch.model)
+            address = UnixAddress(str(self._instance.directory / self._configuration.store.path))
+            async with serve(address, store.handlers):
+                supervising = asyncio.ensure_future(self._keep_running(measured))
+                waiting = asyncio.ensure_future(stopping.wait())
+                await asyncio.wait({supervising, waiting}, return_when=asyncio.FIRST_COMPLETED)
+                for task in (supervising, waiting):
+                    task.cancel()
+                await asyncio.gather(supervising, waiting, return_exceptions=True)
+            if supervising.cancelled():
+                self._enter("STOPPED")
+            else:
+                self._fail(await supervising)
+        except StrongroomError as error:
+            self._fail(error.as_json())
+        finally:
+            os.close(lock)
+        return self._state
+
+    async def _keep_running(self, measured: PcrSet) -> dict[str, str | None]:
+        """Boots again whenever something dies. Returns why a boot halted: doing the same again would not help then."""
+        pause = FIRST_PAUSE_SECONDS
+        while True:
+            halted = await self._one_boot(measured)
+            if halted is not None:
+                return halted
+            served = self._state.phase == "SERVING"
+            pause = FIRST_PAUSE_SECONDS if served else min(2 * pause, LONGEST_PAUSE_SECONDS)
+            self._state.restarts += 1
+            self._enter("RESTARTING")
+            await asyncio.sleep(pause)
+
+    async def _one_boot(self, measured: PcrSet) -> dict[str, str | None] | None:
+        """From a fresh NSM to the end of either process. Returns the reason when the boot halted, None when something died."""
+        self._enter("STARTING")
+        async with self._nsm(measured) as nsm, self._enclave() as enclave:
+            self._state.network = await _network_of(enclave.pid)
+            following = asyncio.ensure_future(self._follow_events())
+            ends = {asyncio.ensure_future(nsm.wait()), asyncio.ensure_future(enclave.wait()), following}
+            try:
+                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                if enclave.returncode == UNUSABLE:
+                    return {"code": "bad_configuration", "message": self._last_words(), "expected": None, "got": None}
+                return following.result() if following.done() and following.exception() is None else None
+            finally:
+                for end in ends:
+                    end.cancel()
+                await asyncio.gather(*ends, return_exceptions=True)
+
+    @contextlib.asynccontextmanager
+    async def _nsm(self, measured: PcrSet) -> AsyncIterator[asyncio.subprocess.Process]:
+        registers = [
+            argument for index, value in measured.as_registers().items() for argument in (f"--pcr{index}", value.hex())
+        ]
+        socket = self._configuration.nsm
+        command = ["-m", "emulator.nsm", "--listen", f"unix:{socket.path}", *registers]
+        async with self._child(command, PKI_ENVIRONMENT, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            ready = await process.stdout.readline()
+            if not ready:
+                raise LaunchError("nsm_failed", "the software NSM did not start", got=self._last_words())
+            yield process
+
+    @contextlib.asynccontextmanager
+    async def _enclave(self) -> AsyncIterator[asyncio.subprocess.Process]:
+        memory = self._launch.memory or 2 * sum(file.size for file in self._launch.manifest.files) + MEMORY_SLACK
+        jail = ["-m", "parent.launch.jail", "--no-network", "--address-space", str(memory)]
+        if self._launch.cpus:
+            jail += ["--cpus", str(self._launch.cpus)]
+        command = [*jail, "--", *self._python(), "-m", "enclave", "--config", self._instance.configuration.name]
+        async with self._child(command, (), stdout=subprocess.DEVNULL) as process:
+            yield process
+
+    def _python(self) -> list[str]:
+        """The measured interpreter, isolated from the environment, with a bytecode cache that nothing else writes."""
+        return [sys.executable, "-I", "-X", f"pycache_prefix={self._instance.directory / 'bytecode'}"]
+
+    @contextlib.asynccontextmanager
+    async def _child(self, arguments: Sequence[str], keep: Sequence[str], *, stdout: int) -> AsyncIterator[asyncio.subprocess.Process]:
+        with self._instance.log.open("ab") as log:
+            process = await asyncio.create_subprocess_exec(
+                *self._python(),
+                *arguments,
+                cwd=self._instance.directory,
+                env={**ENVIRONMENT, **{name: os.environ[name] for name in keep if name in os.environ}},
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=log,
+            )
+        try:
+            yield process
+        finally:
+            if process.returncode is None:
+                process.terminate()
+                try:
+                    async with asyncio.timeout(STOP_SECONDS):
+                        await process.wait()
+                except TimeoutError:
+                    process.kill()
+                    await process.wait()
+
+    async def _follow_events(self) -> dict[str, str | None]:
+        """Writes the enclave's events down as they come. Returns when the boot has halted; ends with ConnectionLost when the enclave dies."""
+        address = UnixAddress(str(self._instance.directory / self._configuration.listen.path))
+        deadline = time.monotonic() + LISTEN_SECONDS
+        while True:
+            try:
+                async with connect(address) as client, client.call("events", {}) as call:
+                    await call.send(b"", end=True)
+                    return await self._write_events(aiter(call))
+            except (OSError, ConnectionLost, Fault):
+                if self._state.phase != "STARTING" or time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(0.05)
+
+    async def _write_events(self, chunks: AsyncIterator[bytes | memoryview]) -> dict[str, str | None]:
+        buffer = bytearray()
+        with self._instance.events.open("ab", buffering=0) as file:
+            async for chunk in chunks:
+                buffer += chunk
+                *lines, rest = bytes(buffer).split(b"\n")
+                buffer = bytearray(rest)
+                for line in lines:
+                    file.write(line + b"\n")
+                    event = json.loads(line)
+                    self._on_event(event)
+                    if event["event"] == "phase":
+                        self._enter(event["phase"])
+                    elif event["event"] == "halted":
+                        return {key: event[key] for key in ("code", "message", "expected", "got")}
+        raise ConnectionLost("the enclave ended its events")
+
+    def _last_words(self) -> str:
+        """The end of what the children wrote before they served anybody."""
+        return self._instance.log.read_text(errors="replace").strip()[-500:]
+
+    def _enter(self, phase: str) -> None:
+        self._state.phase = phase
+        self._instance.write_state(self._state)
+        self._on_change(self._state)
+
+    def _fail(self, error: dict[str, str | None]) -> None:
+        self._state.error = error
+        self._enter("FAILED")
+
+
+async def _network_of(pid: int) -> str:
+    """``none`` for a process in a network namespace of its own, else ``host``. The jail needs a moment to enter it."""
+    ours = os.readlink("/proc/self/ns/net")
+    for _ in range(20):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/{pid}/ns/net") != ours:
+                return "none"
+        await asyncio.sleep(0.05)
+    return "host"

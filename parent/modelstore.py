@@ -1,0 +1,53 @@
+"""The model store: streams a model's file to the enclave that asks for it by digest, from whatever offset. PROTOCOL.md section 5.3.
+
+It holds public bytes and is believed in nothing: the enclave compares digests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from vsockrpc.transport import Fault, IncomingCall
+
+from attestation.manifest import ModelManifest
+
+PIECE = 1 << 20
+"""Bytes read from the file at once."""
+
+Handler = Callable[[IncomingCall], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStore:
+    """One model: its manifest and where its file is."""
+
+    manifest: ModelManifest
+    path: Path
+
+    @property
+    def handlers(self) -> Mapping[str, Handler]:
+        return {"model.manifest": self.send_manifest, "model.file": self.send_file}
+
+    async def send_manifest(self, call: IncomingCall) -> None:
+        if call.meta.get("digest") != self.manifest.digest():
+            raise Fault("unavailable", "this store has another model")
+        await call.reply({})
+        await call.send(self.manifest.encode(), end=True)
+
+    async def send_file(self, call: IncomingCall) -> None:
+        [weights] = self.manifest.files
+        offset = call.meta.get("offset")
+        if call.meta.get("sha384") != weights.sha384:
+            raise Fault("unavailable", "this store has another file")
+        if not isinstance(offset, int) or not 0 <= offset <= weights.size:
+            raise Fault("malformed", "the offset is not within the file")
+        with self.path.open("rb") as file:
+            await call.reply({"size": weights.size})
+            while piece := await asyncio.to_thread(os.pread, file.fileno(), PIECE, offset):
+                await call.send(piece)
+                offset += len(piece)
+        await call.end()

@@ -1,0 +1,232 @@
+"""The parent's proxy: HTTP outside, RPC inside, bytes only. PROTOCOL.md section 8.
+
+One request becomes one call. No body is parsed, stored or logged; what is counted is in the metrics below and nowhere else. It is the conveyor: a
+client believes nothing that it says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+from vsockrpc.transport import Call, Client, ConnectionLost, Fault, connect
+
+from vsockrpc.address import Address
+from vsockrpc.http import (
+    EVIDENCE_PATH,
+    EVIDENCE_TYPE,
+    KEY_ID_HEADER,
+    MAX_EVIDENCE_BYTES,
+    SEALED_PATH,
+    SEALED_TYPE,
+    STATUS_OF_FAULT,
+)
+
+MAX_REQUEST_BYTES = 8 << 20
+"""A sealed request in its records; the enclave's own limit is lower."""
+EVIDENCE_SECONDS = 30
+SEALED_SECONDS = 3600
+CONNECT_SECONDS = 5
+
+
+class Metrics:
+    """What the proxy counts. Nothing here is of one request."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "strongroom_proxy_requests", "Requests by route and status", ["route", "status"], registry=self.registry
+        )
+        self.bytes = Counter("strongroom_proxy_bytes", "Body bytes conveyed", ["direction"], registry=self.registry)
+        self.open_calls = Gauge("strongroom_proxy_open_calls", "Sealed calls under way", registry=self.registry)
+        self.connects = Counter("strongroom_proxy_connects", "Connections made to the enclave", registry=self.registry)
+        self.connected = Gauge("strongroom_proxy_connected", "1 while connected to the enclave", registry=self.registry)
+
+
+class EnclaveLink:
+    """The one connection to the enclave, made when it is needed and again when it was lost."""
+
+    def __init__(self, address: Address, metrics: Metrics) -> None:
+        self._address = address
+        self._metrics = metrics
+        self._connecting = asyncio.Lock()
+        self._client: Client | None = None
+        self._closing = contextlib.AsyncExitStack()
+
+    async def client(self) -> Client:
+        """Raises Fault ``unavailable`` when no enclave answers at the address."""
+        async with self._connecting:
+            if self._client is None or self._client.closed:
+                await self.close()
+                try:
+                    async with asyncio.timeout(CONNECT_SECONDS):
+                        self._client = await self._closing.enter_async_context(connect(self._address))
+                except (OSError, ConnectionLost, TimeoutError) as error:
+                    self._metrics.connected.set(0)
+                    raise Fault("unavailable", "no enclave answers at its address") from error
+                self._metrics.connects.inc()
+                self._metrics.connected.set(1)
+            return self._client
+
+    async def close(self) -> None:
+        self._client = None
+        await self._closing.aclose()
+        self._closing = contextlib.AsyncExitStack()
+
+
+class Proxy:
+    """The routes."""
+
+    def __init__(self, enclave: Address) -> None:
+        self.metrics = Metrics()
+        self._link = EnclaveLink(enclave, self.metrics)
+
+    def application(self) -> Starlette:
+        @contextlib.asynccontextmanager
+        async def lifespan(application: Starlette) -> AsyncIterator[None]:
+            yield
+            await self._link.close()
+
+        return Starlette(
+            routes=[
+                Route(EVIDENCE_PATH, self._counted("evidence", self.evidence), methods=["GET"]),
+                Route(SEALED_PATH, SealedEndpoint(self), methods=["POST"]),
+                Route("/healthz", self.health, methods=["GET"]),
+                Route("/metrics", self.show_metrics, methods=["GET"]),
+            ],
+            lifespan=lifespan,
+        )
+
+    def _counted(
+        self, route: str, handler: Callable[[Request], Awaitable[Response]]
+    ) -> Callable[[Request], Awaitable[Response]]:
+        async def counted(request: Request) -> Response:
+            response = await handler(request)
+            self.metrics.requests.labels(route, response.status_code).inc()
+            return response
+
+        return counted
+
+    async def evidence(self, request: Request) -> Response:
+        try:
+            nonce = bytes.fromhex(request.query_params["nonce"])
+        except (KeyError, ValueError):
+            return clear_fault(Fault("malformed", "nonce is missing or not hexadecimal"))
+        try:
+            client = await self._link.client()
+            async with client.call("evidence", {"nonce": nonce}, deadline=EVIDENCE_SECONDS) as call:
+                await call.send(b"", end=True)
+                await call.reply()
+                evidence = bytearray()
+                async for chunk in call:
+                    evidence += chunk
+                    if len(evidence) > MAX_EVIDENCE_BYTES:
+                        raise Fault("unavailable", "the enclave's Evidence is too large")
+        except (Fault, ConnectionLost) as error:
+            return clear_fault(error)
+        self.metrics.bytes.labels("out").inc(len(evidence))
+        return Response(bytes(evidence), media_type=EVIDENCE_TYPE, headers={"Cache-Control": "no-store"})
+
+    async def health(self, request: Request) -> Response:
+        try:
+            await self._link.client()
+        except Fault:
+            return JSONResponse({"status": "unavailable"}, 503)
+        return JSONResponse({"status": "ok"})
+
+    async def show_metrics(self, request: Request) -> Response:
+        return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def open_sealed(self, key_id: bytes) -> contextlib.AbstractAsyncContextManager[Call]:
+        client = await self._link.client()
+        return client.call("sealed", {"key_id": key_id}, deadline=SEALED_SECONDS)
+
+
+def clear_fault(error: Fault | ConnectionLost) -> Response:
+    """One of the clear faults of section 6.3; whatever else went wrong is ``unavailable``."""
+    fault = error.code if isinstance(error, Fault) and error.code in STATUS_OF_FAULT else "unavailable"
+    headers = {"Cache-Control": "no-store"} | ({"Retry-After": "1"} if fault in ("overloaded", "unavailable") else {})
+    return JSONResponse({"fault": fault}, STATUS_OF_FAULT[fault], headers)
+
+
+class SealedEndpoint:
+    """``POST /v1/sealed``: the body goes in as it comes, the answer goes out as it comes, and whichever side leaves ends the other."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        self._proxy = proxy
+        self._metrics = proxy.metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        status = 499  # the client left before there was an answer
+        try:
+            key_id = self._check(request)
+            async with await self._proxy.open_sealed(key_id) as call:
+                with self._metrics.open_calls.track_inprogress():
+                    await self._convey_request(request, call)
+                    await call.reply()
+                    status = 200
+                    await self._convey_answer(call, receive, send)
+        except (Fault, ConnectionLost) as error:
+            if status != 200:
+                response = clear_fault(error)
+                status = response.status_code
+                await response(scope, receive, send)
+            # Else the answer is left without its end: the HTTP framing breaks, and the client's final record is missing.
+        except ClientDisconnect:
+            pass
+        finally:
+            self._metrics.requests.labels("sealed", status).inc()
+
+    def _check(self, request: Request) -> bytes:
+        if request.headers.get("content-type") != SEALED_TYPE:
+            raise Fault("malformed", f"the content type is {SEALED_TYPE}")
+        try:
+            return bytes.fromhex(request.headers[KEY_ID_HEADER])
+        except (KeyError, ValueError):
+            raise Fault("malformed", "the key id is missing or not hexadecimal") from None
+
+    async def _convey_request(self, request: Request, call: Call) -> None:
+        conveyed = 0
+        async for chunk in request.stream():
+            conveyed += len(chunk)
+            if conveyed > MAX_REQUEST_BYTES:
+                raise Fault("malformed", "the request is too large")
+            if chunk:
+                await call.send(chunk)
+        await call.send(b"", end=True)
+        self._metrics.bytes.labels("in").inc(conveyed)
+
+    async def _convey_answer(self, call: Call, receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", SEALED_TYPE.encode()), (b"cache-control", b"no-store")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        conveying = asyncio.ensure_future(self._send_chunks(call, send))
+        leaving = asyncio.ensure_future(_client_left(receive))
+        try:
+            await asyncio.wait({conveying, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not conveying.done():
+                raise ClientDisconnect
+            await conveying
+        finally:
+            conveying.cancel()
+            leaving.cancel()
+            await asyncio.gather(conveying, leaving, return_exceptions=True)
+
+    async def _send_chunks(self, call: Call, send: Send) -> None:
+        async for chunk in call:
+            self._metrics.bytes.labels("out").inc(len(chunk))
+            await send({"type": "http.response.body", "body": bytes(chunk), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _client_left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

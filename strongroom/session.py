@@ -1,0 +1,240 @@
+"""A client's session with an enclave: challenge, verify, appraise, seal, stream.
+
+Nothing leaves this process for the enclave before :func:`attestation.verifier.verify` has returned a result, and what leaves is sealed to the key
+that the result vouches for. A result is kept for as long as it says, on the monotonic clock; an enclave that restarts or rotates its key is verified
+anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import ipaddress
+import json
+import secrets
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+from urllib.parse import urlsplit
+
+import httpx2
+
+from attestation.errors import StrongroomError
+from attestation.policy import AppraisalPolicy
+from attestation.verifier import NONCE_SIZE, AttestationResult, verify
+from vsockrpc.http import EVIDENCE_PATH, KEY_ID_HEADER, MAX_EVIDENCE_BYTES, SEALED_PATH, SEALED_TYPE, STATUS_OF_FAULT
+from vsockrpc.messages import (
+    REQUEST_ID_SIZE,
+    Answer,
+    ChatRequest,
+    DescribeRequest,
+    Description,
+    Done,
+    Failure,
+    MessageReader,
+    Request,
+    decode_answer,
+)
+from vsockrpc.sealed import SealedError, SealedRequest, seal_request
+
+MAX_FAULT_BYTES = 4096
+CONNECT_SECONDS = 10.0
+SILENCE_SECONDS = 300.0
+"""How long an answer may be silent. With pacing on, an enclave never is."""
+
+
+class Unreachable(StrongroomError):
+    """Nobody answers at the address, or not with this protocol."""
+
+
+class ClearFault(StrongroomError):
+    """A refusal in clear. Anybody on the way can forge one: it changes no verdict and no parameter."""
+
+
+class RequestFailed(StrongroomError):
+    """The enclave itself, through the sealed channel, says that the request failed, and why."""
+
+    @property
+    def exit_code(self) -> int:  # type: ignore[override]  # what the person asked for, or what the enclave could not do
+        return 2 if self.code in ("invalid_request", "context_exceeded", "unknown_model") else 4
+
+
+@dataclass(frozen=True, slots=True)
+class _Verified:
+    result: AttestationResult
+    until: float
+
+
+class Session:
+    """One proxy's address and one policy. Use it as an asynchronous context manager."""
+
+    def __init__(self, url: str, policy: AppraisalPolicy, *, silence_seconds: float = SILENCE_SECONDS) -> None:
+        self.url = url.rstrip("/")
+        self.policy = policy
+        self._verified: _Verified | None = None
+        self._http = httpx2.AsyncClient(
+            base_url=self.url,
+            timeout=httpx2.Timeout(silence_seconds, connect=CONNECT_SECONDS),
+            trust_env=not _is_loopback(self.url),
+            limits=httpx2.Limits(max_connections=None),
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._http.aclose()
+
+    # --- Verification --------------------------------------------------------------------------------------------
+
+    async def verify(self) -> AttestationResult:
+        """Challenges the enclave with a fresh nonce and judges its Evidence.
+
+        Raises EvidenceError or AppraisalError when it is refused, Unreachable or ClearFault when there is none.
+        """
+        self._verified = None
+        nonce = secrets.token_bytes(NONCE_SIZE)
+        requested = time.monotonic()
+        evidence = await self._fetch_evidence(nonce)
+        result = verify(evidence, policy=self.policy, nonce=nonce, at=datetime.datetime.now(datetime.UTC))
+        self._verified = _Verified(result, requested + result.valid_seconds)
+        return result
+
+    async def result(self) -> AttestationResult:
+        """The result in force: the last one while it is valid, else a new one."""
+        if self._verified is not None and time.monotonic() < self._verified.until:
+            return self._verified.result
+        return await self.verify()
+
+    async def _fetch_evidence(self, nonce: bytes) -> bytes:
+        try:
+            async with self._http.stream("GET", EVIDENCE_PATH, params={"nonce": nonce.hex()}) as response:
+                if response.status_code != httpx2.codes.OK:
+                    raise await _fault_of(response)
+                return await _read_bounded(response, MAX_EVIDENCE_BYTES)
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+            raise self._unreachable(error) from error
+
+    # --- Requests ------------------------------------------------------------------------------------------------
+
+    async def chat(self, request: ChatRequest) -> AsyncGenerator[Answer]:
+        """Sends a prompt and yields Start, Delta and Done as they arrive.
+
+        Read it to its end: what follows Done is padding, and leaving before it shows the answer's length. Raises RequestFailed when the
+        enclave says so, SealedError when the answer was tampered with or cut short, and what :meth:`verify` raises.
+        """
+        async with contextlib.aclosing(self._exchange(_new_request(request))) as answers:
+            async for answer in answers:
+                yield answer
+
+    async def describe(self) -> Description:
+        """Asks what the enclave serves. Raises as :meth:`chat`."""
+        description: Description | None = None
+        async with contextlib.aclosing(self._exchange(_new_request(DescribeRequest()))) as answers:
+            async for answer in answers:
+                if isinstance(answer, Description):
+                    description = answer
+        if description is None:
+            raise SealedError("malformed", "the enclave did not describe itself")
+        return description
+
+    async def _exchange(self, request: Request) -> AsyncGenerator[Answer]:
+        """One attempt, and after a clear ``unknown_key`` one more with the same request id: an enclave that has begun on it refuses the second."""
+        for result in (await self.result(), None):
+            sealed = seal_request(result or await self.verify(), request.encode())
+            try:
+                async with contextlib.aclosing(self._attempt(sealed)) as answers:
+                    async for answer in answers:
+                        yield answer
+                return
+            except ClearFault as fault:
+                if fault.code != "unknown_key" or result is None:
+                    raise
+
+    async def _attempt(self, sealed: SealedRequest) -> AsyncGenerator[Answer]:
+        headers = {"Content-Type": SEALED_TYPE, KEY_ID_HEADER: sealed.key_id.hex()}
+        messages = MessageReader()
+        begun, ended = False, False
+        failure: Failure | None = None
+        try:
+            async with self._http.stream("POST", SEALED_PATH, content=sealed.body, headers=headers) as response:
+                if response.status_code != httpx2.codes.OK:
+                    raise await _fault_of(response)
+                begun = True
+                async for chunk in response.aiter_raw():
+                    for message in messages.feed(sealed.answer.feed(chunk)):
+                        answer = decode_answer(message)
+                        if ended:
+                            raise SealedError("malformed", "the answer goes on after its end")
+                        ended = isinstance(answer, Done | Description | Failure)
+                        if isinstance(answer, Failure):
+                            failure = answer  # the padding behind it is read too: an observer learns nothing from when we leave
+                        else:
+                            yield answer
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+            if not begun:
+                raise self._unreachable(error) from error
+            if not ended:
+                raise SealedError(
+                    "truncated", "the answer broke off: the enclave, the proxy or the network went away"
+                ) from error
+        if failure is not None:
+            raise RequestFailed(failure.code, failure.message, expected=failure.expected, got=failure.got)
+        sealed.answer.finish()
+        if not ended:
+            raise SealedError("malformed", "the answer has no end")
+
+    def _unreachable(self, error: Exception) -> Unreachable:
+        return Unreachable(
+            "unreachable", f"nobody answers at {self.url}: {error or type(error).__name__}", got=type(error).__name__
+        )
+
+
+def _new_request(body: ChatRequest | DescribeRequest) -> Request:
+    return Request(secrets.token_bytes(REQUEST_ID_SIZE), body)
+
+
+async def _fault_of(response: httpx2.Response) -> ClearFault | Unreachable:
+    """The clear fault in a response, or that this is no Strongroom proxy."""
+    try:
+        fault = json.loads(await _read_bounded(response, MAX_FAULT_BYTES))["fault"]
+    except (ValueError, KeyError, TypeError, Unreachable):
+        fault = None
+    if fault not in STATUS_OF_FAULT:
+        return Unreachable(
+            "not_strongroom",
+            "this is not a Strongroom proxy",
+            expected="a clear fault",
+            got=f"HTTP {response.status_code}",
+        )
+    return ClearFault(fault, FAULT_TEXTS[fault])
+
+
+FAULT_TEXTS = {
+    "unknown_key": "the enclave does not accept the key that it was verified with (it restarted, or the proxy reaches another one)",
+    "overloaded": "the enclave has too much to do; try again",
+    "unavailable": "the proxy reaches no enclave that serves; is one running?",
+    "malformed": "the request was refused as malformed",
+}
+
+
+async def _read_bounded(response: httpx2.Response, limit: int) -> bytes:
+    data = bytearray()
+    async for chunk in response.aiter_raw():
+        data += chunk
+        if len(data) > limit:
+            raise Unreachable("not_strongroom", "the answer is too large", expected=f"<= {limit} bytes", got="more")
+    return bytes(data)
+
+
+def _is_loopback(url: str) -> bool:
+    """Environment variables that name an HTTP proxy do not concern this machine itself."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
