@@ -5,9 +5,9 @@ A function of files on disk alone: it talks to neither the enclave nor the NSM, 
 before either of them exists. It asks the interpreter in question where its files are, in a process of its own that
 imports nothing of what is measured.
 
-The measurement holds for an interpreter that is started isolated and without ``site`` (``-I -S``), so that no ``.pth``
-file runs, and with a private bytecode cache (``-X pycache_prefix``), so that nothing in ``__pycache__`` does; neither
-is measured. The system's own libraries are outside, as is the host.
+The measurement holds for an interpreter that is started isolated (``-I``), so that no environment variable speaks, and
+with a private bytecode cache (``-X pycache_prefix``), so that nothing in ``__pycache__`` is run; nothing there is
+measured. The system's own libraries are outside, as is the host.
 """
 
 from __future__ import annotations
@@ -51,12 +51,20 @@ _IMPORTABLE = (".py", ".pyc", ".so")
 
 _INQUIRY_SECONDS = 60.0
 _INQUIRY = """
-import importlib.metadata, importlib.util, json, os, sys, sysconfig
+import sys
+at_start = {module.__file__ for module in list(sys.modules.values()) if getattr(module, "__file__", None)}
+import glob, importlib.metadata, importlib.util, json, os, site, sysconfig
 dependencies, packages = json.loads(sys.argv[1])
 def library():
     with open("/proc/self/maps") as maps:
         mapped = {line.split(maxsplit=5)[5].strip() for line in maps if len(line.split(maxsplit=5)) == 6}
     return sorted(path for path in mapped if os.path.basename(path).startswith("libpython"))
+def startup():
+    for folder in site.getsitepackages():
+        for file in sorted(at_start | set(glob.glob(os.path.join(folder, "*.pth")))):
+            inside = os.path.relpath(file, folder).split(os.sep)
+            if inside[0] != os.pardir:
+                yield [folder, inside[0]]
 def files(name):
     try:
         distribution = importlib.metadata.distribution(name)
@@ -71,6 +79,7 @@ print(json.dumps({
     "library": library(),
     "standard_library": sysconfig.get_path("stdlib"),
     "extensions": sysconfig.get_config_var("DESTSHARED"),
+    "startup": list(startup()),
     "dependencies": {name: files(name) for name in dependencies},
     "packages": {name: folder(name) for name in packages},
 }))
@@ -170,6 +179,7 @@ class _Found:
     library: list[str]
     standard_library: str
     extensions: str | None
+    startup: list[tuple[str, str]]
     dependencies: Mapping[str, tuple[str, list[str]] | None]
     packages: Mapping[str, list[str]]
 
@@ -204,8 +214,12 @@ def _standard_library(found: _Found) -> Iterator[tuple[str, Path]]:
 
 
 def _dependencies(found: _Found) -> Iterator[tuple[str, Path]]:
-    """Whole folders, not only the files that were installed: a file added later could be imported in their place."""
-    tops: dict[str, Path] = {}
+    """What is imported from ``site-packages``: by ``site`` when the interpreter starts (``.pth`` files), and by the
+    enclave.
+
+    Whole folders, not only the files that were installed: a file added later could be imported in their place.
+    """
+    tops = {entry: Path(root, entry) for root, entry in found.startup}
     for name, distribution in found.dependencies.items():
         if distribution is None or not distribution[1]:
             raise MeasurementError(
@@ -240,14 +254,14 @@ def _tree(
     """Every file below ``folder`` with its label; bytecode caches and folders of a name in ``skipped`` are left out."""
     try:
         status = folder.stat()
-        entries = list(os.scandir(folder))
+        entries = [(entry, entry.is_dir()) for entry in os.scandir(folder)]
     except OSError as error:
         raise MeasurementError("unreadable", f"cannot list {folder}: {error.strerror}") from error
     here = (*above, (status.st_dev, status.st_ino))
     if here[-1] in above:
         raise MeasurementError("unreadable", f"{folder} leads back to a folder above it")
-    for entry in entries:
-        if not entry.is_dir():
+    for entry, is_folder in entries:
+        if not is_folder:
             yield f"{label}/{entry.name}", Path(entry)
         elif entry.name != _BYTECODE_CACHE and entry.name not in skipped:
             yield from _tree(f"{label}/{entry.name}", Path(entry), skipped=skipped, above=here)

@@ -3,6 +3,7 @@ it."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -13,15 +14,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import cbor2
 import pytest
 
-from attestation.reference import ZERO_PCR
-from emulator.nsm import MAX_CONNECTIONS
-from emulator.pki import ROOT_CERTIFICATE_FILE, ROOT_FILE, ensure_development_root
+from attestation.reference import ZERO_PCR, PcrSet
+from emulator.nsm import MAX_CONNECTIONS, NsmServer, SoftwareNsm, boot_registers, listen, new_module_id
+from emulator.pki import ROOT_CERTIFICATE_FILE, ROOT_FILE, DevelopmentRoot, ensure_development_root
 from enclave.nsm import Nsm, open_nsm
+from vsockrpc.address import UnixAddress
 
 PCRS = [f"--pcr{index}={index + 1:096x}" for index in range(3)]
 PROGRAM = [sys.executable, "-m", "emulator.nsm"]
@@ -272,3 +275,24 @@ def test_another_program_may_speak_to_it(nsm: Running) -> None:
         described = ask(connection, cbor2.dumps("DescribeNSM"))
         assert isinstance(described, dict)
         assert described["DescribeNSM"]["locked_pcrs"] == list(range(18))
+
+
+@pytest.mark.parametrize("part", [b"", b"\x00", b"\x00\x00\x00\x0a\x69Get"])
+async def test_client_that_drips_loses_its_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: bytes
+) -> None:
+    monkeypatch.setattr("emulator.nsm.IDLE_SECONDS", 0.05)
+    monkeypatch.setattr("emulator.nsm.EXCHANGE_SECONDS", 0.05)
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    registers = boot_registers(PcrSet(ZERO_PCR, ZERO_PCR, ZERO_PCR))
+    module = SoftwareNsm(DevelopmentRoot.generate(now), registers, module_id=new_module_id(), clock=lambda: now)
+    address = UnixAddress(str(tmp_path / "nsm.sock"))
+    listener, _ = listen(address)
+    stop = asyncio.Event()
+    serving = asyncio.create_task(NsmServer(module).serve(listener, stop))
+    reader, writer = await asyncio.open_unix_connection(address.path)
+    writer.write(part)
+    assert await reader.read() == b""
+    writer.close()
+    stop.set()
+    await serving
