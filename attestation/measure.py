@@ -254,7 +254,8 @@ def _tree(
     """Every file below ``folder`` with its label; bytecode caches and folders of a name in ``skipped`` are left out."""
     try:
         status = folder.stat()
-        entries = [(entry, entry.is_dir()) for entry in os.scandir(folder)]
+        with os.scandir(folder) as listing:
+            entries = [(entry, entry.is_dir()) for entry in listing]
     except OSError as error:
         raise MeasurementError("unreadable", f"cannot list {folder}: {error.strerror}") from error
     here = (*above, (status.st_dev, status.st_ino))
