@@ -45,6 +45,8 @@ NSM_IOCTL_RAW = 0xC020_0A00
 NSM_RAW = struct.Struct("QQQQ")
 """``struct nsm_raw``: address and length of the request, address and length of the response."""
 
+_TIMEVAL = struct.Struct("ll")
+
 _T = TypeVar("_T")
 
 
@@ -360,18 +362,28 @@ class SocketTransport:
 
 
 def _connected(address: Address, timeout: float) -> socket.socket:
-    target: str | tuple[str, int] | tuple[int, int]
+    target: str | tuple[int, int]
     match address:
-        case UnixAddress(path):
-            family, target = socket.AF_UNIX, str(path)
         case TcpAddress(host, port):
             return socket.create_connection((host, port), timeout)
+        case UnixAddress(path):
+            family, target = socket.AF_UNIX, path
         case VsockAddress(cid, port):
             family, target = socket.AF_VSOCK, (cid, port)
     connection = socket.socket(family, socket.SOCK_STREAM)
     try:
-        connection.settimeout(timeout)
+        if family == socket.AF_UNIX:
+            # With Python's own timeout the socket does not block, and a full backlog is an error at once (unix(7)).
+            seconds, rest = divmod(timeout, 1)
+            connection.setsockopt(
+                socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(int(seconds), int(rest * 1e6) + 1)
+            )
+        else:
+            connection.settimeout(timeout)
         connection.connect(target)
+    except BlockingIOError as error:
+        connection.close()
+        raise TimeoutError from error
     except OSError:
         connection.close()
         raise

@@ -10,6 +10,7 @@ import struct
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import cbor2
@@ -241,6 +242,30 @@ def test_socket_with_nobody_behind_it(tmp_path: Path) -> None:
     with pytest.raises(NsmUnavailable) as raised:
         open_nsm(f"unix:{tmp_path / 'absent.sock'}").get_random()
     assert "absent.sock" in raised.value.message
+
+
+def test_socket_with_a_full_backlog_is_waited_for(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        listener.bind(str(tmp_path / "nsm.sock"))
+        listener.listen(0)
+        waiting = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        waiting.connect(str(tmp_path / "nsm.sock"))
+        with pytest.raises(NsmUnavailable, match="did not answer"):
+            open_nsm(f"unix:{tmp_path / 'nsm.sock'}", timeout=0.05).get_random()
+
+        def serve() -> None:
+            for _ in range(2):
+                connection, _address = listener.accept()
+                with connection:
+                    if connection.recv(1, socket.MSG_PEEK):
+                        answers(framed(LOCKED))(connection)
+
+        waiting.shutdown(socket.SHUT_WR)
+        thread = threading.Thread(target=serve)
+        thread.start()
+        open_nsm(f"unix:{tmp_path / 'nsm.sock'}").lock_pcr(16)
+        thread.join(30)
 
 
 def test_socket_over_tcp() -> None:
