@@ -62,7 +62,17 @@ class Anchor:
             constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
             usage = certificate.extensions.get_extension_for_class(x509.KeyUsage).value
             certificate.verify_directly_issued_by(certificate)
-        except (_Refused, ValueError, TypeError, x509.ExtensionNotFound, InvalidSignature) as error:
+        except x509.ExtensionNotFound as error:
+            raise PolicyError(
+                "bad_anchor", "the certificate cannot be a root: it lacks basicConstraints or keyUsage"
+            ) from error
+        except (
+            _Refused,
+            ValueError,
+            InvalidSignature,
+            x509.DuplicateExtension,
+            x509.UnsupportedGeneralNameType,
+        ) as error:
             raise PolicyError("bad_anchor", f"the certificate cannot be a root: {_reason(error)}") from error
         if not (constraints.ca and usage.key_cert_sign):
             raise PolicyError("bad_anchor", "the certificate cannot be a root: it may not sign certificates")
@@ -152,8 +162,10 @@ def _load(der: bytes) -> x509.Certificate:
 
 
 def _reason(error: Exception) -> str:
-    """What the library says, without its dump of the certificate, which may be hostile."""
-    return ascii(str(error).partition(" (encountered processing")[0] or type(error).__name__)[1:-1]
+    """What the library says, without its preamble and its dump of the certificate, which may be hostile."""
+    said = str(error).partition(" (encountered processing")[0]
+    said = said.removeprefix("validation failed: ").removeprefix("candidates exhausted: ")
+    return ascii(said or type(error).__name__)[1:-1]
 
 
 def _leaf_constraints(_policy: Policy, _certificate: x509.Certificate, constraints: x509.BasicConstraints) -> None:

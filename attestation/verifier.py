@@ -403,7 +403,7 @@ def _utc(at: datetime) -> datetime:
 
 
 def _hex(value: bytes | None) -> str:
-    return "absent" if value is None else f"h'{value.hex()}'"
+    return "absent" if value is None else cbor.shown(value)
 
 
 def _register(value: bytes | None) -> str:
