@@ -27,7 +27,9 @@ from vsockrpc.transport import serve
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m enclave", description="Run one enclave.")
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the measured configuration, enclave.toml")
+    parser.add_argument(
+        "--config", type=Path, required=True, metavar="FILE", help="the measured configuration, enclave.toml"
+    )
     options = parser.parse_args(arguments)
     forbid_core_dumps()
     try:
@@ -58,6 +60,7 @@ async def run(configuration: EnclaveConfiguration) -> None:
         try:
             await ended.wait()
         finally:
+            log.close()
             for task in background:
                 task.cancel()
             await asyncio.gather(*background, return_exceptions=True)

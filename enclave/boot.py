@@ -94,7 +94,9 @@ class Enclave:
         if self.configuration.entropy is Entropy.NSM_HWRNG:
             current = self._rng_current.read_text().strip()
             if current != "nsm-hwrng":
-                raise BootError("entropy_missing", "the kernel is not seeded by the NSM", expected="nsm-hwrng", got=current)
+                raise BootError(
+                    "entropy_missing", "the kernel is not seeded by the NSM", expected="nsm-hwrng", got=current
+                )
         with KERNEL_POOL.open("wb", buffering=0) as pool:
             pool.write(await asyncio.to_thread(self.nsm.get_random))
 
@@ -112,7 +114,10 @@ class Enclave:
 
         configuration = self.configuration
         self._model = await receive_model(
-            configuration.model_store, configuration.manifest, max_bytes=configuration.max_model_bytes, progress=progress
+            configuration.model_store,
+            configuration.manifest,
+            max_bytes=configuration.max_model_bytes,
+            progress=progress,
         )
         await self._commit(PCR_MODEL, self._model.manifest.digest())
 
@@ -135,11 +140,16 @@ class Enclave:
         def commit() -> None:
             before = self.nsm.describe_pcr(index)
             if before.lock or before.data != ZERO_PCR:
-                raise BootError("register_in_use", f"PCR{index} was used before this boot's commitment", expected="zero, unlocked")
+                raise BootError(
+                    "register_in_use", f"PCR{index} was used before this boot's commitment", expected="zero, unlocked"
+                )
             after = self.nsm.extend_pcr(index, digest)
             if after != once_extended(digest):
                 raise BootError(
-                    "register_wrong", f"PCR{index} is not what one extend gives", expected=once_extended(digest).hex(), got=after.hex()
+                    "register_wrong",
+                    f"PCR{index} is not what one extend gives",
+                    expected=once_extended(digest).hex(),
+                    got=after.hex(),
                 )
             self.nsm.lock_pcr(index)
 

@@ -12,7 +12,8 @@ from attestation.commitment import Entropy
 from attestation.errors import PolicyError, StrongroomError
 from attestation.reference import DIGEST_SIZE, configuration_digest
 from attestation.strict_toml import Table, wrong_value
-from vsockrpc.address import Address, AddressError, parse_address
+from vsockrpc.address import Address, parse_address
+from vsockrpc.errors import AddressError
 
 
 class ConfigurationError(StrongroomError):

@@ -113,7 +113,15 @@ class Totals:
 
 
 Event: TypeAlias = (
-    PhaseReached | Halted | WeightsReceived | EngineStarted | EngineExited | KeyOffered | NsmFailed | InternalError | Totals
+    PhaseReached
+    | Halted
+    | WeightsReceived
+    | EngineStarted
+    | EngineExited
+    | KeyOffered
+    | NsmFailed
+    | InternalError
+    | Totals
 )
 
 
@@ -126,6 +134,7 @@ class EventLog:
     _recent: deque[str] = field(init=False)
     _written: int = field(default=0, init=False)
     _changed: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+    _closed: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self._recent = deque(maxlen=self.capacity)
@@ -134,13 +143,21 @@ class EventLog:
         body = {"event": event.event, "at": round(time.monotonic(), 3), **asdict(event)}
         self._recent.append(json.dumps(body, separators=(",", ":")))
         self._written += 1
-        self._changed.set()
-        self._changed = asyncio.Event()
+        self._wake()
 
     def close_interval(self) -> None:
         """Writes the interval's totals and begins the next. An interval without a request is written too: silence is no signal."""
         self.write(self.totals)
         self.totals = Totals()
+
+    def close(self) -> None:
+        """Ends every :meth:`follow` once it has said what there is."""
+        self._closed = True
+        self._wake()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     async def follow(self) -> AsyncIterator[str]:
         """JSON texts, one an event: the recent ones, then new ones as they come."""
@@ -152,4 +169,6 @@ class EventLog:
             for line in fresh:
                 yield line
             if seen == self._written:
+                if self._closed:
+                    return
                 await self._changed.wait()

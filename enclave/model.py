@@ -58,15 +58,22 @@ async def receive_model(store: Address, manifest: bytes, *, max_bytes: int, prog
     described = await transfer.manifest(manifest)
     [weights] = described.files
     if weights.size > max_bytes:
-        raise ModelRefused("model_too_large", "the model exceeds the configured bound", expected=max_bytes, got=weights.size)
+        raise ModelRefused(
+            "model_too_large", "the model exceeds the configured bound", expected=max_bytes, got=weights.size
+        )
     fd = os.memfd_create("weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.posix_fallocate(fd, 0, weights.size)
         digest = await transfer.file(weights, fd)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+        fcntl.fcntl(
+            fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+        )
         if digest != weights.sha384:
             raise ModelRefused(
-                "wrong_model", "the weights are not those of the manifest", expected=weights.sha384.hex(), got=digest.hex()
+                "wrong_model",
+                "the weights are not those of the manifest",
+                expected=weights.sha384.hex(),
+                got=digest.hex(),
             )
         with os.fdopen(os.dup(fd), "rb") as file:
             read_header(file)
@@ -87,12 +94,7 @@ class _Transfer:
         async def fetch(client: Client) -> bytes:
             async with client.call("model.manifest", {"digest": digest}, deadline=MANIFEST_SECONDS) as call:
                 await call.send(b"", end=True)
-                data = bytearray()
-                async for chunk in call:
-                    data += chunk
-                    if len(data) > MAX_MANIFEST_SIZE:
-                        raise ModelRefused("wrong_manifest", "the manifest is too large", expected=MAX_MANIFEST_SIZE)
-                return bytes(data)
+                return await call.read(MAX_MANIFEST_SIZE)
 
         attempts = _Attempts()
         while True:
@@ -100,11 +102,13 @@ class _Transfer:
                 async with connect(self._store) as client:
                     data = await fetch(client)
                 break
-            except (ConnectionLost, Fault, OSError) as error:
+            except (ConnectionLost, Fault) as error:
                 await attempts.pause_after(error, progressed=False)
         got = h384(MANIFEST_LABEL, data)
         if got != digest:
-            raise ModelRefused("wrong_manifest", "the store sent another manifest", expected=digest.hex(), got=got.hex())
+            raise ModelRefused(
+                "wrong_manifest", "the store sent another manifest", expected=digest.hex(), got=got.hex()
+            )
         return ModelManifest.decode(data)
 
     async def file(self, weights: ManifestFile, fd: int) -> bytes:
@@ -117,7 +121,7 @@ class _Transfer:
                 try:
                     async with connect(self._store) as client:
                         await self._receive(client, weights, sink)
-                except (ConnectionLost, Fault, OSError, TimeoutError) as error:
+                except (ConnectionLost, Fault, TimeoutError) as error:
                     await attempts.pause_after(error, progressed=sink.received > before)
             return await sink.finish()
         finally:
@@ -133,7 +137,9 @@ class _Transfer:
                 if chunk is None:
                     raise ConnectionLost("the store ended the file early")
                 if sink.received + len(chunk) > weights.size:
-                    raise ModelRefused("wrong_model", "the store sent more than the file", expected=weights.size, got="more")
+                    raise ModelRefused(
+                        "wrong_model", "the store sent more than the file", expected=weights.size, got="more"
+                    )
                 await sink.write(chunk)
                 self._progress(sink.received, weights.size)
 

@@ -7,11 +7,9 @@ to the engine, and its answer leaves as records of one size on a fixed beat.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
-
-from vsockrpc.transport import Fault, IncomingCall
 
 from attestation.commitment import Evidence, Purpose, UserData
 from attestation.errors import StrongroomError
@@ -40,13 +38,13 @@ from vsockrpc.sealed import (
     SealedError,
     split_opening,
 )
+from vsockrpc.transport import Fault, Handler, IncomingCall
 
 EVIDENCE_QUEUE = 32
 OPENING_QUEUE = 256
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Handler = Callable[[IncomingCall], Awaitable[None]]
 
 
 class BoundedWorker:
@@ -199,7 +197,10 @@ class Server:
             case ChatRequest() as chat:
                 if chat.model is not None and chat.model != manifest.name:
                     raise StrongroomError(
-                        "unknown_model", "this enclave does not serve that model", expected=manifest.name, got=chat.model
+                        "unknown_model",
+                        "this enclave does not serve that model",
+                        expected=manifest.name,
+                        got=chat.model,
                     )
                 await answer.write(Start(manifest.name).encode())
                 async for event in engine.generate(_generate_request(chat)):

@@ -40,11 +40,19 @@ FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
 @click.command()
-@click.option("--launcher", type=click.Choice(["process"]), default="process", show_default=True, help="process: emulated, on this host.")
+@click.option(
+    "--launcher",
+    type=click.Choice(["process"]),
+    default="process",
+    show_default=True,
+    help="process: emulated, on this host.",
+)
 @click.option("--config", "configuration", type=FILE, required=True, help="The measured configuration, enclave.toml.")
 @click.option("--model", type=FILE, required=True, help="The GGUF file whose manifest the configuration pins.")
 @click.option("--name", default="enclave", show_default=True, help="What to call it.")
-@click.option("--memory-gib", type=click.FloatRange(0.5), help="Address space of each of its processes.  [default: 2 x model + 6]")
+@click.option(
+    "--memory-gib", type=click.FloatRange(0.5), help="Address space of each of its processes.  [default: 2 x model + 6]"
+)
 @click.option("--cpus", type=click.IntRange(1), help="CPUs it may use.  [default: all]")
 @click.option("--foreground", is_flag=True, help="Stay, and end the enclave with this command.")
 @click.option("--leave-terminal", is_flag=True, hidden=True, help="Let go of the terminal once the enclave serves.")
@@ -196,7 +204,9 @@ def stop(name: str, as_json: bool) -> None:
         deadline = time.monotonic() + STOP_SECONDS
         while instance.supervised():
             if time.monotonic() > deadline:
-                raise RegistryError("does_not_stop", f"{name} does not stop; its supervisor is process {state.pid}", got=name)
+                raise RegistryError(
+                    "does_not_stop", f"{name} does not stop; its supervisor is process {state.pid}", got=name
+                )
             time.sleep(POLL_SECONDS)
     instance.remove()
     click.echo(json.dumps({"stopped": name}) if as_json else f"stopped {name}")
@@ -206,8 +216,20 @@ def stop(name: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.option("--enclave", default="enclave", show_default=True, metavar="ADDRESS", help="vsock:CID:PORT, unix:PATH, tcp:HOST:PORT or a name of `strongroom ps`.")
-@click.option("--listen", default="127.0.0.1:8080", show_default=True, metavar="HOST:PORT", help="Where clients connect; port 0 takes a free one.")
+@click.option(
+    "--enclave",
+    default="enclave",
+    show_default=True,
+    metavar="ADDRESS",
+    help="vsock:CID:PORT, unix:PATH, tcp:HOST:PORT or a name of `strongroom ps`.",
+)
+@click.option(
+    "--listen",
+    default="127.0.0.1:8080",
+    show_default=True,
+    metavar="HOST:PORT",
+    help="Where clients connect; port 0 takes a free one.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line when ready.")
 def proxy(enclave: str, listen: str, as_json: bool) -> None:
     """Carry HTTP to an enclave: ciphertext, and nothing that it could read.
@@ -238,4 +260,3 @@ def enclave_address(text: str) -> Address:
         return parse_address(text)
     instance = Registry.of_user().find(text)
     return UnixAddress(str(instance.directory / LaunchConfiguration.load(instance.configuration).listen.path))
-

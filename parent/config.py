@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from attestation.errors import StrongroomError
-from vsockrpc.address import AddressError, UnixAddress, parse_address
+from vsockrpc.address import UnixAddress, parse_address
+from vsockrpc.errors import AddressError
 
 
 class LaunchConfigurationError(StrongroomError):

@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vsockrpc.transport import Fault, IncomingCall
-
 from attestation.manifest import ModelManifest
+from vsockrpc.transport import Fault, Handler, IncomingCall
 
 PIECE = 1 << 20
 """Bytes read from the file at once."""
-
-Handler = Callable[[IncomingCall], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,6 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
-from vsockrpc.transport import Call, Client, ConnectionLost, Fault, connect
 
 from vsockrpc.address import Address
 from vsockrpc.http import (
@@ -29,12 +28,12 @@ from vsockrpc.http import (
     SEALED_TYPE,
     STATUS_OF_FAULT,
 )
+from vsockrpc.transport import Call, Client, ConnectionLost, Fault, dial
 
 MAX_REQUEST_BYTES = 8 << 20
 """A sealed request in its records; the enclave's own limit is lower."""
 EVIDENCE_SECONDS = 30
 SEALED_SECONDS = 3600
-CONNECT_SECONDS = 5
 
 
 class Metrics:
@@ -59,7 +58,6 @@ class EnclaveLink:
         self._metrics = metrics
         self._connecting = asyncio.Lock()
         self._client: Client | None = None
-        self._closing = contextlib.AsyncExitStack()
 
     async def client(self) -> Client:
         """Raises Fault ``unavailable`` when no enclave answers at the address."""
@@ -67,9 +65,8 @@ class EnclaveLink:
             if self._client is None or self._client.closed:
                 await self.close()
                 try:
-                    async with asyncio.timeout(CONNECT_SECONDS):
-                        self._client = await self._closing.enter_async_context(connect(self._address))
-                except (OSError, ConnectionLost, TimeoutError) as error:
+                    self._client = await dial(self._address)
+                except ConnectionLost as error:
                     self._metrics.connected.set(0)
                     raise Fault("unavailable", "no enclave answers at its address") from error
                 self._metrics.connects.inc()
@@ -77,9 +74,9 @@ class EnclaveLink:
             return self._client
 
     async def close(self) -> None:
-        self._client = None
-        await self._closing.aclose()
-        self._closing = contextlib.AsyncExitStack()
+        if self._client is not None:
+            client, self._client = self._client, None
+            await client.close()
 
 
 class Proxy:
@@ -125,15 +122,11 @@ class Proxy:
             async with client.call("evidence", {"nonce": nonce}, deadline=EVIDENCE_SECONDS) as call:
                 await call.send(b"", end=True)
                 await call.reply()
-                evidence = bytearray()
-                async for chunk in call:
-                    evidence += chunk
-                    if len(evidence) > MAX_EVIDENCE_BYTES:
-                        raise Fault("unavailable", "the enclave's Evidence is too large")
+                evidence = await call.read(MAX_EVIDENCE_BYTES)
         except (Fault, ConnectionLost) as error:
             return clear_fault(error)
         self.metrics.bytes.labels("out").inc(len(evidence))
-        return Response(bytes(evidence), media_type=EVIDENCE_TYPE, headers={"Cache-Control": "no-store"})
+        return Response(evidence, media_type=EVIDENCE_TYPE, headers={"Cache-Control": "no-store"})
 
     async def health(self, request: Request) -> Response:
         try:
@@ -145,7 +138,7 @@ class Proxy:
     async def show_metrics(self, request: Request) -> Response:
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    async def open_sealed(self, key_id: bytes) -> contextlib.AbstractAsyncContextManager[Call]:
+    async def sealed_call(self, key_id: bytes) -> Call:
         client = await self._link.client()
         return client.call("sealed", {"key_id": key_id}, deadline=SEALED_SECONDS)
 
@@ -169,7 +162,7 @@ class SealedEndpoint:
         status = 499  # the client left before there was an answer
         try:
             key_id = self._check(request)
-            async with await self._proxy.open_sealed(key_id) as call:
+            async with await self._proxy.sealed_call(key_id) as call:
                 with self._metrics.open_calls.track_inprogress():
                     await self._convey_request(request, call)
                     await call.reply()

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -91,8 +92,20 @@ def write_now(text: str) -> None:
     sys.stdout.flush()
 
 
-def conversation(system: str | None, *messages: ChatMessage) -> tuple[ChatMessage, ...]:
-    return (*((ChatMessage("system", system),) if system else ()), *messages)
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """What the sampling options say, and the system message that begins every conversation."""
+
+    system: str | None
+    max_tokens: int
+    temperature: float
+    seed: int | None
+
+    def request(self, *messages: ChatMessage) -> ChatRequest:
+        beginning = (ChatMessage("system", self.system),) if self.system else ()
+        return ChatRequest(
+            (*beginning, *messages), max_tokens=self.max_tokens, temperature=self.temperature, seed=self.seed
+        )
 
 
 @click.command()
@@ -120,9 +133,7 @@ def ask(
       git diff | strongroom ask - --system "Review this change."
     """
     text = sys.stdin.read() if prompt == "-" else prompt
-    request = ChatRequest(
-        conversation(system, ChatMessage("user", text)), max_tokens=max_tokens, temperature=temperature, seed=seed
-    )
+    request = Sampling(system, max_tokens, temperature, seed).request(ChatMessage("user", text))
     spoken = Spoken((lambda piece: None) if as_json else write_now)
 
     async def run() -> None:
@@ -153,22 +164,20 @@ def chat(url: str, policy: Path, system: str | None, max_tokens: int, temperatur
             result = await session.verify()
             out.print(verdict_line(result))
             warn_of_labels(out, result)
-            await talk(session, system, max_tokens=max_tokens, temperature=temperature, seed=seed)
+            await talk(session, Sampling(system, max_tokens, temperature, seed))
 
     asyncio.run(run())
 
 
-async def talk(session: Session, system: str | None, *, max_tokens: int, temperature: float, seed: int | None) -> None:
+async def talk(session: Session, sampling: Sampling) -> None:
     """Turns of a conversation until the end of input. A failed turn is said and forgotten; the conversation goes on."""
-    history = conversation(system)
+    history: tuple[ChatMessage, ...] = ()
     while (line := await _read_line()) is not None:
         if not line.strip():
             continue
         turn = (*history, ChatMessage("user", line))
         spoken = Spoken(write_now)
-        answering = asyncio.ensure_future(
-            spoken.listen(session, ChatRequest(turn, max_tokens=max_tokens, temperature=temperature, seed=seed))
-        )
+        answering = asyncio.ensure_future(spoken.listen(session, sampling.request(*turn)))
         async with _interruptible(answering):
             try:
                 await answering

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import secrets
 import shutil
 import subprocess
@@ -23,11 +22,11 @@ from rich.text import Text
 from attestation.errors import StrongroomError
 from attestation.policy import AppraisalPolicy
 from strongroom.commands import err, model_or_installed, out
-from strongroom.conversation import Spoken, conversation, sampling_options, talk, write_now
+from strongroom.conversation import Sampling, Spoken, sampling_options, talk, write_now
 from strongroom.prepare import Prepared, Settings, prepare
 from strongroom.render import verdict_line, verdict_table, warn_of_labels
 from strongroom.session import Session
-from vsockrpc.messages import ChatMessage, ChatRequest
+from vsockrpc.messages import ChatMessage
 
 STOP_SECONDS = 30
 
@@ -40,8 +39,20 @@ class RunError(StrongroomError):
 @click.argument("model", required=False, type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--prompt", help="Ask this and end. Without it, a conversation.")
 @sampling_options
-@click.option("--context", type=click.IntRange(64, 1 << 20), default=2048, show_default=True, help="Tokens, prompt and answer together.")
-@click.option("--threads", type=click.IntRange(0, 256), default=0, show_default=True, help="Threads that decode; 0: one for each CPU.")
+@click.option(
+    "--context",
+    type=click.IntRange(64, 1 << 20),
+    default=2048,
+    show_default=True,
+    help="Tokens, prompt and answer together.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(0, 256),
+    default=0,
+    show_default=True,
+    help="Threads that decode; 0: one for each CPU.",
+)
 def run(
     model: Path | None,
     prompt: str | None,
@@ -68,17 +79,12 @@ def run(
         prepared = prepare(model, folder, Settings(context=context, threads=threads), progress=_tell)
         err.print("[bold]Enclave[/bold]")
         with _enclave(prepared, model) as name, _proxy(name) as url:
-            request = None
-            if prompt is not None:
-                messages = conversation(system, ChatMessage("user", prompt))
-                request = ChatRequest(messages, max_tokens=max_tokens, temperature=temperature, seed=seed)
-            sampling = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
-            asyncio.run(_converse(url, prepared, request, system, sampling))
+            asyncio.run(_converse(url, prepared, prompt, Sampling(system, max_tokens, temperature, seed)))
     finally:
         shutil.rmtree(folder)
 
 
-async def _converse(url: str, prepared: Prepared, request: ChatRequest | None, system: str | None, sampling) -> None:
+async def _converse(url: str, prepared: Prepared, prompt: str | None, sampling: Sampling) -> None:
     async with Session(url, AppraisalPolicy.load(prepared.policy)) as session:
         result = await session.verify()
         out.print("[bold]Verdict[/bold], every check of PROTOCOL.md section 3")
@@ -86,12 +92,12 @@ async def _converse(url: str, prepared: Prepared, request: ChatRequest | None, s
         out.print(verdict_line(result))
         warn_of_labels(out, result)
         out.print()
-        if request is None:
-            await talk(session, system, **sampling)
+        if prompt is None:
+            await talk(session, sampling)
             return
-        out.print(Text(request.messages[-1].content, "bold"))
+        out.print(Text(prompt, "bold"))
         spoken = Spoken(write_now)
-        await spoken.listen(session, request)
+        await spoken.listen(session, sampling.request(ChatMessage("user", prompt)))
         assert spoken.done is not None
         out.print("\n")
         out.print(f"model        {prepared.manifest.name}  sha384:{prepared.manifest.digest().hex()}")
@@ -143,7 +149,9 @@ def _first_line(process: subprocess.Popen[bytes]) -> bytes:
     assert process.stdout is not None
     line: bytes = process.stdout.readline()
     if not line:
-        raise RunError("not_started", f"{' '.join(process.args[4:6])} ended early", got=f"exit code {process.wait()}")
+        raise RunError(
+            "not_started", "a process behind this command did not come up", got=f"exit code {process.wait()}"
+        )
     return line
 
 

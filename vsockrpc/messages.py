@@ -150,7 +150,7 @@ class ChatMessage:
         role = fields["role"]
         if role not in ROLES:
             raise MessageError("unknown role", param=f"{param}.role", expected=" | ".join(ROLES), got=role)
-        return cls(cast(Role, role), _text(fields["content"], f"{param}.content", MAX_CONTENT_CHARACTERS))
+        return cls(role, _text(fields["content"], f"{param}.content", MAX_CONTENT_CHARACTERS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,7 +338,7 @@ def decode_answer(message: dict[str, object]) -> Answer:
                 raise MessageError("unknown finish reason", param="finish_reason", expected=" | ".join(FINISH_REASONS))
             usage = _fields(fields["usage"], param="usage", required={"prompt_tokens", "completion_tokens"})
             counts = [_integer(usage[name], name, 0, 2**32) for name in ("prompt_tokens", "completion_tokens")]
-            return Done(cast(FinishReason, fields["finish_reason"]), *counts)
+            return Done(fields["finish_reason"], *counts)
         case "model":
             fields = _fields(body, param=kind, required={"name", "context", "manifest"})
             manifest = fields["manifest"]

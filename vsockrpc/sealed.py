@@ -49,6 +49,8 @@ _SUITE = hpke.Suite(hpke.KEM.MLKEM768_X25519, hpke.KDF.HKDF_SHA256, hpke.AEAD.AE
 class SealedError(StrongroomError):
     """Sealed bytes that are malformed, tampered with, reordered, replayed or cut short. The channel they came over is finished."""
 
+    exit_code = 3
+
 
 class ExchangeKeys:
     """What one sealed secret gives: a key for each direction and the tag by which a replay is known."""

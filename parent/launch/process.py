@@ -15,12 +15,11 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from vsockrpc.transport import ConnectionLost, Fault, connect, serve
 
 from attestation.errors import StrongroomError
 from attestation.manifest import ModelManifest
@@ -30,6 +29,7 @@ from parent.config import LaunchConfiguration
 from parent.modelstore import ModelStore
 from parent.registry import Instance, State
 from vsockrpc.address import UnixAddress
+from vsockrpc.transport import ConnectionLost, Fault, connect, serve
 
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 30.0
@@ -95,7 +95,7 @@ class Supervisor:
             self._state.pcrs = {str(index): value.hex() for index, value in measured.as_registers().items()}
             store = ModelStore(self._launch.manifest, self._launch.model)
             address = UnixAddress(str(self._instance.directory / self._configuration.store.path))
-            async with serve(address, store.handlers):
+            async with serve(address, store.handlers, on_error=self._note):
                 supervising = asyncio.ensure_future(self._keep_running(measured))
                 waiting = asyncio.ensure_future(stopping.wait())
                 await asyncio.wait({supervising, waiting}, return_when=asyncio.FIRST_COMPLETED)
@@ -171,7 +171,9 @@ class Supervisor:
         return [sys.executable, "-I", "-X", f"pycache_prefix={self._instance.directory / 'bytecode'}"]
 
     @contextlib.asynccontextmanager
-    async def _child(self, arguments: Sequence[str], keep: Sequence[str], *, stdout: int) -> AsyncIterator[asyncio.subprocess.Process]:
+    async def _child(
+        self, arguments: Sequence[str], keep: Sequence[str], *, stdout: int
+    ) -> AsyncIterator[asyncio.subprocess.Process]:
         with self._instance.log.open("ab") as log:
             process = await asyncio.create_subprocess_exec(
                 *self._python(),
@@ -224,6 +226,11 @@ class Supervisor:
                     elif event["event"] == "halted":
                         return {key: event[key] for key in ("code", "message", "expected", "got")}
         raise ConnectionLost("the enclave ended its events")
+
+    def _note(self, error: BaseException) -> None:
+        """A defect in the store's handling of a call goes to the supervisor's log, not to the enclave."""
+        with self._instance.log.open("a") as log:
+            traceback.print_exception(error, file=log)
 
     def _last_words(self) -> str:
         """The end of what the children wrote before they served anybody."""
