@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from attestation.checks import Check
@@ -12,8 +12,11 @@ class StrongroomError(Exception):
     """The root of every error that this project raises on purpose.
 
     ``code`` is stable and meant for programs; the message is for people and may change. ``expected`` and ``got`` are
-    texts without secrets: digests, names, numbers.
+    texts without secrets: digests, names, numbers. ``exit_code`` is that of a command that ends with it: 1 verdict negative, 2 usage,
+    3 malformed or untrusted, 4 unavailable.
     """
+
+    exit_code: ClassVar[int] = 4
 
     def __init__(self, code: str, message: str, *, expected: object | None = None, got: object | None = None) -> None:
         super().__init__(message)
@@ -41,6 +44,7 @@ class EvidenceError(StrongroomError):
     on an error that a parser raised on its own.
     """
 
+    exit_code = 3
     checks: tuple[Check, ...] = ()
 
 
@@ -50,11 +54,14 @@ class AppraisalError(StrongroomError):
     ``checks`` holds every step, with each failure; ``code``, ``expected`` and ``got`` are those of the first.
     """
 
+    exit_code = 1
     checks: tuple[Check, ...] = ()
 
 
 class PolicyError(StrongroomError):
     """A policy that cannot be judged by: unknown, missing or contradictory fields. ``field`` is the field's path."""
+
+    exit_code = 2
 
     def __init__(
         self,
