@@ -106,7 +106,7 @@ def test_a_certificate_that_the_library_warns_of_is_one_more_refusal() -> None:
         assert caught.value.code == "untrusted_chain"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(0, 4), st.integers(0), st.integers(1, 255))
 def test_no_bit_of_a_chain_may_differ(which: int, position: int, difference: int) -> None:
     certificates = [bytearray(der) for der in (*GOOD.cabundle, GOOD.certificate)]
@@ -118,7 +118,7 @@ def test_no_bit_of_a_chain_may_differ(which: int, position: int, difference: int
     assert str(caught.value).isprintable()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=200), st.lists(st.binary(max_size=100), max_size=3))
 def test_any_bytes_give_the_typed_error(leaf: bytes, rest: list[bytes]) -> None:
     with pytest.raises(EvidenceError):

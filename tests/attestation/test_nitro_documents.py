@@ -112,7 +112,7 @@ def test_registers_are_built_as_aws_builds_them() -> None:
     assert once_extended(nothing).hex() == known["pcr2_without_application_ramdisk"]["value"]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_a_mutated_document_is_never_authentic(data: st.DataObject) -> None:
     entry = data.draw(st.sampled_from(VALID))

@@ -1,0 +1,289 @@
+"""policy.toml: what is unknown, missing, contradictory or wrong is named, and nothing is optional in silence."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attestation.anchors import AWS_NITRO_G1
+from attestation.chain import Anchor
+from attestation.errors import PolicyError
+from attestation.policy import AppraisalPolicy, Forbid, Ignore, Release, Require
+from attestation.reference import PcrSet
+from tests.pki import forge
+
+A, B = "a" * 96, "b" * 96
+RELEASE_ONE = forge.POLICY[forge.POLICY.index("[[release]]") : forge.POLICY.index('[[release]]\nname = "two"')]
+RELEASE_TWO = forge.POLICY[forge.POLICY.index('[[release]]\nname = "two"') : forge.POLICY.index("[model]")]
+ANCHOR = forge.POLICY[forge.POLICY.index("[anchor]") : forge.POLICY.index("[freshness]")]
+
+
+def _error(text: str, folder: Path) -> PolicyError:
+    with pytest.raises(PolicyError) as caught:
+        AppraisalPolicy.parse(text, folder)
+    return caught.value
+
+
+def test_it_is_read(policy: AppraisalPolicy) -> None:
+    assert policy.anchor == Anchor.emulated(forge.ROOT_DER)
+    assert (policy.max_age_seconds, policy.leeway_seconds, policy.accept_debug) == (300, 120, None)
+    assert [release.name for release in policy.releases] == ["one", "two"]
+    assert policy.releases[0].pcrs == PcrSet(forge.PCRS[0], forge.PCRS[1], forge.PCRS[2])
+    assert policy.model == Require((forge.COMMITMENT.model,))
+    assert policy.pcrs == {3: Forbid(), 4: Require((forge.PCRS[4],)), 8: Forbid()}
+    assert policy.module_id == Ignore("it changes at every start")
+
+
+def test_aws_needs_no_file(policy_folder: Path) -> None:
+    text = forge.POLICY.replace(ANCHOR, '[anchor]\ntrust = "AWS-NITRO-G1"\n')
+    assert AppraisalPolicy.parse(text, policy_folder).anchor is AWS_NITRO_G1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [line for line in forge.POLICY.splitlines() if " = " in line and not line.startswith("pcr8")],
+    ids=lambda line: line.partition(" =")[0],
+)
+def test_every_field_must_be_there(line: str, policy_folder: Path) -> None:
+    assert _error(forge.POLICY.replace(line + "\n", "", 1), policy_folder).code == "missing_field"
+
+
+@pytest.mark.parametrize(
+    "table", ["anchor", "freshness", "debug", "model", "configuration", "pcrs.3", "pcrs.4", "pcrs.8", "module_id"]
+)
+def test_every_table_must_be_there(table: str, policy_folder: Path) -> None:
+    lines = forge.POLICY.splitlines()
+    start = lines.index(f"[{table}]")
+    end = next((number for number in range(start + 1, len(lines)) if lines[number].startswith("[")), len(lines))
+    error = _error("\n".join(lines[:start] + lines[end:]), policy_folder)
+    assert (error.code, error.field) == ("missing_field", table)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "code", "field"),
+    [
+        # the file
+        ("version = 1", "version = 2", "unknown_version", "version"),
+        ("version = 1", 'version = "1"', "wrong_value", "version"),
+        ("version = 1", "version = true", "wrong_value", "version"),
+        ("version = 1", "version = 1\nmore = 1", "unknown_field", "more"),
+        ("version = 1", "version = ", "malformed_policy", None),
+        ("version = 1", "version = 1\nversion = 1", "malformed_policy", None),
+        ("[debug]\nforbid = true", "[debug]\nforbid = true\nmore.more = 1", "unknown_field", "debug.more"),
+        # the anchor
+        ('"EMULATED"', '"ANYTHING"', "unknown_value", "anchor.trust"),
+        ('"EMULATED"', '"emulated"', "unknown_value", "anchor.trust"),
+        ('"EMULATED"', '"AWS-NITRO-G1"', "contradiction", "anchor.root"),
+        ('"EMULATED"', "[]", "wrong_value", "anchor.trust"),
+        ('"EMULATED"\nroot = "root.der"', '"AWS-NITRO-G1"', "contradiction", "anchor.root_sha256"),
+        ('"root.der"', '"absent.der"', "unreadable_anchor", "anchor.root"),
+        ('"root.der"', '"."', "unreadable_anchor", "anchor.root"),
+        ('"root.der"', '"large.der"', "unreadable_anchor", "anchor.root"),
+        ('"root.der"', '"leaf.der"', "wrong_anchor", "anchor.root_sha256"),
+        ('root_sha256 = "', 'root_sha256 = "0', "wrong_value", "anchor.root_sha256"),
+        ("[freshness]", "more = 1\n[freshness]", "unknown_field", "anchor.more"),
+        # freshness
+        ("= 300", "= 0", "wrong_value", "freshness.max_age_seconds"),
+        ("= 300", "= 86401", "wrong_value", "freshness.max_age_seconds"),
+        ("= 300", "= 300.0", "wrong_value", "freshness.max_age_seconds"),
+        ("= 120", "= -1", "wrong_value", "freshness.leeway_seconds"),
+        ("= 120", "= 601", "wrong_value", "freshness.leeway_seconds"),
+        ("[debug]", "more = 1\n[debug]", "unknown_field", "freshness.more"),
+        # debug
+        ("[debug]\nforbid = true", "[debug]\nforbid = false", "wrong_value", "debug.forbid"),
+        ("[debug]\nforbid = true", '[debug]\nforbid = true\naccept = "why"', "contradiction", "debug"),
+        ("[debug]\nforbid = true", '[debug]\naccept = ""', "wrong_value", "debug.accept"),
+        ("[debug]\nforbid = true", '[debug]\naccept = "  "', "wrong_value", "debug.accept"),
+        ("[debug]\nforbid = true", "[debug]\naccept = true", "wrong_value", "debug.accept"),
+        ("[debug]\nforbid = true", '[debug]\nignore = "why"', "missing_field", "debug"),
+        # releases
+        (RELEASE_ONE + RELEASE_TWO, "", "missing_field", "release"),
+        (RELEASE_ONE + RELEASE_TWO, "[release]\n", "wrong_value", "release"),
+        ("version = 1", "version = 1\nrelease = []", "malformed_policy", None),
+        (RELEASE_TWO, RELEASE_ONE, "contradiction", "release[1].name"),
+        (forge.PCRS[0].hex(), "0" * 96, "contradiction", "release[0].pcr0"),
+        (forge.PCRS[2].hex(), "0" * 96, "contradiction", "release[0].pcr2"),
+        (forge.measured("signer").hex(), "0" * 96, "contradiction", "release[1].pcr8"),
+        (forge.PCRS[0].hex(), "0" * 95, "wrong_value", "release[0].pcr0"),
+        (forge.PCRS[1].hex(), "g" * 96, "wrong_value", "release[0].pcr1"),
+        (forge.PCRS[2].hex(), " " + "a" * 96, "wrong_value", "release[0].pcr2"),
+        (f'pcr2 = "{forge.PCRS[2].hex()}"', f'pcr2 = "{A}"\npcr3 = "{A}"', "unknown_field", "release[0].pcr3"),
+        ('name = "one"', 'name = ""', "wrong_value", "release[0].name"),
+        ('name = "one"', r'name = "\u001b[2K"', "wrong_value", "release[0].name"),
+        ('name = "one"', f'name = "{"x" * 501}"', "wrong_value", "release[0].name"),
+        # model and configuration
+        (f'"sha384:{forge.COMMITMENT.model.hex()}"', "", "empty_list", "model.require"),
+        (f'["sha384:{forge.COMMITMENT.model.hex()}"]', f'"sha384:{A}"', "wrong_value", "model.require"),
+        (f"sha384:{forge.COMMITMENT.model.hex()}", A, "wrong_value", "model.require[0]"),
+        (f"sha384:{forge.COMMITMENT.model.hex()}", f"sha256:{A}", "wrong_value", "model.require[0]"),
+        (f"sha384:{forge.COMMITMENT.model.hex()}", "sha384:", "wrong_value", "model.require[0]"),
+        ("[model]\n", '[model]\nignore = "why"\n', "contradiction", "model"),
+        ("[model]\n", "[model]\nforbid = true\n", "unknown_field", "model.forbid"),
+        ("[configuration]\n", "[configuration]\nmore = 1\n", "unknown_field", "configuration.more"),
+        # registers
+        ("[pcrs.3]\nforbid = true", '[pcrs.3]\nforbid = true\nignore = "why"', "contradiction", "pcrs.3"),
+        ("[pcrs.3]\nforbid = true", "[pcrs.3]\nforbid = false", "wrong_value", "pcrs.3.forbid"),
+        ("[pcrs.3]\nforbid = true", "[pcrs.3]\nignore = true", "wrong_value", "pcrs.3.ignore"),
+        ("[pcrs.3]\nforbid = true", "[pcrs.3]\nrequire = []", "empty_list", "pcrs.3.require"),
+        ("[pcrs.3]\nforbid = true", "[pcrs.3]\nrequire = [1]", "wrong_value", "pcrs.3.require[0]"),
+        ("[pcrs.3]\nforbid = true", "[pcrs.3]\nforbid = true\nmore = 1", "unknown_field", "pcrs.3.more"),
+        ("[pcrs.3]\nforbid = true", "[pcrs]\n3 = true", "wrong_value", "pcrs.3"),
+        ("[module_id]", "[pcrs.0]\nforbid = true\n[module_id]", "unknown_field", "pcrs.0"),
+        ("[module_id]", "[pcrs.16]\nforbid = true\n[module_id]", "unknown_field", "pcrs.16"),
+        ("[module_id]", "[pcrs.32]\nforbid = true\n[module_id]", "unknown_field", "pcrs.32"),
+        ("[module_id]", "[pcrs.09]\nforbid = true\n[module_id]", "unknown_field", "pcrs.09"),
+        ("[module_id]", "[pcrs.role]\nforbid = true\n[module_id]", "unknown_field", "pcrs.role"),
+        (RELEASE_ONE, "", "contradiction", "pcrs.8"),
+        # module
+        ("[module_id]\n", "[module_id]\nforbid = true\n", "unknown_field", "module_id.forbid"),
+        ("[module_id]\n", '[module_id]\nrequire = ["a"]\n', "contradiction", "module_id"),
+        ('ignore = "it changes at every start"', "require = []", "empty_list", "module_id.require"),
+        ('ignore = "it changes at every start"', 'require = [""]', "wrong_value", "module_id.require[0]"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named(old: str, new: str, code: str, field: str | None, policy_folder: Path) -> None:
+    (policy_folder / "leaf.der").write_bytes(forge.GOOD_CHAIN.certificate)
+    (policy_folder / "large.der").write_bytes(bytes(1025))
+    assert old in forge.POLICY
+    error = _error(forge.POLICY.replace(old, new, 1), policy_folder)
+    assert (error.code, error.field) == (code, field)
+    assert error.as_json()["field"] == field
+    assert str(error).isprintable() or code == "malformed_policy"
+
+
+def test_a_root_that_is_none_is_named(policy_folder: Path) -> None:
+    (policy_folder / "leaf.der").write_bytes(forge.GOOD_CHAIN.certificate)
+    fingerprint = hashlib.sha256(forge.GOOD_CHAIN.certificate).hexdigest()
+    text = forge.POLICY.replace("root.der", "leaf.der").replace(hashlib.sha256(forge.ROOT_DER).hexdigest(), fingerprint)
+    error = _error(text, policy_folder)
+    assert (error.code, error.field) == ("bad_anchor", "anchor.root")
+
+
+def test_aws_root_under_the_emulators_name_is_refused(policy_folder: Path) -> None:
+    (policy_folder / "aws.der").write_bytes(AWS_NITRO_G1.der)
+    text = forge.POLICY.replace("root.der", "aws.der")
+    error = _error(text.replace(hashlib.sha256(forge.ROOT_DER).hexdigest(), AWS_NITRO_G1.fingerprint), policy_folder)
+    assert (error.code, error.field) == ("bad_anchor", "anchor.root")
+
+
+def test_signed_releases_need_no_rule_for_pcr8(policy_folder: Path) -> None:
+    text = forge.POLICY.replace(RELEASE_ONE, "").replace("[pcrs.8]\nforbid = true\n", "")
+    assert AppraisalPolicy.parse(text, policy_folder).pcrs.keys() == {3, 4}
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_loaded_with_its_root_beside_it(policy: AppraisalPolicy, policy_folder: Path) -> None:
+    path = policy_folder / "policy.toml"
+    path.write_text(forge.POLICY)
+    assert AppraisalPolicy.load(path) == policy
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        (None, "unreadable_policy"),
+        (b"\xff", "malformed_policy"),
+        (b"#" * 1_048_577, "unreadable_policy"),
+        (b"", "missing_field"),
+    ],
+    ids=["absent", "not text", "too large", "empty"],
+)
+def test_a_file_that_is_no_policy(content: bytes | None, code: str, tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(PolicyError) as caught:
+        AppraisalPolicy.load(path)
+    assert caught.value.code == code
+
+
+# --- built by a program -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"releases": ()},
+        {"max_age_seconds": 0},
+        {"leeway_seconds": 601},
+        {"accept_debug": ""},
+        {"pcrs": {}},
+        {"pcrs": {3: Forbid(), 4: Forbid()}},
+        {"pcrs": {3: Forbid(), 4: Forbid(), 8: Forbid(), 17: Forbid()}},
+        {"pcrs": {3: Forbid(), 4: Forbid(), 8: Forbid(), -1: Forbid()}},
+    ],
+    ids=str,
+)
+def test_no_program_builds_a_policy_that_no_file_could_say(policy: AppraisalPolicy, change: dict[str, Any]) -> None:
+    with pytest.raises(PolicyError):
+        replace(policy, **change)
+
+
+def test_no_rule_is_empty() -> None:
+    for make in (lambda: Require[bytes](()), lambda: Ignore(""), lambda: Require(("",)), lambda: Ignore("a\nb")):
+        with pytest.raises(PolicyError):
+            make()
+
+
+def test_a_policy_does_not_change_under_its_owner(policy: AppraisalPolicy) -> None:
+    rules: dict[int, Any] = dict(policy.pcrs)
+    mine = replace(policy, pcrs=rules)
+    rules[9] = Ignore("later")
+    assert 9 not in mine.pcrs
+
+
+REGISTERS = st.binary(min_size=48, max_size=48).filter(any)
+TEXTS = st.text(st.characters(min_codepoint=33, exclude_categories=("C", "Z")), min_size=1, max_size=40)
+REASONS = st.builds(Ignore, TEXTS)
+DIGESTS = st.builds(Require, st.lists(st.binary(min_size=48, max_size=48), min_size=1, max_size=3).map(tuple))
+RULES = REASONS | DIGESTS | st.just(Forbid())
+PCR_SETS = st.builds(PcrSet, REGISTERS, REGISTERS, REGISTERS, st.none())
+
+
+@st.composite
+def _policies(draw: st.DrawFn) -> AppraisalPolicy:
+    names = draw(st.lists(TEXTS, min_size=1, max_size=3, unique=True))
+    rules: Mapping[int, Any] = {
+        **draw(st.dictionaries(st.sampled_from([5, 9, 18, 31]), RULES)),
+        **{index: draw(RULES) for index in (3, 4, 8)},
+    }
+    return AppraisalPolicy(
+        anchor=draw(st.sampled_from([AWS_NITRO_G1, Anchor.emulated(forge.ROOT_DER)])),
+        max_age_seconds=draw(st.integers(1, 86400)),
+        leeway_seconds=draw(st.integers(0, 600)),
+        accept_debug=draw(st.none() | TEXTS),
+        releases=tuple(Release(name, draw(PCR_SETS)) for name in names),
+        model=draw(REASONS | DIGESTS),
+        configuration=draw(REASONS | DIGESTS),
+        pcrs=rules,
+        module_id=draw(REASONS | st.builds(Require, st.lists(TEXTS, min_size=1, max_size=2).map(tuple))),
+    )
+
+
+@given(policy=_policies())
+def test_what_is_written_is_read_back(policy: AppraisalPolicy, policy_folder: Path) -> None:
+    text = policy.emit(root="root.der" if policy.anchor.is_emulated else None)
+    assert AppraisalPolicy.parse(text, policy_folder) == policy
+
+
+def test_a_written_policy_names_its_root(policy: AppraisalPolicy) -> None:
+    with pytest.raises(ValueError, match="root"):
+        policy.emit()
+    with pytest.raises(ValueError, match="root"):
+        replace(policy, anchor=AWS_NITRO_G1).emit(root="root.der")
+
+
+@given(st.text(max_size=200) | st.sampled_from(["[" * 5000, "a = " + "[" * 100_000, "a = " + "9" * 5000]))
+def test_any_text_gives_the_typed_error(policy_folder: Path, text: str) -> None:
+    for whole in (text, forge.POLICY + text + " = "):
+        with pytest.raises(PolicyError):
+            AppraisalPolicy.parse(whole, policy_folder)
