@@ -1,0 +1,306 @@
+"""llama.cpp through its low-level C API, and no more of it than decoding needs. Only the engine process imports this.
+
+Its high-level class copies every row of logits into numpy and holds a prompt cache of its own; here tokens go in and
+one token comes out, sampled in llama.cpp's own chain, so that Python's part of a token is some ten microseconds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Final
+
+import llama_cpp
+
+from attestation.errors import StrongroomError
+from enclave.generation import GenerateRequest
+from enclave.prompt import Segment
+
+POLL: Final = 1
+"""How long a decoding thread spins for the next step before it sleeps: not at all (0..100). See :class:`_ThreadPool`.
+"""
+_MAX_THREADS: Final = 512  # GGML_MAX_N_THREADS
+_DEFAULT_POLL: Final = 50
+_PIECE_SIZE: Final = 256
+_LIBRARIES: Final = Path(llama_cpp.__file__).parent / "lib"
+
+
+class LlamaRefused(StrongroomError):
+    """llama.cpp does not take this model with these settings. Codes: ``model_refused``, ``context_exceeded``."""
+
+
+class DecodeFailed(Exception):
+    """llama_decode returned an error. Nobody vouches for its state now."""
+
+
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+def _say_nothing(level: int, text: bytes, data: ctypes.c_void_p) -> None:
+    """llama.cpp's messages can hold pieces of prompts and of models."""
+
+
+class Llama:
+    """One model, one context, one sequence at a time. Sizes are tokens."""
+
+    def __init__(self, path: str, *, context: int, batch: int, threads: int) -> None:
+        """Loads the GGUF file at ``path``, mapped, not copied. Raises LlamaRefused."""
+        llama_cpp.llama_log_set(_say_nothing, ctypes.c_void_p(None))
+        llama_cpp.llama_backend_init()
+        self.context = context
+        self.batch = min(batch, context)
+        self._model = self._load(path)
+        self._vocabulary = _there(llama_cpp.llama_model_get_vocab(self._model))
+        self._context = self._make_context(threads)
+        self._memory = _there(llama_cpp.llama_get_memory(self._context))
+        self._pool = _ThreadPool(self._context, threads)
+        self._batch = llama_cpp.llama_batch_init(self.batch, 0, 1)
+        self._tokens = (ctypes.c_int32 * self.batch).from_address(ctypes.addressof(self._batch.token.contents))
+        self._positions = (ctypes.c_int32 * self.batch).from_address(ctypes.addressof(self._batch.pos.contents))
+        for index in range(self.batch):
+            self._batch.n_seq_id[index] = 1
+            self._batch.seq_id[index][0] = 0
+            self._batch.logits[index] = 0
+        self._piece = ctypes.create_string_buffer(_PIECE_SIZE)
+
+    # --- Loading -----------------------------------------------------------------------------------------------------
+
+    def _load(self, path: str) -> Any:
+        parameters = llama_cpp.llama_model_default_params()
+        _set(
+            parameters, n_gpu_layers=0, load_mode=llama_cpp.LLAMA_LOAD_MODE_MMAP, vocab_only=False, check_tensors=False
+        )
+        model = llama_cpp.llama_model_load_from_file(path.encode(), parameters)
+        if not model:
+            raise LlamaRefused("model_refused", "llama.cpp refuses the model", expected="a model it can load")
+        if not llama_cpp.llama_model_has_decoder(model) or llama_cpp.llama_model_has_encoder(model):
+            raise LlamaRefused("model_refused", "the model is no decoder", expected="a model that generates text")
+        trained = llama_cpp.llama_model_n_ctx_train(model)
+        if self.context > trained:
+            raise LlamaRefused(
+                "context_exceeded",
+                "the configured context is longer than the model's",
+                expected=f"<= {trained}",
+                got=self.context,
+            )
+        return model
+
+    def _make_context(self, threads: int) -> Any:
+        parameters = llama_cpp.llama_context_default_params()
+        _set(
+            parameters,
+            n_ctx=self.context,
+            n_batch=self.batch,
+            n_ubatch=self.batch,
+            n_seq_max=1,
+            n_threads=threads,
+            n_threads_batch=threads,
+            embeddings=False,
+            offload_kqv=False,
+            op_offload=False,
+            no_perf=True,
+        )
+        context = llama_cpp.llama_init_from_model(self._model, parameters)
+        if not context or llama_cpp.llama_n_ctx_seq(context) < self.context:
+            raise LlamaRefused("model_refused", "llama.cpp cannot make a context of this size", got=self.context)
+        return context
+
+    def warm_up(self) -> None:
+        """Touches every weight and every buffer once, so that the first request does not pay for it. Raises
+        DecodeFailed.
+        """
+        token = max(0, llama_cpp.llama_vocab_bos(self._vocabulary))
+        sampler = Sampler(GenerateRequest((("user", ""),), top_k=40, top_p=0.9, min_p=0.05, seed=0))
+        self.decode([token] * min(self.batch, 8), 0, samples=False)
+        self.decode([token], min(self.batch, 8), samples=True)
+        self.sample(sampler)
+        self.decode([token], 0, samples=True)
+        sampler.close()
+
+    # --- Tokens ------------------------------------------------------------------------------------------------------
+
+    @property
+    def bos(self) -> str:
+        """The text of the beginning-of-sequence token; empty when there is none."""
+        return self._text(llama_cpp.llama_vocab_bos(self._vocabulary))
+
+    @property
+    def eos(self) -> str:
+        return self._text(llama_cpp.llama_vocab_eos(self._vocabulary))
+
+    def _text(self, token: int) -> str:
+        if token < 0:
+            return ""
+        text: bytes = llama_cpp.llama_vocab_get_text(self._vocabulary, token) or b""
+        return text.decode("utf-8", "replace")
+
+    def tokenizer(self, template: str) -> Tokenizer:
+        """The tokenizer for prompts that ``template`` renders."""
+        return Tokenizer(self._vocabulary, template)
+
+    def piece(self, token: int) -> bytes:
+        """What a token stands for in text: nothing for a control token."""
+        size = llama_cpp.llama_token_to_piece(self._vocabulary, token, self._piece, len(self._piece), 0, False)
+        if size < 0:
+            self._piece = ctypes.create_string_buffer(-size)
+            return self.piece(token)
+        return self._piece.raw[:size]
+
+    def ends(self, token: int) -> bool:
+        """It is one of the model's end-of-generation tokens."""
+        return bool(llama_cpp.llama_vocab_is_eog(self._vocabulary, token))
+
+    # --- Decoding ----------------------------------------------------------------------------------------------------
+
+    def decode(self, tokens: Sequence[int], start: int, *, samples: bool) -> None:
+        """Decodes at most ``batch`` tokens at the positions from ``start``; 0 forgets all that was there. Raises
+        DecodeFailed.
+        """
+        if start == 0:
+            # The cells are marked empty, not overwritten: attention reaches only cells that belong to a position.
+            llama_cpp.llama_memory_clear(self._memory, False)
+        count = len(tokens)
+        self._batch.n_tokens = count
+        self._tokens[:count] = list(tokens)
+        self._positions[:count] = list(range(start, start + count))
+        self._batch.logits[count - 1] = samples
+        result = llama_cpp.llama_decode(self._context, self._batch)
+        self._batch.logits[count - 1] = 0
+        if result != 0:
+            raise DecodeFailed(result)
+
+    def sample(self, sampler: Sampler) -> int:
+        """The next token, from the logits of the last decode."""
+        return int(llama_cpp.llama_sampler_sample(sampler.chain, self._context, -1))
+
+
+class Sampler:
+    """llama.cpp's chain for one request's parameters, whose bounds are GenerateRequest's."""
+
+    def __init__(self, request: GenerateRequest) -> None:
+        """``request.seed`` must be set unless its temperature is 0."""
+        self.chain = _there(llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params()))
+        if request.temperature == 0:
+            self._add(llama_cpp.llama_sampler_init_greedy())
+            return
+        if request.seed is None:
+            raise ValueError("sampling needs a seed")
+        if request.top_k > 0:
+            self._add(llama_cpp.llama_sampler_init_top_k(request.top_k))
+        if request.top_p < 1:
+            self._add(llama_cpp.llama_sampler_init_top_p(request.top_p, 1))
+        if request.min_p > 0:
+            self._add(llama_cpp.llama_sampler_init_min_p(request.min_p, 1))
+        self._add(llama_cpp.llama_sampler_init_temp(request.temperature))
+        self._add(llama_cpp.llama_sampler_init_dist(request.seed))
+
+    def _add(self, link: Any) -> None:
+        llama_cpp.llama_sampler_chain_add(self.chain, _there(link))
+
+    def close(self) -> None:
+        llama_cpp.llama_sampler_free(self.chain)
+
+
+class Tokenizer:
+    """Turns a prompt's segments into tokens: special tokens come from trusted segments alone.
+
+    llama.cpp parses tokens of the type *user defined* even where special tokens are not asked for, and some models'
+    role marks are of that type. Where the template or llama.cpp gives such a token a meaning, a person's text is cut
+    inside it, so that it stays text.
+    """
+
+    def __init__(self, vocabulary: Any, template: str) -> None:
+        self._vocabulary = vocabulary
+        self._bos = llama_cpp.llama_vocab_bos(vocabulary) if llama_cpp.llama_vocab_get_add_bos(vocabulary) else None
+        marks = self._marks(template)
+        # A lookahead finds overlapping marks too; each is cut behind its first character.
+        self._cuts = re.compile("(?=" + "|".join(map(re.escape, sorted(marks))) + ")") if marks else None
+
+    def _marks(self, template: str) -> set[str]:
+        user_defined = llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
+        marks = set()
+        for token in range(llama_cpp.llama_vocab_n_tokens(self._vocabulary)):
+            if not llama_cpp.llama_vocab_get_attr(self._vocabulary, token) & user_defined:
+                continue
+            text = (llama_cpp.llama_vocab_get_text(self._vocabulary, token) or b"").decode("utf-8", "replace")
+            ends = llama_cpp.llama_vocab_is_eog(self._vocabulary, token)
+            if len(text) > 1 and (ends or text in template or re.fullmatch(r"<[|｜].*[|｜]>", text, re.DOTALL)):
+                marks.add(text)
+        return marks
+
+    def tokens(self, segments: Sequence[Segment]) -> list[int]:
+        tokens: list[int] = []
+        for segment in segments:
+            if segment.trusted:
+                tokens += self._tokenize(segment.text, special=True)
+            else:
+                for part in self._parts(segment.text):
+                    tokens += self._tokenize(part, special=False)
+        if self._bos is not None and tokens[:1] != [self._bos]:
+            tokens.insert(0, self._bos)
+        return tokens
+
+    def _parts(self, text: str) -> list[str]:
+        if self._cuts is None:
+            return [text]
+        cuts = [0, *(match.start() + 1 for match in self._cuts.finditer(text)), len(text)]
+        return [text[start:end] for start, end in pairwise(cuts) if start < end]
+
+    def _tokenize(self, text: str, *, special: bool) -> list[int]:
+        data = text.encode("utf-8")
+        room = len(data) + 8
+        tokens = (ctypes.c_int32 * room)()
+        count = llama_cpp.llama_tokenize(self._vocabulary, data, len(data), tokens, room, False, special)
+        if count < 0:
+            raise RuntimeError("more tokens than bytes")
+        return tokens[:count]
+
+
+class _ThreadPool:
+    """The threads that decode, started once, so that no thread need ever be started behind the seccomp filter.
+
+    Without a pool of ours, llama.cpp starts and joins its threads at every decode (this build has no OpenMP).
+    llama-cpp-python does not bind the functions, so they are bound here; the structure's layout is checked against
+    the values with which the library itself fills it.
+    """
+
+    class _Parameters(ctypes.Structure):
+        _fields_ = (  # struct ggml_threadpool_params
+            ("cpumask", ctypes.c_bool * _MAX_THREADS),
+            ("n_threads", ctypes.c_int),
+            ("priority", ctypes.c_int),
+            ("poll", ctypes.c_uint32),
+            ("strict_cpu", ctypes.c_bool),
+            ("paused", ctypes.c_bool),
+        )
+
+    def __init__(self, context: Any, threads: int) -> None:
+        base, cpu, llama = (
+            ctypes.CDLL(str(_LIBRARIES / name)) for name in ("libggml-base.so", "libggml-cpu.so", "libllama.so")
+        )
+        parameters = self._Parameters()
+        base.ggml_threadpool_params_init(ctypes.byref(parameters), ctypes.c_int(threads))
+        filled = (parameters.n_threads, parameters.priority, parameters.poll, parameters.strict_cpu, parameters.paused)
+        if filled != (threads, 0, _DEFAULT_POLL, False, False):
+            raise RuntimeError("struct ggml_threadpool_params is not laid out as expected")
+        parameters.poll = POLL
+        cpu.ggml_threadpool_new.restype = ctypes.c_void_p
+        pool = _there(cpu.ggml_threadpool_new(ctypes.byref(parameters)))
+        llama.llama_attach_threadpool.restype = None
+        llama.llama_attach_threadpool(ctypes.c_void_p(context), ctypes.c_void_p(pool), ctypes.c_void_p(pool))
+
+
+def _set(parameters: Any, **values: object) -> None:
+    """Sets fields that exist: ctypes takes unknown ones in silence, and llama.cpp renames them."""
+    known = {field[0] for field in parameters._fields_}
+    for name, value in values.items():
+        if name not in known:
+            raise RuntimeError(f"{type(parameters).__name__} has no field {name}")
+        setattr(parameters, name, value)
+
+
+def _there(pointer: Any) -> Any:
+    if not pointer:
+        raise MemoryError("llama.cpp returned no object")
+    return pointer

@@ -1,0 +1,196 @@
+"""The engine process: ``python -I -m enclave.worker PIPE WEIGHTS``, started by :class:`enclave.engine.LlamaEngine`
+with two inherited descriptors.
+
+It holds no key, has no NSM, and gives up whatever it can before the first byte of a prompt comes: see :func:`main`
+for the order. Everything that can still be imported later fails, so all of it is imported here. Its standard streams
+lead nowhere.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections import deque
+from contextlib import suppress
+
+from attestation.errors import StrongroomError
+from enclave import confine
+from enclave.generation import EngineError, Finished, InvalidRequest, TextDelta
+from enclave.llama import Llama, Sampler
+from enclave.pipe import (
+    MAX_DELTA_CHARACTERS,
+    MAX_TO_WORKER,
+    Alive,
+    Cancel,
+    End,
+    Failed,
+    Generate,
+    Load,
+    PipeError,
+    Ready,
+    Refused,
+    Text,
+    ToServer,
+    ToWorker,
+    read_to_worker,
+)
+from enclave.prompt import ChatTemplate, TemplateError
+from enclave.scheduler import PromptRead, Sampled, Scheduler, Step
+from vsockrpc.messages import MessageReader
+
+_CHUNK = 256 << 10
+
+
+class Gone(Exception):
+    """The server closed the pipe."""
+
+
+class Pipe:
+    """This process's end."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._reader = MessageReader(MAX_TO_WORKER)
+        self._arrived: deque[ToWorker] = deque()
+
+    def receive(self, *, wait: bool) -> ToWorker | None:
+        """The next message; None when there is none and ``wait`` is false. Raises Gone and PipeError."""
+        while not self._arrived:
+            try:
+                data = self._connection.recv(_CHUNK, 0 if wait else socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return None
+            except ConnectionError as error:
+                raise Gone from error
+            if not data:
+                raise Gone
+            self._arrived.extend(read_to_worker(self._reader, data))
+        return self._arrived.popleft()
+
+    def send(self, *messages: ToServer) -> None:
+        """Raises Gone."""
+        try:
+            self._connection.sendall(b"".join(message.encode() for message in messages))
+        except ConnectionError as error:
+            raise Gone from error
+
+
+class Loop:
+    """Receives, plans, decodes, answers; a cancellation is seen before every step."""
+
+    def __init__(self, pipe: Pipe, llama: Llama, template: ChatTemplate, template_source: str, queue: int) -> None:
+        self._pipe = pipe
+        self._llama = llama
+        self._template = template
+        self._tokenizer = llama.tokenizer(template_source)
+        self._scheduler = Scheduler(context=llama.context, chunk=llama.batch, queue=queue)
+        self._arrived: deque[Generate] = deque()
+        self._samplers: dict[int, Sampler] = {}
+
+    def run(self) -> None:
+        """Until the server goes. Raises Gone, PipeError and DecodeFailed."""
+        while True:
+            self._receive()
+            if self._arrived:  # one between two steps, so that those who arrive do not hold up the one in work
+                self._admit(self._arrived.popleft())
+            step = self._scheduler.plan()
+            if step is not None:
+                self._work(step)
+
+    def _receive(self) -> None:
+        wait = self._scheduler.idle and not self._arrived
+        while (message := self._pipe.receive(wait=wait)) is not None:
+            wait = False
+            match message:
+                case Generate():
+                    self._arrived.append(message)
+                case Cancel(id=number):
+                    self._arrived = deque(entry for entry in self._arrived if entry.id != number)
+                    if self._scheduler.cancel(number):
+                        self._samplers.pop(number).close()
+                case Load():
+                    raise PipeError("loaded twice")
+
+    def _admit(self, message: Generate) -> None:
+        request = message.request
+        try:
+            tokens = self._tokenizer.tokens(self._template.render(request.messages))
+            if not tokens:
+                raise InvalidRequest("the prompt is empty", expected="at least 1 token", got=0)
+            self._scheduler.admit(message.id, tokens, max_tokens=request.max_tokens, stop=request.stop)
+        except EngineError as error:
+            self._pipe.send(Failed(message.id, error))
+        except TemplateError as error:
+            refusal = InvalidRequest(error.message, expected=error.expected, got=error.got)
+            self._pipe.send(Failed(message.id, refusal))
+        else:
+            self._samplers[message.id] = Sampler(request)
+
+    def _work(self, step: Step) -> None:
+        self._llama.decode(step.tokens, step.start, samples=step.samples)
+        sampled = None
+        if step.samples:
+            token = self._llama.sample(self._samplers[step.request])
+            sampled = Sampled(token, self._llama.piece(token), self._llama.ends(token))
+        messages: list[ToServer] = []
+        for output in self._scheduler.apply(step, sampled):
+            match output:
+                case TextDelta(text):
+                    messages += _texts(step.request, text)
+                case Finished():
+                    self._samplers.pop(step.request).close()
+                    messages.append(End(step.request, output))
+                case PromptRead():
+                    messages.append(Alive())
+        if messages:
+            self._pipe.send(*messages)
+
+
+def _texts(request: int, text: str) -> list[ToServer]:
+    """Usually one message. A token may stand for more text than one may hold."""
+    size = MAX_DELTA_CHARACTERS
+    return [Text(request, text[start : start + size]) for start in range(0, len(text), size)]
+
+
+def main(arguments: list[str]) -> int:
+    """Exit status: 0 when the server went, 1 when it refused the model or broke down."""
+    pipe_fd, weights_fd = map(int, arguments)
+    pipe = Pipe(socket.socket(fileno=pipe_fd))
+    try:
+        load = pipe.receive(wait=True)
+        if not isinstance(load, Load):
+            return 1
+        # 1. Rights go first; the weights are opened once more through /proc, which a process that changed its user
+        # may do only while dumpable.
+        confine.close_all_but({pipe_fd, weights_fd})
+        confine.forbid_core_dumps()
+        own_user = confine.become(load.uid)
+        confine.die_with(load.parent)
+        confine.forbid_new_privileges()
+        confine.set_dumpable(True)
+        llama = Llama(f"/proc/self/fd/{weights_fd}", context=load.context, batch=load.batch, threads=load.threads)
+        confine.set_dumpable(False)
+        os.close(weights_fd)
+        template = ChatTemplate(load.template, bos=llama.bos, eos=llama.eos)
+        loop = Loop(pipe, llama, template, load.template, load.queue)
+        # 2. Whatever is made on first use is used once. A template may refuse a conversation; it may not fail on the
+        # simplest.
+        llama.warm_up()
+        with suppress(InvalidRequest):
+            template.render([("user", "")])
+        # 3. Nothing new from here on, then the filter.
+        confine.forbid_new_resources()
+        seccomp = confine.allow_decoding_only()
+        pipe.send(Ready(own_user, seccomp))
+        loop.run()
+    except Gone:
+        return 0
+    except StrongroomError as error:
+        pipe.send(Refused(error.code, error.message, error.expected, error.got))
+        return 1
+    raise AssertionError("the loop ends by an exception")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
