@@ -7,14 +7,15 @@ anew.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import datetime
 import ipaddress
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import Self
 from urllib.parse import urlsplit
@@ -24,7 +25,15 @@ import httpx2
 from attestation.errors import StrongroomError
 from attestation.policy import AppraisalPolicy
 from attestation.verifier import NONCE_SIZE, AttestationResult, verify
-from vsockrpc.http import EVIDENCE_PATH, KEY_ID_HEADER, MAX_EVIDENCE_BYTES, SEALED_PATH, SEALED_TYPE, STATUS_OF_FAULT
+from vsockrpc.http import (
+    EVIDENCE_PATH,
+    EVIDENCE_TYPE,
+    KEY_ID_HEADER,
+    MAX_EVIDENCE_BYTES,
+    SEALED_PATH,
+    SEALED_TYPE,
+    STATUS_OF_FAULT,
+)
 from vsockrpc.messages import (
     REQUEST_ID_SIZE,
     Answer,
@@ -33,20 +42,30 @@ from vsockrpc.messages import (
     Description,
     Done,
     Failure,
+    MessageError,
     MessageReader,
     Request,
+    Start,
     decode_answer,
 )
-from vsockrpc.sealed import SealedError, SealedRequest, seal_request
+from vsockrpc.sealed import SealedError, SealedRequest, Truncated, seal_request
 
 MAX_FAULT_BYTES = 4096
 CONNECT_SECONDS = 10.0
+EVIDENCE_SECONDS = 60.0
+"""For Evidence as a whole, however it drips. The proxy gives an enclave half of it."""
+MAX_ATTEMPTS = 2
+"""Of one request: the second only after a clear ``unknown_key`` and a new verification (section 6.3)."""
 SILENCE_SECONDS = 300.0
 """How long an answer may be silent. With pacing on, an enclave never is."""
 
 
 class Unreachable(StrongroomError):
-    """Nobody answers at the address, or not with this protocol."""
+    """Nobody answers at the address (``unreachable``), not with this protocol (``not_strongroom``), or it is no address (``bad_url``)."""
+
+    @property
+    def exit_code(self) -> int:  # type: ignore[override]
+        return 2 if self.code == "bad_url" else 4
 
 
 class ClearFault(StrongroomError):
@@ -67,18 +86,38 @@ class _Verified:
     until: float
 
 
-class Session:
-    """One proxy's address and one policy. Use it as an asynchronous context manager."""
+def _wall_clock() -> datetime:
+    return datetime.now(UTC)
 
-    def __init__(self, url: str, policy: AppraisalPolicy, *, silence_seconds: float = SILENCE_SECONDS) -> None:
+
+class Session:
+    """One proxy's address and one policy. Use it as an asynchronous context manager, or :meth:`close` it.
+
+    ``monotonic`` (seconds) decides how long a result is kept, ``now`` (with a time zone) is what Evidence is judged at.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        policy: AppraisalPolicy,
+        *,
+        silence_seconds: float = SILENCE_SECONDS,
+        monotonic: Callable[[], float] = time.monotonic,
+        now: Callable[[], datetime] = _wall_clock,
+    ) -> None:
+        """Raises Unreachable ``bad_url``."""
         self.url = url.rstrip("/")
         self.policy = policy
+        self._monotonic = monotonic
+        self._now = now
         self._verified: _Verified | None = None
+        self._verification: asyncio.Future[AttestationResult] | None = None
         self._http = httpx2.AsyncClient(
             base_url=self.url,
             timeout=httpx2.Timeout(silence_seconds, connect=CONNECT_SECONDS),
-            trust_env=not _is_loopback(self.url),
+            trust_env=not _is_loopback(_host_of(self.url)),
             limits=httpx2.Limits(max_connections=None),
+            headers={"Accept-Encoding": "identity"},  # sealed bytes do not compress, and nobody on the way should try
         )
 
     async def __aenter__(self) -> Self:
@@ -87,6 +126,11 @@ class Session:
     async def __aexit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        if self._verification is not None:
+            self._verification.cancel()
         await self._http.aclose()
 
     # --- Verification --------------------------------------------------------------------------------------------
@@ -97,26 +141,41 @@ class Session:
         Raises EvidenceError or AppraisalError when it is refused, Unreachable or ClearFault when there is none.
         """
         self._verified = None
+        return await self.result()
+
+    async def result(self, *, instead_of: AttestationResult | None = None) -> AttestationResult:
+        """The result in force: the last one while it is valid and not ``instead_of``, else a new one. Raises as :meth:`verify`."""
+        kept = self._verified
+        if kept is not None and kept.result is not instead_of and self._monotonic() < kept.until:
+            return kept.result
+        if self._verification is None:  # whoever needs a result while one is on its way waits for that one
+            self._verification = asyncio.ensure_future(self._verify())
+            self._verification.add_done_callback(self._verification_ended)
+        return await asyncio.shield(self._verification)
+
+    async def _verify(self) -> AttestationResult:
+        self._verified = None
         nonce = secrets.token_bytes(NONCE_SIZE)
-        requested = time.monotonic()
+        requested = self._monotonic()
         evidence = await self._fetch_evidence(nonce)
-        result = verify(evidence, policy=self.policy, nonce=nonce, at=datetime.datetime.now(datetime.UTC))
+        result = verify(evidence, policy=self.policy, nonce=nonce, at=self._now())
         self._verified = _Verified(result, requested + result.valid_seconds)
         return result
 
-    async def result(self) -> AttestationResult:
-        """The result in force: the last one while it is valid, else a new one."""
-        if self._verified is not None and time.monotonic() < self._verified.until:
-            return self._verified.result
-        return await self.verify()
+    def _verification_ended(self, verification: asyncio.Future[AttestationResult]) -> None:
+        self._verification = None
+        if not verification.cancelled():
+            verification.exception()  # seen, also when everybody who waited for it has left
 
     async def _fetch_evidence(self, nonce: bytes) -> bytes:
         try:
-            async with self._http.stream("GET", EVIDENCE_PATH, params={"nonce": nonce.hex()}) as response:
-                if response.status_code != httpx2.codes.OK:
-                    raise await _fault_of(response)
+            async with (
+                asyncio.timeout(EVIDENCE_SECONDS),
+                self._http.stream("GET", EVIDENCE_PATH, params={"nonce": nonce.hex()}) as response,
+            ):
+                await _require(response, EVIDENCE_TYPE)
                 return await _read_bounded(response, MAX_EVIDENCE_BYTES)
-        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+        except (httpx2.HTTPError, TimeoutError) as error:
             raise self._unreachable(error) from error
 
     # --- Requests ------------------------------------------------------------------------------------------------
@@ -127,8 +186,12 @@ class Session:
         Read it to its end: what follows Done is padding, and leaving before it shows the answer's length. Raises RequestFailed when the
         enclave says so, SealedError when the answer was tampered with or cut short, and what :meth:`verify` raises.
         """
+        started = False
         async with contextlib.aclosing(self._exchange(_new_request(request))) as answers:
             async for answer in answers:
+                if isinstance(answer, Description) or isinstance(answer, Start) is started:
+                    raise SealedError("malformed", "the answer's messages are out of order")
+                started = True
                 yield answer
 
     async def describe(self) -> Description:
@@ -144,16 +207,19 @@ class Session:
 
     async def _exchange(self, request: Request) -> AsyncGenerator[Answer]:
         """One attempt, and after a clear ``unknown_key`` one more with the same request id: an enclave that has begun on it refuses the second."""
-        for result in (await self.result(), None):
-            sealed = seal_request(result or await self.verify(), request.encode())
+        content = request.encode()
+        result, attempts = await self.result(), 0
+        while True:
+            attempts += 1
             try:
-                async with contextlib.aclosing(self._attempt(sealed)) as answers:
+                async with contextlib.aclosing(self._attempt(seal_request(result, content))) as answers:
                     async for answer in answers:
                         yield answer
                 return
             except ClearFault as fault:
-                if fault.code != "unknown_key" or result is None:
+                if fault.code != "unknown_key" or attempts == MAX_ATTEMPTS:
                     raise
+            result = await self.result(instead_of=result)
 
     async def _attempt(self, sealed: SealedRequest) -> AsyncGenerator[Answer]:
         headers = {"Content-Type": SEALED_TYPE, KEY_ID_HEADER: sealed.key_id.hex()}
@@ -162,12 +228,10 @@ class Session:
         failure: Failure | None = None
         try:
             async with self._http.stream("POST", SEALED_PATH, content=sealed.body, headers=headers) as response:
-                if response.status_code != httpx2.codes.OK:
-                    raise await _fault_of(response)
+                await _require(response, SEALED_TYPE)
                 begun = True
                 async for chunk in response.aiter_raw():
-                    for message in messages.feed(sealed.answer.feed(chunk)):
-                        answer = decode_answer(message)
+                    for answer in _decoded(messages, sealed.answer.feed(chunk)):
                         if ended:
                             raise SealedError("malformed", "the answer goes on after its end")
                         ended = isinstance(answer, Done | Description | Failure)
@@ -175,17 +239,16 @@ class Session:
                             failure = answer  # the padding behind it is read too: an observer learns nothing from when we leave
                         else:
                             yield answer
-        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+        except httpx2.HTTPError as error:
             if not begun:
                 raise self._unreachable(error) from error
             if not ended:
-                raise SealedError(
-                    "truncated", "the answer broke off: the enclave, the proxy or the network went away"
+                raise Truncated("the answer broke off: the enclave, the proxy or the network went away"
                 ) from error
         if failure is not None:
             raise RequestFailed(failure.code, failure.message, expected=failure.expected, got=failure.got)
         sealed.answer.finish()
-        if not ended:
+        if not ended or messages.buffered:
             raise SealedError("malformed", "the answer has no end")
 
     def _unreachable(self, error: Exception) -> Unreachable:
@@ -198,13 +261,30 @@ def _new_request(body: ChatRequest | DescribeRequest) -> Request:
     return Request(secrets.token_bytes(REQUEST_ID_SIZE), body)
 
 
+def _decoded(messages: MessageReader, content: bytes) -> Iterator[Answer]:
+    try:
+        for message in messages.feed(content):
+            yield decode_answer(message)
+    except MessageError as error:
+        raise SealedError("malformed", error.message, expected=error.expected, got=error.got) from error
+
+
+async def _require(response: httpx2.Response, media_type: str) -> None:
+    """Raises ClearFault for a refusal, and Unreachable when what answers is no Strongroom proxy."""
+    if response.status_code != httpx2.codes.OK:
+        raise await _fault_of(response)
+    got = response.headers.get("content-type", "none")
+    if got != media_type:
+        raise Unreachable("not_strongroom", "this is not a Strongroom proxy", expected=media_type, got=got[:64])
+
+
 async def _fault_of(response: httpx2.Response) -> ClearFault | Unreachable:
     """The clear fault in a response, or that this is no Strongroom proxy."""
     try:
         fault = json.loads(await _read_bounded(response, MAX_FAULT_BYTES))["fault"]
-    except (ValueError, KeyError, TypeError, Unreachable):
+    except (ValueError, KeyError, TypeError, RecursionError, Unreachable):
         fault = None
-    if fault not in STATUS_OF_FAULT:
+    if not isinstance(fault, str) or fault not in STATUS_OF_FAULT:
         return Unreachable(
             "not_strongroom",
             "this is not a Strongroom proxy",
@@ -231,9 +311,19 @@ async def _read_bounded(response: httpx2.Response, limit: int) -> bytes:
     return bytes(data)
 
 
-def _is_loopback(url: str) -> bool:
+def _host_of(url: str) -> str:
+    """Raises Unreachable ``bad_url``."""
+    try:
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return parts.hostname
+    except ValueError:  # brackets without an IPv6 address, or a port out of range
+        pass
+    raise Unreachable("bad_url", "this is no address of a proxy", expected="http://HOST:PORT", got=ascii(url)[:128])
+
+
+def _is_loopback(host: str) -> bool:
     """Environment variables that name an HTTP proxy do not concern this machine itself."""
-    host = urlsplit(url).hostname or ""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -12,8 +12,6 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from attestation.commitment import CHANNEL_SUITE, Commitment
-from attestation.verifier import AttestationResult
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes, hpke
 from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey, MLKEM768PublicKey
@@ -21,7 +19,9 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from attestation.commitment import CHANNEL_SUITE, Commitment
 from attestation.errors import StrongroomError
+from attestation.verifier import AttestationResult
 from vsockrpc.secret import Secret
 
 VERSION = 1
@@ -50,6 +50,15 @@ class SealedError(StrongroomError):
     """Sealed bytes that are malformed, tampered with, reordered, replayed or cut short. The channel they came over is finished."""
 
     exit_code = 3
+
+
+class Truncated(SealedError):
+    """The stream ended before its final record: somebody cut it, or the other side went away."""
+
+    exit_code = 4
+
+    def __init__(self, message: str, *, expected: object | None = None, got: object | None = None) -> None:
+        super().__init__("truncated", message, expected=expected, got=got)
 
 
 class ExchangeKeys:
@@ -212,10 +221,9 @@ class RecordOpener:
         return bytes(content)
 
     def finish(self) -> None:
-        """Call at the end of the stream. Raises SealedError ``truncated`` unless the final record was seen."""
+        """Call at the end of the stream. Raises Truncated unless the final record was seen."""
         if not self.finished:
-            raise SealedError(
-                "truncated", "the stream ended before its final record", expected="a final record",
+            raise Truncated("the stream ended before its final record", expected="a final record",
                 got=f"{self._counter} records and {len(self._buffer)} bytes",
             )  # fmt: skip
 
@@ -281,11 +289,9 @@ class AnswerOpener:
         return self._records.feed(data)
 
     def finish(self) -> None:
-        """Call at the end of the stream. Raises SealedError ``truncated`` unless the final record was seen."""
+        """Call at the end of the stream. Raises Truncated unless the final record was seen."""
         if self._records is None:
-            raise SealedError(
-                "truncated", "the answer ended before its first record", got=f"{len(self._opening)} bytes"
-            )
+            raise Truncated("the answer ended before its first record", got=f"{len(self._opening)} bytes")
         self._records.finish()
 
 

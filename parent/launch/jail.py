@@ -1,6 +1,7 @@
 """``python -m parent.launch.jail [limits] -- COMMAND``: becomes COMMAND, with less than its parent had.
 
-A process of its own does this between fork and exec, so that nothing has to run in the forked copy of a program with threads.
+A process of its own does this between fork and exec, so that nothing has to run in the forked copy of a program with
+threads.
 """
 
 from __future__ import annotations
@@ -46,15 +47,29 @@ def main() -> None:
 
 
 def leave_network(libc: ctypes.CDLL) -> bool:
-    """Enters a network namespace without interfaces. Returns whether the system allowed it; the launcher reads /proc and says so."""
+    """Enters a network namespace without interfaces. Returns whether the system allowed it; the launcher reads /proc
+    and says so."""
     if libc.unshare(CLONE_NEWNET) == 0:
         return True
+    # With a user namespace of its own, an unprivileged process may. Some systems allow that namespace and then not its
+    # map (AppArmor on Ubuntu): there is no way back from there, so a copy tries it first.
+    copy = os.fork()
+    if copy == 0:
+        os._exit(0 if enter_own_user(libc) else 1)
+    return os.waitpid(copy, 0)[1] == 0 and enter_own_user(libc)
+
+
+def enter_own_user(libc: ctypes.CDLL) -> bool:
+    """A user namespace in which this user is itself and nobody else, and a network namespace that belongs to it."""
     uid, gid = os.getuid(), os.getgid()
     if libc.unshare(CLONE_NEWUSER | CLONE_NEWNET) != 0:
         return False
-    Path("/proc/self/setgroups").write_text("deny")
-    Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
-    Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
+    try:
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
+        Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
+    except OSError:
+        return False
     return True
 
 

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,13 @@ from attestation.measure import measure_process_image
 from attestation.reference import PcrSet
 from parent.config import LaunchConfiguration
 from parent.modelstore import ModelStore
-from parent.registry import Instance, State
+from parent.registry import Instance, State, state_home
 from vsockrpc.address import UnixAddress
 from vsockrpc.transport import ConnectionLost, Fault, connect, serve
 
 FIRST_PAUSE_SECONDS = 0.5
-LONGEST_PAUSE_SECONDS = 30.0
+MAX_FRUITLESS_BOOTS = 5
+"""Boots in a row that end before they serve."""
 STOP_SECONDS = 10
 ENVIRONMENT = {"PATH": os.defpath, "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"}
 PKI_ENVIRONMENT = ("HOME", "STRONGROOM_HOME", "XDG_DATA_HOME")
@@ -68,6 +71,8 @@ class Supervisor:
         self._launch = launch
         self._on_change = on_change
         self._on_event = on_event
+        self._bytecode = Path()
+        self._disk_failed = False
         self._instance = launch.instance
         self._configuration = LaunchConfiguration.load(launch.instance.configuration)
         self._state = State(
@@ -92,6 +97,7 @@ class Supervisor:
             measured = await asyncio.to_thread(
                 measure_process_image, Path(sys.executable), self._instance.configuration
             )
+            self._bytecode = bytecode_cache(measured)
             self._state.pcrs = {str(index): value.hex() for index, value in measured.as_registers().items()}
             store = ModelStore(self._launch.manifest, self._launch.model)
             address = UnixAddress(str(self._instance.directory / self._configuration.store.path))
@@ -114,16 +120,21 @@ class Supervisor:
 
     async def _keep_running(self, measured: PcrSet) -> dict[str, str | None]:
         """Boots again whenever something dies. Returns why a boot halted: doing the same again would not help then."""
-        pause = FIRST_PAUSE_SECONDS
+        fruitless = 0
         while True:
             halted = await self._one_boot(measured)
             if halted is not None:
                 return halted
-            served = self._state.phase == "SERVING"
-            pause = FIRST_PAUSE_SECONDS if served else min(2 * pause, LONGEST_PAUSE_SECONDS)
+            fruitless = 0 if self._state.phase == "SERVING" else fruitless + 1
+            if fruitless == MAX_FRUITLESS_BOOTS:
+                raise LaunchError(
+                    "does_not_come_up",
+                    f"the enclave died {fruitless} times before it served; {self._instance.log} may say why",
+                    got=self._last_words() or "nothing was said",
+                )
             self._state.restarts += 1
             self._enter("RESTARTING")
-            await asyncio.sleep(pause)
+            await asyncio.sleep(FIRST_PAUSE_SECONDS * 2**fruitless)
 
     async def _one_boot(self, measured: PcrSet) -> dict[str, str | None] | None:
         """From a fresh NSM to the end of either process. Returns the reason when the boot halted, None when something died."""
@@ -168,7 +179,7 @@ class Supervisor:
 
     def _python(self) -> list[str]:
         """The measured interpreter, isolated from the environment, with a bytecode cache that nothing else writes."""
-        return [sys.executable, "-I", "-X", f"pycache_prefix={self._instance.directory / 'bytecode'}"]
+        return [sys.executable, "-I", "-X", f"pycache_prefix={self._bytecode}"]
 
     @contextlib.asynccontextmanager
     async def _child(
@@ -218,7 +229,7 @@ class Supervisor:
                 *lines, rest = bytes(buffer).split(b"\n")
                 buffer = bytearray(rest)
                 for line in lines:
-                    file.write(line + b"\n")
+                    self._write(partial(file.write, line + b"\n"))
                     event = json.loads(line)
                     self._on_event(event)
                     if event["event"] == "phase":
@@ -238,12 +249,34 @@ class Supervisor:
 
     def _enter(self, phase: str) -> None:
         self._state.phase = phase
-        self._instance.write_state(self._state)
+        self._write(partial(self._instance.write_state, self._state))
         self._on_change(self._state)
+
+    def _write(self, write: Callable[[], object]) -> None:
+        """Writes into the operator's notebook. A full disk must not end an enclave that serves: it is said once, and the enclave goes on."""
+        try:
+            write()
+        except OSError as error:
+            if not self._disk_failed:
+                print(
+                    f"strongroom: {self._instance.directory}: {error.strerror}; events are being lost", file=sys.stderr
+                )
+            self._disk_failed = True
 
     def _fail(self, error: dict[str, str | None]) -> None:
         self._state.error = error
         self._enter("FAILED")
+
+
+def bytecode_cache(measured: PcrSet) -> Path:
+    """A folder for compiled bytecode that only these very files fill: Python compares a cache with its source by time and size alone. Those of
+    other measurements are removed."""
+    caches = state_home() / "bytecode"
+    ours = caches / measured.pcr0.hex()[:32]
+    for other in caches.glob("*"):
+        if other != ours:
+            shutil.rmtree(other, ignore_errors=True)
+    return ours
 
 
 async def _network_of(pid: int) -> str:
