@@ -66,6 +66,8 @@ class Table:
         value = self._take(key)
         if not isinstance(value, int) or isinstance(value, bool):
             raise wrong_value(self.field(key), "an integer", type(value).__name__)
+        if not -(1 << 63) <= value < 1 << 63:  # Python reads more digits than it prints
+            raise wrong_value(self.field(key), "an integer of 64 bits", "more")
         return value
 
     def true(self, key: str) -> None:

@@ -1,7 +1,8 @@
 """``python -m enclave --config enclave.toml``: one enclave, from COLD to its end.
 
-Relative socket addresses are relative to the working directory. Exit codes: 0 after SIGTERM or SIGINT, 2 when the configuration cannot be used
-or the RPC cannot listen. A boot that halts does not exit: the enclave stays to say why in its events, and answers nothing else.
+Relative socket addresses are relative to the working directory. Exit codes: 0 after SIGTERM or SIGINT, 2 when the
+configuration cannot be used or the RPC cannot listen. A boot that halts does not exit: the enclave stays to say why
+in its events, and answers nothing else.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     COLD -> ENTROPY -> CONFIGURED -> MODEL_COMMITTED -> KEYED -> SERVING
 
-Each phase's name says what is true once it is reached. No channel key exists before both registers are locked, so no channel Evidence can.
+Each phase's name says what is true once it is reached. No channel key exists before both registers are locked, so no
+channel Evidence can.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class Enclave:
         while (step := PHASES.get(self.phase)) is not None:
             try:
                 await step.does(self)
-            except Exception as error:  # noqa: BLE001 - whatever went wrong, the boot halts and says so
+            except Exception as error:  # whatever went wrong, the boot halts and says so
                 self.log.write(_halted(step.leads_to, error))
                 self.phase = Phase.HALTED
                 return
@@ -90,7 +91,8 @@ class Enclave:
     # --- What the phases do ------------------------------------------------------------------------------------
 
     async def check_entropy(self) -> None:
-        """No key is made before the kernel's generator is fed by the NSM (aws-nitro-enclaves-sdk-c#41), unless the configuration says ``host``."""
+        """No key is made before the kernel's generator is fed by the NSM (aws-nitro-enclaves-sdk-c#41), unless the
+        configuration says ``host``."""
         if self.configuration.entropy is Entropy.NSM_HWRNG:
             current = self._rng_current.read_text().strip()
             if current != "nsm-hwrng":
@@ -135,7 +137,8 @@ class Enclave:
         await self._engine.start()
 
     async def _commit(self, index: int, digest: bytes) -> None:
-        """Exactly one extend from zero, then the lock: what the register holds afterwards is what ``digest`` says and nothing else."""
+        """Exactly one extend from zero, then the lock: what the register holds afterwards is what ``digest`` says
+        and nothing else."""
 
         def commit() -> None:
             before = self.nsm.describe_pcr(index)

@@ -1,6 +1,8 @@
-"""The measured configuration: ``enclave.toml``, read strictly. Its bytes are committed to PCR17 before anything acts on them.
+"""The measured configuration: ``enclave.toml``, read strictly. Its bytes are committed to PCR17 before anything acts on
+them.
 
-Every key has one meaning, unknown keys are refused, and nothing here is overridden by environment, arguments or the parent.
+Every key has one meaning, unknown keys are refused, and nothing here is overridden by environment, arguments or the
+parent.
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ from attestation.reference import DIGEST_SIZE, configuration_digest
 from attestation.strict_toml import Table, wrong_value
 from vsockrpc.address import Address, parse_address
 from vsockrpc.errors import AddressError
+
+MAX_ROTATIONS = 8
+"""Rotations that a key may outlive: so many are kept at once when none is used up early."""
 
 
 class ConfigurationError(StrongroomError):
@@ -48,7 +53,7 @@ class ChannelSettings:
     rotation_seconds: int
     """Seconds for which a key is offered."""
     lifetime_seconds: int
-    """Seconds for which it is accepted after it was last offered."""
+    """Seconds for which it is accepted after it was last offered, at most :data:`MAX_ROTATIONS` rotations."""
     max_requests: int
     """Secrets that a key's replay set remembers; a full set retires the key."""
 
@@ -95,7 +100,7 @@ class EnclaveConfiguration:
         """Raises ConfigurationError."""
         try:
             return cls._read(Table("", tomllib.loads(data.decode("utf-8"))), configuration_digest(data))
-        except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
             raise ConfigurationError("enclave.toml is not TOML") from error
         except PolicyError as error:
             raise ConfigurationError(error.message, expected=error.expected, got=error.got) from error
@@ -137,6 +142,13 @@ class EnclaveConfiguration:
         )
         for table in (rpc, nsm, model, engine, channel, pacing, limits, top):
             table.finish()
+        longest = MAX_ROTATIONS * configuration.channel.rotation_seconds
+        if configuration.channel.lifetime_seconds > longest:
+            raise wrong_value(
+                channel.field("lifetime_seconds"),
+                f"<= {longest}, {MAX_ROTATIONS} times rotation_seconds",
+                configuration.channel.lifetime_seconds,
+            )
         return configuration
 
 

@@ -1,7 +1,8 @@
 """Who this boot is: keys that live in memory from KEYED until the enclave ends, and the channel keys that rotate.
 
-A channel key is offered for ``rotation_seconds`` and accepted for ``lifetime_seconds`` after its last offer, on the monotonic clock (the host
-sets the other one). A retired key is never offered again, and one whose replay set is full is refused.
+A channel key is offered for ``rotation_seconds`` and accepted for ``lifetime_seconds`` after its last offer, on the
+monotonic clock (the host sets the other one). A retired key is never offered again, and one whose replay set is full
+is refused.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class OfferedKey:
 
     @property
     def full(self) -> bool:
-        """Whether it can remember no further request: it is refused from then on, and kept only for what it has seen."""
+        """Whether it can remember no further request: it is refused from then on, and kept only for what it has
+        seen."""
         return self.secrets_seen.full or self.requests_begun.full
 
 
@@ -52,6 +54,8 @@ class Identity:
     receipt_key: Ed25519PrivateKey = field(default_factory=Ed25519PrivateKey.generate, init=False)
     _keys: dict[bytes, OfferedKey] = field(default_factory=dict, init=False)
     _current: OfferedKey | None = field(default=None, init=False)
+    _outlived: list[tuple[float, ReplaySet]] = field(default_factory=list, init=False)
+    """What was begun under keys that are gone, and when each went."""
 
     def current(self) -> OfferedKey:
         """The key to offer now. It replaces one that has been offered long enough or has seen all that it may.
@@ -75,16 +79,30 @@ class Identity:
         return None if key is None or key.full else key
 
     def begin(self, key: OfferedKey, request_id: bytes) -> None:
-        """Notes that work on a request begins. Raises SealedError ``duplicate_request`` when it has begun before, under any accepted key."""
-        if any(request_id in other.requests_begun for other in self._keys.values()):
+        """Notes that work on a request begins. Raises SealedError ``duplicate_request`` when it has begun before, under
+        whatever key.
+
+        A client whose first attempt met ``unknown_key`` (which anybody can forge) tries again under the next key. So
+        ids outlive their key, by as long as such an attempt could be made and held back: else the conveyor has a
+        prompt run twice.
+        """
+        self._drop_expired()
+        begun = [key.requests_begun, *(other.requests_begun for other in self._keys.values())]
+        if any(request_id in ids for ids in (*begun, *(ids for _, ids in self._outlived))):
             raise SealedError("duplicate_request", "this request has been begun before")
         key.requests_begun.add(request_id)
 
     def _drop_expired(self) -> None:
+        """Forgets the keys that are accepted no more, and later what had been begun under them."""
         now = self.clock()
         for key_id, key in list(self._keys.items()):
             if now >= key.accepted_until:
                 del self._keys[key_id]
+                self._outlived.append((key.accepted_until, key.requests_begun))
+        # A second attempt is sealed within a lifetime (a client waits no longer), to a key that is accepted for a
+        # rotation and a lifetime more.
+        memory = self.settings.rotation_seconds + 2 * self.settings.lifetime_seconds
+        self._outlived = [(ended, ids) for ended, ids in self._outlived if now < ended + memory]
 
     def _make(self) -> OfferedKey:
         private = ChannelKey()

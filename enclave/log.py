@@ -1,7 +1,8 @@
 """What an enclave says of itself: a closed catalogue of content-free events.
 
-There is no free text. A field is a number, a digest, a member of a fixed set, or an error's code; and once clients are served, what concerns
-requests leaves only as totals over a fixed interval, never for one request (DESIGN, invariant 8). The parent reads the events over the RPC.
+There is no free text. A field is a number, a digest, a member of a fixed set, or an error's code; and once clients
+are served, what concerns requests leaves only as totals over a fixed interval, never for one request (DESIGN,
+invariant 8). The parent reads the events over the RPC.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import asyncio
 import json
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import ClassVar, TypeAlias
@@ -40,7 +41,8 @@ class PhaseReached:
 
 @dataclass(frozen=True, slots=True)
 class Halted:
-    """The boot failed for good. It happens before any client is served, so expected and got hold digests, names and numbers of the operator's own."""
+    """The boot failed for good. It happens before any client is served, so expected and got hold digests, names and
+    numbers of the operator's own."""
 
     event: ClassVar = "halted"
     phase: Phase
@@ -105,11 +107,17 @@ class Totals:
 
     event: ClassVar = "totals"
     evidence: int = 0
+    """Documents asked for."""
     requests: int = 0
+    """Sealed calls begun; each ends in one of the four below, perhaps in a later interval."""
     answered: int = 0
+    """Answered to the end."""
     failed: int = 0
+    """Answered with a sealed error."""
     cancelled: int = 0
+    """Given up by the client: it left, or it did not read."""
     refused: int = 0
+    """Ended by a clear fault, before the secret was opened."""
 
 
 Event: TypeAlias = (
@@ -127,7 +135,8 @@ Event: TypeAlias = (
 
 @dataclass(slots=True)
 class EventLog:
-    """The last events, for whoever asks later, and the way to follow new ones. Bounded: a reader who is too slow misses some."""
+    """The last events, for whoever asks later, and the way to follow new ones. Bounded: a reader who is too slow
+    misses some."""
 
     capacity: int = 1024
     totals: Totals = field(default_factory=Totals)
@@ -146,7 +155,8 @@ class EventLog:
         self._wake()
 
     def close_interval(self) -> None:
-        """Writes the interval's totals and begins the next. An interval without a request is written too: silence is no signal."""
+        """Writes the interval's totals and begins the next. An interval without a request is written too: silence is
+        no signal."""
         self.write(self.totals)
         self.totals = Totals()
 
@@ -159,7 +169,7 @@ class EventLog:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def follow(self) -> AsyncIterator[str]:
+    async def follow(self) -> AsyncGenerator[str]:
         """JSON texts, one an event: the recent ones, then new ones as they come."""
         seen = max(0, self._written - len(self._recent))
         while True:

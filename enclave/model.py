@@ -1,18 +1,21 @@
 """The weights: streamed from the parent's model store into sealed memory, hashed as they come.
 
-What was hashed is what is loaded: the bytes stand in one memory object from their arrival, it is sealed against any change before its digest
-is believed, and llama.cpp maps that same object. The store is the parent's and is believed in nothing.
+What was hashed is what is loaded: the bytes stand in one memory object from their arrival, it is sealed against any
+change before its digest is believed, and llama.cpp maps that same object. The store is the parent's and is believed
+in nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 from attestation.errors import StrongroomError
 from attestation.gguf import read_header
@@ -21,20 +24,37 @@ from attestation.reference import h384
 from vsockrpc.address import Address
 from vsockrpc.transport import Client, ConnectionLost, Fault, connect
 
-MANIFEST_SECONDS = 30
-STALL_SECONDS = 60
-"""A transfer that brings nothing for so long is begun again where it stopped."""
-MAX_ATTEMPTS = 6
-"""Attempts that bring nothing, in a row, before the boot halts."""
-FIRST_PAUSE_SECONDS = 0.2
+MEMINFO = Path("/proc/meminfo")
 HASH_PIECE = 4 << 20
 """Bytes hashed in one go on the thread beside the transfer."""
+MAX_PIECES = 1024
+"""Pieces gathered for that at most: a store that drips costs memory for its bytes, not for their number."""
 
 Progress = Callable[[int, int], None]
+"""Called with bytes received and bytes in all, more of them each time."""
 
 
 class ModelRefused(StrongroomError):
-    """What the store sent is not the model that the measured configuration names."""
+    """What the store sent is not the model that the measured configuration names, or not one that this enclave can
+    hold."""
+
+
+class StoreFailed(StrongroomError):
+    """The store did not deliver, however often it was asked (code ``store_failed``)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long the store is waited for."""
+
+    manifest_seconds: float = 30
+    """For the whole manifest."""
+    stall_seconds: float = 60
+    """A transfer that brings nothing for so long is begun again where it stopped."""
+    attempts: int = 6
+    """That bring nothing, in a row, before it is given up."""
+    first_pause_seconds: float = 0.4
+    """After the first of them; each further pause is twice as long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +68,18 @@ class SealedModel:
         os.close(self.fd)
 
 
-async def receive_model(store: Address, manifest: bytes, *, max_bytes: int, progress: Progress) -> SealedModel:
+async def receive_model(
+    store: Address, manifest: bytes, *, max_bytes: int, progress: Progress, patience: Patience | None = None
+) -> SealedModel:
     """Fetches the model whose manifest has the digest ``manifest`` (48 bytes).
 
-    Raises ModelRefused (``wrong_manifest``, ``wrong_model``, ``model_too_large``), ModelError for a GGUF that is broken, and
-    ConnectionLost or Fault when the store does not deliver.
+    Raises ModelRefused (``wrong_manifest``, ``wrong_model``, ``model_too_large``, ``not_enough_memory``,
+    ``several_files``), ModelError for a GGUF or a manifest that is broken, and StoreFailed.
     """
-    transfer = _Transfer(store, progress)
+    transfer = _Transfer(store, progress, patience or Patience())
     described = await transfer.manifest(manifest)
+    if len(described.files) != 1:
+        raise ModelRefused("several_files", "a model of several files", expected=1, got=len(described.files))
     [weights] = described.files
     if weights.size > max_bytes:
         raise ModelRefused(
@@ -63,40 +87,71 @@ async def receive_model(store: Address, manifest: bytes, *, max_bytes: int, prog
         )
     fd = os.memfd_create("weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        os.posix_fallocate(fd, 0, weights.size)
-        digest = await transfer.file(weights, fd)
-        fcntl.fcntl(
-            fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
-        )
-        if digest != weights.sha384:
-            raise ModelRefused(
-                "wrong_model",
-                "the weights are not those of the manifest",
-                expected=weights.sha384.hex(),
-                got=digest.hex(),
-            )
-        with os.fdopen(os.dup(fd), "rb") as file:
-            read_header(file)
+        # Left only when nothing uses the descriptor any more.
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights") as thread:
+            await _receive_weights(transfer, weights, fd, thread)
     except BaseException:
         os.close(fd)
         raise
     return SealedModel(described, fd)
 
 
+async def _receive_weights(transfer: _Transfer, weights: ManifestFile, fd: int, thread: ThreadPoolExecutor) -> None:
+    loop = asyncio.get_running_loop()
+    await loop.run_in_executor(thread, _reserve, fd, weights.size)
+    digest = await transfer.file(weights, _HashingSink(fd, thread))
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+    if digest != weights.sha384:
+        raise ModelRefused(
+            "wrong_model", "the weights are not those of the manifest", expected=weights.sha384.hex(), got=digest.hex()
+        )
+    await loop.run_in_executor(thread, _check_header, fd)
+
+
+def _reserve(fd: int, size: int) -> None:
+    """Takes the memory before the first byte comes: what does not fit is said in numbers, not by the kernel's OOM
+    killer half-way."""
+    available = available_memory()
+    try:
+        if size > available:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        raise ModelRefused(
+            "not_enough_memory",
+            "the model does not fit into the memory of this enclave: start it with more",
+            expected=f"{size} bytes",
+            got=f"{available} bytes available ({error.strerror})",
+        ) from error
+
+
+def available_memory() -> int:
+    """Bytes that can be had without swapping, by the kernel's estimate (proc(5), MemAvailable)."""
+    fields = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
+    return int(fields["MemAvailable"].removesuffix("kB")) * 1024
+
+
+def _check_header(fd: int) -> None:
+    with os.fdopen(os.dup(fd), "rb") as file:
+        read_header(file)
+
+
 class _Transfer:
     """Calls to the store, begun again where they stopped."""
 
-    def __init__(self, store: Address, progress: Progress) -> None:
+    def __init__(self, store: Address, progress: Progress, patience: Patience) -> None:
         self._store = store
         self._progress = progress
+        self._patience = patience
 
     async def manifest(self, digest: bytes) -> ModelManifest:
         async def fetch(client: Client) -> bytes:
-            async with client.call("model.manifest", {"digest": digest}, deadline=MANIFEST_SECONDS) as call:
+            deadline = self._patience.manifest_seconds
+            async with client.call("model.manifest", {"digest": digest}, deadline=deadline) as call:
                 await call.send(b"", end=True)
                 return await call.read(MAX_MANIFEST_SIZE)
 
-        attempts = _Attempts()
+        attempts = _Attempts(self._patience)
         while True:
             try:
                 async with connect(self._store) as client:
@@ -111,28 +166,24 @@ class _Transfer:
             )
         return ModelManifest.decode(data)
 
-    async def file(self, weights: ManifestFile, fd: int) -> bytes:
-        """Writes the file into ``fd`` and returns the SHA-384 of what was written."""
-        sink = _HashingSink(fd)
-        attempts = _Attempts()
-        try:
-            while sink.received < weights.size:
-                before = sink.received
-                try:
-                    async with connect(self._store) as client:
-                        await self._receive(client, weights, sink)
-                except (ConnectionLost, Fault, TimeoutError) as error:
-                    await attempts.pause_after(error, progressed=sink.received > before)
-            return await sink.finish()
-        finally:
-            sink.close()
+    async def file(self, weights: ManifestFile, sink: _HashingSink) -> bytes:
+        """Writes the file into ``sink`` and returns the SHA-384 of what was written."""
+        attempts = _Attempts(self._patience)
+        while sink.received < weights.size:
+            before = sink.received
+            try:
+                async with connect(self._store) as client:
+                    await self._receive(client, weights, sink)
+            except (ConnectionLost, Fault, TimeoutError) as error:
+                await attempts.pause_after(error, progressed=sink.received > before)
+        return await sink.finish()
 
     async def _receive(self, client: Client, weights: ManifestFile, sink: _HashingSink) -> None:
         async with client.call("model.file", {"sha384": weights.sha384, "offset": sink.received}) as call:
             await call.send(b"", end=True)
             chunks = aiter(call)
             while sink.received < weights.size:
-                async with asyncio.timeout(STALL_SECONDS):
+                async with asyncio.timeout(self._patience.stall_seconds):
                     chunk = await anext(chunks, None)
                 if chunk is None:
                     raise ConnectionLost("the store ended the file early")
@@ -147,44 +198,46 @@ class _Transfer:
 class _Attempts:
     """Patience with the store: pauses grow while attempts bring nothing, and after some of those it is given up."""
 
-    def __init__(self) -> None:
+    def __init__(self, patience: Patience) -> None:
+        self._patience = patience
         self._fruitless = 0
 
     async def pause_after(self, error: Exception, *, progressed: bool) -> None:
-        """Waits, or raises ``error`` when there was no progress for too long."""
+        """Waits, or raises StoreFailed when there was no progress for too long."""
         self._fruitless = 0 if progressed else self._fruitless + 1
-        if self._fruitless >= MAX_ATTEMPTS:
-            raise error
-        await asyncio.sleep(FIRST_PAUSE_SECONDS * 2**self._fruitless)
+        if self._fruitless >= self._patience.attempts:
+            reason = error.message if isinstance(error, StrongroomError) else "it fell silent"
+            raise StoreFailed(
+                "store_failed", f"the model store does not deliver: {reason}", got=f"{self._fruitless} attempts in vain"
+            ) from error
+        await asyncio.sleep(self._patience.first_pause_seconds * 2 ** max(0, self._fruitless - 1))
 
 
 class _HashingSink:
-    """Writes to the memory object and hashes, on a thread, while the next bytes arrive: the loop never waits for SHA-384 unless it is behind."""
+    """Writes to the memory object and hashes, on a thread, while the next bytes arrive: the loop never waits for
+    SHA-384 unless it is behind."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, thread: ThreadPoolExecutor) -> None:
         self.received = 0
         self._fd = fd
         self._written = 0
         self._hash = hashlib.sha384()
         self._pieces: list[bytes | memoryview] = []
         self._gathered = 0
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
+        self._thread = thread
         self._underway: asyncio.Future[None] | None = None
 
     async def write(self, piece: bytes | memoryview) -> None:
         self._pieces.append(piece)
         self._gathered += len(piece)
         self.received += len(piece)
-        if self._gathered >= HASH_PIECE:
+        if self._gathered >= HASH_PIECE or len(self._pieces) >= MAX_PIECES:
             await self._flush()
 
     async def finish(self) -> bytes:
         await self._flush()
         await self._flush()
         return self._hash.digest()
-
-    def close(self) -> None:
-        self._thread.shutdown(wait=True)
 
     async def _flush(self) -> None:
         """Waits for the batch before, then hands over this one."""

@@ -1,7 +1,8 @@
 """An answer on its beat: what the work writes waits here until its record's tick comes.
 
-The beat runs from the acceptance of a request to its end whether or not there is something to say, so that an observer of the ciphertext learns the
-answer's duration in buckets of ticks and nothing of its tokens. With a tick of zero, records leave as soon as there is content.
+The beat runs from the acceptance of a request to its end whether or not there is something to say, so that an
+observer of the ciphertext learns the answer's duration in buckets of ticks and nothing of its tokens. With a tick of
+zero, records leave as soon as there is content.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from collections.abc import Awaitable, Callable
 from attestation.errors import StrongroomError
 from enclave.config import PacingSettings
 from vsockrpc.messages import Failure
-from vsockrpc.sealed import AnswerRecords, ExchangeKeys
+from vsockrpc.sealed import LENGTH_PREFIX_SIZE, AnswerRecords, ExchangeKeys
 from vsockrpc.transport import Fault, IncomingCall
 
 MAX_PENDING = 64 * 1024
 """Bytes of an answer that may wait for their tick before the work behind it has to."""
 DRAIN_SECONDS = 30
-"""How much longer than its work an answer may take to leave."""
+"""How much longer than its work and its beat an answer may take to leave."""
 
 
 class PacedAnswer:
@@ -36,6 +37,8 @@ class PacedAnswer:
         self._call = call
         self._tick = pacing.tick_ms / 1000
         self._records = AnswerRecords(keys, record_size=pacing.record_bytes, bucket=pacing.bucket_records)
+        waiting = MAX_PENDING // (pacing.record_bytes - LENGTH_PREFIX_SIZE) + pacing.bucket_records
+        self._grace = DRAIN_SECONDS + waiting * self._tick
         self._seconds = seconds
         self._on_defect = on_defect
         self._changed = asyncio.Event()
@@ -49,34 +52,43 @@ class PacedAnswer:
         self._records.write(message)
         self._changed.set()
 
-    async def run(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Runs ``work`` to its end or to a sealed failure, and returns when the final record has left.
+    async def run(self, work: Callable[[], Awaitable[None]]) -> bool:
+        """Runs ``work`` to its end or to a sealed failure. Returns, when the final record has left, whether it came to
+        its end.
 
         A client that does not read is given up after the request's seconds and a grace: Fault ``deadline_exceeded``.
         """
         try:
-            async with asyncio.timeout(self._seconds + DRAIN_SECONDS):
+            async with asyncio.timeout(self._seconds + self._grace):
                 await self._call.reply({})
-                async with asyncio.TaskGroup() as tasks:
-                    tasks.create_task(self._beat())
-                    tasks.create_task(self._attempt(work))
+                attempt = asyncio.create_task(self._attempt(work))
+                try:
+                    await self._beat()
+                    return await attempt
+                finally:
+                    attempt.cancel()
+                    await asyncio.wait({attempt})
         except TimeoutError as error:
             raise Fault("deadline_exceeded", "the answer was not taken in time") from error
 
-    async def _attempt(self, work: Callable[[], Awaitable[None]]) -> None:
+    async def _attempt(self, work: Callable[[], Awaitable[None]]) -> bool:
+        done = False
         try:
             async with asyncio.timeout(self._seconds):
                 await work()
+            done = True
         except StrongroomError as error:
             self._records.write(Failure.of(error).encode())
         except TimeoutError:
             failure = Failure("deadline_exceeded", "the request took too long", f"<= {self._seconds:g} s")
             self._records.write(failure.encode())
-        except Exception as error:  # noqa: BLE001 - a defect must reach the client as a sealed failure, and the log by its kind alone
+        except Exception as error:  # a defect must reach the client as a sealed failure, and the log by its kind alone
             self._on_defect(type(error).__name__)
             self._records.write(Failure("internal", "the enclave failed at this request").encode())
-        self._records.end()
-        self._changed.set()
+        finally:
+            self._records.end()
+            self._changed.set()
+        return done
 
     async def _beat(self) -> None:
         loop = asyncio.get_running_loop()

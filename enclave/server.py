@@ -1,14 +1,16 @@
 """What an enclave answers: Evidence, sealed calls and its events. PROTOCOL.md sections 5.2 and 6.
 
-The one page that matters is :meth:`Server.sealed`: a request comes in as ciphertext, becomes a prompt in this process and nowhere before, goes
-to the engine, and its answer leaves as records of one size on a fixed beat.
+The one page that matters is :meth:`Server.sealed`: a request comes in as ciphertext, becomes a prompt in this
+process and nowhere before, goes to the engine, and its answer leaves as records of one size on a fixed beat.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 from attestation.commitment import Evidence, Purpose, UserData
@@ -32,7 +34,11 @@ from vsockrpc.messages import (
     Start,
 )
 from vsockrpc.sealed import (
+    HEADER_SIZE,
+    LENGTH_PREFIX_SIZE,
     OPENING_SIZE,
+    REQUEST_RECORD_SIZE,
+    TAG_SIZE,
     ExchangeKeys,
     RecordOpener,
     SealedError,
@@ -48,7 +54,11 @@ T = TypeVar("T")
 
 
 class BoundedWorker:
-    """One thread with a bounded queue: work that must neither block the event loop nor pile up behind it."""
+    """One thread with a bounded queue: work that must neither block the event loop nor pile up behind it.
+
+    Work whose caller has left is done all the same and keeps its place until then, so that leaving early buys no
+    second place.
+    """
 
     def __init__(self, name: str, limit: int) -> None:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
@@ -60,10 +70,12 @@ class BoundedWorker:
         if self._queued >= self._limit:
             raise Fault("overloaded", "too many requests of this kind at once")
         self._queued += 1
-        try:
-            return await asyncio.wrap_future(self._executor.submit(work, *args, **kwargs))
-        finally:
-            self._queued -= 1
+        future = asyncio.wrap_future(self._executor.submit(work, *args, **kwargs))
+        future.add_done_callback(self._leave)
+        return await asyncio.shield(future)
+
+    def _leave(self, _: asyncio.Future[T]) -> None:
+        self._queued -= 1
 
     def close(self) -> None:
         self._executor.shutdown(wait=False, cancel_futures=True)
@@ -89,7 +101,8 @@ class Server:
     # --- Evidence ------------------------------------------------------------------------------------------------
 
     async def evidence(self, call: IncomingCall) -> None:
-        """Fresh Evidence for the channel key on offer. The caller chooses the nonce and nothing else of what is attested."""
+        """Fresh Evidence for the channel key on offer. The caller chooses the nonce and nothing else of what is
+        attested."""
         nonce = call.meta.get("nonce")
         if set(call.meta) != {"nonce"} or not isinstance(nonce, bytes) or len(nonce) != NONCE_SIZE:
             raise Fault("malformed", f"evidence takes a nonce of {NONCE_SIZE} bytes")
@@ -113,73 +126,87 @@ class Server:
     # --- Sealed calls --------------------------------------------------------------------------------------------
 
     async def sealed(self, call: IncomingCall) -> None:
-        """One sealed request and its answer. Until the secret is opened a failure is a clear fault; from then on every one is sealed."""
+        """One sealed request and its answer. Until the secret is opened a failure is a clear fault; from then on
+        every one is sealed."""
         self._require_serving()
         self._log.totals.requests += 1
+        opened: _Opened | None = None
         try:
-            await self._exchange(call)
+            opened = await self._open(call)
+            answered = await self._answer(call, opened)
         except asyncio.CancelledError:
             self._log.totals.cancelled += 1
             raise
-        except Fault:
-            self._log.totals.refused += 1
+        except Exception:
+            if opened is None:
+                self._log.totals.refused += 1
+            else:
+                self._log.totals.cancelled += 1
             raise
+        if answered:
+            self._log.totals.answered += 1
+        else:
+            self._log.totals.failed += 1
 
-    async def _exchange(self, call: IncomingCall) -> None:
+    async def _open(self, call: IncomingCall) -> _Opened:
+        """Raises Fault: nothing can be sealed before the client's secret is known."""
         key_id = call.meta.get("key_id")
         if set(call.meta) != {"key_id"} or not isinstance(key_id, bytes):
             raise Fault("malformed", "a sealed call names its key")
         key = self._enclave.identity.find(key_id)
         if key is None:
             raise Fault("unknown_key", "this key is not accepted")
-        limits = self._enclave.configuration.limits
         body = _Body(call)
         try:
-            async with asyncio.timeout(limits.request_seconds):
+            async with asyncio.timeout(self._enclave.configuration.limits.request_seconds):
                 sealed = split_opening(await body.exactly(OPENING_SIZE))
             keys = await self._opening.run(key.private.open, sealed, key.commitment)
         except TimeoutError as error:
             raise Fault("deadline_exceeded", "the request did not arrive in time") from error
         except SealedError as error:
             raise Fault("malformed", "the sealed secret does not open") from error
-        accepted = await self._accept(key, keys, body)
+        return _Opened(key, keys, body)
+
+    async def _answer(self, call: IncomingCall, opened: _Opened) -> bool:
+        """Whether it came to its end; else the client has been told why, sealed."""
+        configuration = self._enclave.configuration
+        accepted = await self._accept(opened)
         answer = PacedAnswer(
             call,
-            keys,
-            self._enclave.configuration.pacing,
-            seconds=limits.request_seconds,
+            opened.keys,
+            configuration.pacing,
+            seconds=configuration.limits.request_seconds,
             on_defect=lambda kind: self._log.write(InternalError(kind)),
         )
 
         async def work() -> None:
-            if isinstance(accepted, StrongroomError):
+            if isinstance(accepted, Exception):
                 raise accepted
             await self._work(accepted, answer)
-            self._log.totals.answered += 1
 
-        await answer.run(work)
+        return await answer.run(work)
 
-    async def _accept(self, key: OfferedKey, keys: ExchangeKeys, body: _Body) -> Request | StrongroomError:
+    async def _accept(self, opened: _Opened) -> Request | Exception:
         """The request, or why there is none; both are answered sealed. The replay tag goes in before any other work."""
-        limits = self._enclave.configuration.limits
         try:
-            key.secrets_seen.add(keys.replay_tag)
-            async with asyncio.timeout(limits.request_seconds):
-                request = await self._read_request(body, keys)
-            self._enclave.identity.begin(key, request.id)
-        except StrongroomError as error:
-            return error
+            opened.key.secrets_seen.add(opened.keys.replay_tag)
+            async with asyncio.timeout(self._enclave.configuration.limits.request_seconds):
+                request = await self._read_request(opened)
+            self._enclave.identity.begin(opened.key, request.id)
         except TimeoutError:
             return StrongroomError("deadline_exceeded", "the request did not arrive in time")
+        except Exception as error:  # a defect too is answered sealed, by whoever runs the answer
+            return error
         return request
 
-    async def _read_request(self, body: _Body, keys: ExchangeKeys) -> Request:
+    async def _read_request(self, opened: _Opened) -> Request:
         """The whole request: nothing of it is acted on before its final record."""
         limit = self._enclave.configuration.limits.request_bytes
-        records, content = RecordOpener(keys.request), bytearray()
-        async for chunk in body.rest():
+        records, content, received = RecordOpener(opened.keys.request), bytearray(), 0
+        async for chunk in opened.body.rest():
+            received += len(chunk)
             content += records.feed(chunk)
-            if len(content) > limit:
+            if len(content) > limit or received > longest_request(limit):
                 raise MessageError("the request is too large", param="request", expected=f"<= {limit}", got="more")
         records.finish()
         messages = MessageReader(limit)
@@ -203,20 +230,22 @@ class Server:
                         got=chat.model,
                     )
                 await answer.write(Start(manifest.name).encode())
-                async for event in engine.generate(_generate_request(chat)):
-                    match event:
-                        case TextDelta(text):
-                            await answer.write(Delta(text).encode())
-                        case Finished(reason, prompt_tokens, completion_tokens):
-                            await answer.write(Done(reason, prompt_tokens, completion_tokens).encode())
+                async with contextlib.aclosing(engine.generate(_generate_request(chat))) as events:
+                    async for event in events:
+                        match event:
+                            case TextDelta(text):
+                                await answer.write(Delta(text).encode())
+                            case Finished(reason, prompt_tokens, completion_tokens):
+                                await answer.write(Done(reason, prompt_tokens, completion_tokens).encode())
 
     # --- Events --------------------------------------------------------------------------------------------------
 
     async def events(self, call: IncomingCall) -> None:
         """Every recent event and then the new ones, one JSON text a line, until the caller has enough."""
         await call.reply({})
-        async for line in self._log.follow():
-            await call.send(line.encode() + b"\n")
+        async with contextlib.aclosing(self._log.follow()) as lines:
+            async for line in lines:
+                await call.send(line.encode() + b"\n")
 
     async def write_totals(self) -> None:
         """Closes an interval of totals for ever, once a fixed interval."""
@@ -240,6 +269,22 @@ def _generate_request(chat: ChatRequest) -> GenerateRequest:
         seed=chat.seed,
         stop=chat.stop,
     )
+
+
+def longest_request(content: int) -> int:
+    """Bytes of records of a request with so many bytes of content: their number is rounded up to a power of two
+    (PROTOCOL.md section 6.2)."""
+    needed = -(-content // (REQUEST_RECORD_SIZE - LENGTH_PREFIX_SIZE))
+    return (1 << (needed - 1).bit_length()) * (HEADER_SIZE + REQUEST_RECORD_SIZE + TAG_SIZE)
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """A sealed call whose secret is known, and the rest of its bytes."""
+
+    key: OfferedKey
+    keys: ExchangeKeys
+    body: _Body
 
 
 class _Body:

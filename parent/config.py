@@ -1,6 +1,8 @@
-"""What a launcher has to know of an ``enclave.toml``: where the enclave listens, and where it will look for its NSM and its model.
+"""What a launcher has to know of an ``enclave.toml``: where the enclave listens, and where it will look for its NSM and
+its model.
 
-The enclave reads the whole file, strictly; here only these keys are looked at, so that a mistake is said before anything is started.
+The enclave reads the whole file, strictly; here only these keys are looked at, so that a mistake is said before
+anything is started.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ class LaunchConfiguration:
         """Raises LaunchConfigurationError, or OSError when the file cannot be read."""
         try:
             document = tomllib.loads(path.read_text("utf-8"))
-        except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
             raise LaunchConfigurationError(path.name, f"not TOML: {error}") from error
         return cls(
             listen=_beside(document, "rpc", "listen"),
@@ -57,7 +59,8 @@ def _text(document: dict[str, object], table: str, key: str) -> str:
 
 
 def _beside(document: dict[str, object], table: str, key: str) -> UnixAddress:
-    """An emulated enclave's sockets stand in its own folder, so that the same file, and so the same PCRs, serves wherever that folder is."""
+    """An emulated enclave's sockets stand in its own folder, so that the same file, and so the same PCRs, serves
+    wherever that folder is."""
     text = _text(document, table, key)
     try:
         address = parse_address(text)

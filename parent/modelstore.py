@@ -1,4 +1,5 @@
-"""The model store: streams a model's file to the enclave that asks for it by digest, from whatever offset. PROTOCOL.md section 5.3.
+"""The model store: streams a model's file to the enclave that asks for it by digest, from whatever offset. PROTOCOL.md
+section 5.3.
 
 It holds public bytes and is believed in nothing: the enclave compares digests.
 """
@@ -40,9 +41,13 @@ class ModelStore:
         offset = call.meta.get("offset")
         if call.meta.get("sha384") != weights.sha384:
             raise Fault("unavailable", "this store has another file")
-        if not isinstance(offset, int) or not 0 <= offset <= weights.size:
+        if type(offset) is not int or not 0 <= offset <= weights.size:  # not isinstance: a bool is an int
             raise Fault("malformed", "the offset is not within the file")
-        with self.path.open("rb") as file:
+        try:
+            file = self.path.open("rb")
+        except OSError as error:
+            raise Fault("unavailable", f"the model's file cannot be read: {error.strerror}") from error
+        with file:
             await call.reply({"size": weights.size})
             while piece := await asyncio.to_thread(os.pread, file.fileno(), PIECE, offset):
                 await call.send(piece)

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from attestation.errors import StrongroomError
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")
 LONGEST_SOCKET = "models.sock"
 UNIX_PATH_LIMIT = 107
+ENDED = ("STOPPED", "FAILED")
+LOCK_PAUSES = (0.01, 0.02, 0.04, 0.08)
+"""Seconds: someone who only looks whether the lock is held holds it for a moment."""
 
 
 class RegistryError(StrongroomError):
@@ -84,13 +88,18 @@ class Instance:
 
     def read_state(self) -> State | None:
         """The state last written, with phase ``DIED`` when the supervisor that wrote it is gone without saying so."""
-        try:
-            state = State(**json.loads(self._state.read_text()))
-        except (FileNotFoundError, json.JSONDecodeError, TypeError):
-            return None
-        if state.phase not in ("STOPPED", "FAILED") and not self.supervised():
-            state.phase = "DIED"
+        state = self._written_state()
+        if state is not None and state.phase not in ENDED and not self.supervised():
+            state = self._written_state()  # what it said last, if it ended just now
+            if state is not None and state.phase not in ENDED:
+                state.phase = "DIED"
         return state
+
+    def _written_state(self) -> State | None:
+        try:
+            return State(**json.loads(self._state.read_text()))
+        except (FileNotFoundError, ValueError, TypeError):
+            return None
 
     def supervised(self) -> bool:
         """Whether a supervisor holds this folder's lock."""
@@ -99,7 +108,7 @@ class Instance:
         except FileNotFoundError:
             return False
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two who look do not see each other
         except BlockingIOError:
             return True
         finally:
@@ -109,12 +118,16 @@ class Instance:
     def lock(self) -> int:
         """Takes the folder for this process's lifetime. Raises RegistryError ``already_running``."""
         descriptor = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise RegistryError("already_running", f"an enclave named {self.name} is running", got=self.name) from None
-        return descriptor
+        for pause in (*LOCK_PAUSES, None):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if pause is not None:
+                    time.sleep(pause)
+            else:
+                return descriptor
+        os.close(descriptor)
+        raise RegistryError("already_running", f"an enclave named {self.name} is running", got=self.name)
 
     def remove(self) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)

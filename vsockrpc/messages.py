@@ -1,14 +1,14 @@
 """What is inside the sealed channel: CBOR maps in the shape of OpenAI's chat API. PROTOCOL.md section 7.
 
-Every type here decodes strictly (unknown, missing and ill-typed fields are refused, every number and length is bounded) and encodes to what it
-decodes from.
+Every type here decodes strictly (unknown, missing and ill-typed fields are refused, every number and length is
+bounded) and encodes to what it decodes from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, cast
+from typing import Any, Literal, NoReturn, TypeAlias, cast
 
 import cbor2
 
@@ -22,6 +22,9 @@ MAX_CONTENT_CHARACTERS = 1024 * 1024
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_COMPLETION_TOKENS = 1 << 20
+MAX_CODE_CHARACTERS = 64
+MAX_FAILURE_CHARACTERS = 4096
+"""Of a failure's message, and of what was expected and got."""
 _LENGTH_SIZE = 4
 
 Role: TypeAlias = Literal["system", "user", "assistant"]
@@ -38,7 +41,7 @@ class MessageError(StrongroomError):
         self.param = param
 
 
-# --- Framing --------------------------------------------------------------------------------------------------------------------
+# --- Framing -------------------------------------------------------------------------------------------------------
 
 
 def encode_message(message: Mapping[str, object]) -> bytes:
@@ -71,9 +74,26 @@ class MessageReader:
         return len(self._buffer)
 
 
+def _refuse_tag(*_: object) -> NoReturn:
+    raise ValueError("a CBOR tag")
+
+
+_REFUSE_TAGS: dict[int, Callable[[Any, bool], Any]] = dict.fromkeys((*range(300), 1004, 43_000, 55_799), _refuse_tag)
+"""Tags that cbor2 gives a meaning (numbers of any length, regular expressions, shared references) do work at the
+sender's wish."""
+
+
 def _decode_map(body: bytes) -> dict[str, object]:
     try:
-        value = cbor2.loads(body, max_depth=8, allow_indefinite=False, allow_duplicate_keys=False)
+        value = cbor2.loads(
+            body,
+            tag_hook=_refuse_tag,
+            semantic_decoders=_REFUSE_TAGS,
+            max_depth=8,
+            allow_indefinite=False,
+            allow_duplicate_keys=False,
+            strict_hashable_types=True,
+        )
     except (cbor2.CBORDecodeError, ValueError, RecursionError) as error:
         raise MessageError("a message is not valid CBOR", param="message") from error
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
@@ -81,7 +101,7 @@ def _decode_map(body: bytes) -> dict[str, object]:
     return cast(dict[str, object], value)
 
 
-# --- Fields ---------------------------------------------------------------------------------------------------------------------
+# --- Fields --------------------------------------------------------------------------------------------------------
 
 
 def _fields(
@@ -136,7 +156,7 @@ def _list(value: object, param: str, limit: int) -> list[object]:
     return list(value)
 
 
-# --- Requests -------------------------------------------------------------------------------------------------------------------
+# --- Requests ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +272,7 @@ class Request:
                 raise MessageError("unknown method", param="method", expected="chat | describe", got=repr(other)[:64])
 
 
-# --- Answers --------------------------------------------------------------------------------------------------------------------
+# --- Answers -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,7 +331,11 @@ class Failure:
 
     @classmethod
     def of(cls, error: StrongroomError) -> Failure:
-        return cls(error.code, error.message, error.expected, error.got)
+        """What of ``error`` a client is told: as much as fits into a message that it accepts."""
+        expected, got = (
+            None if text is None else text[:MAX_FAILURE_CHARACTERS] for text in (error.expected, error.got)
+        )
+        return cls(error.code[:MAX_CODE_CHARACTERS], error.message[:MAX_FAILURE_CHARACTERS], expected, got)
 
     def encode(self) -> bytes:
         body = {"code": self.code, "message": self.message, "expected": self.expected, "got": self.got}
@@ -349,7 +373,9 @@ def decode_answer(message: dict[str, object]) -> Answer:
             )
         case "error":
             fields = _fields(body, param=kind, required={"code", "message", "expected", "got"})
-            texts = [None if fields[name] is None else _text(fields[name], name, 4096) for name in ("expected", "got")]
-            return Failure(_text(fields["code"], "code", 64), _text(fields["message"], "message", 4096), *texts)
+            limit = MAX_FAILURE_CHARACTERS
+            texts = [None if fields[name] is None else _text(fields[name], name, limit) for name in ("expected", "got")]
+            code, text = _text(fields["code"], "code", MAX_CODE_CHARACTERS), _text(fields["message"], "message", limit)
+            return Failure(code, text, *texts)
         case _:
             raise MessageError("unknown message", param="answer", expected="start, delta, done, model or error")

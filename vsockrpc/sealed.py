@@ -1,8 +1,9 @@
 """The sealed channel, both roles, without I/O. PROTOCOL.md section 6.
 
-A client turns an :class:`~attestation.verifier.AttestationResult` and a request into bytes with :func:`seal_request`; there is no other way to
-begin, so nothing can be sent to an enclave that was not verified. The enclave turns those bytes into :class:`ExchangeKeys` with
-:meth:`ChannelKey.open`. From there both sides hold the same two record layers, one for each direction.
+A client turns an :class:`~attestation.verifier.AttestationResult` and a request into bytes with
+:func:`seal_request`; there is no other way to begin, so nothing can be sent to an enclave that was not verified. The
+enclave turns those bytes into :class:`ExchangeKeys` with :meth:`ChannelKey.open`. From there both sides hold the
+same two record layers, one for each direction.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ _SUITE = hpke.Suite(hpke.KEM.MLKEM768_X25519, hpke.KDF.HKDF_SHA256, hpke.AEAD.AE
 
 
 class SealedError(StrongroomError):
-    """Sealed bytes that are malformed, tampered with, reordered, replayed or cut short. The channel they came over is finished."""
+    """Sealed bytes that are malformed, tampered with, reordered, replayed or cut short. The channel they came over
+    is finished."""
 
     exit_code = 3
 
@@ -71,8 +73,9 @@ class ExchangeKeys:
         self.replay_tag = hashlib.sha256(b"strongroom/1 replay\x00" + secret.expose()).digest()[:REPLAY_TAG_SIZE]
 
     def answer(self, answer_salt: bytes) -> Secret:
-        """The answer's key. ``answer_salt`` (32 bytes) is drawn by the enclave for each answer, so that no two answers ever share a key and
-        a nonce, not even the answer to a replay (the reason is that of RFC 9458 section 4.4's response nonce)."""
+        """The answer's key. ``answer_salt`` (32 bytes) is drawn by the enclave for each answer, so that no two
+        answers ever share a key and a nonce, not even the answer to a replay (the reason is that of RFC 9458 section
+        4.4's response nonce)."""
         return self._derive(self._salt + answer_salt, b"strongroom/1 answer")
 
     def _derive(self, salt: bytes, info: bytes) -> Secret:
@@ -90,7 +93,8 @@ class ChannelKey:
     def open(self, sealed: bytes, commitment: Commitment) -> ExchangeKeys:
         """Opens a client's sealed secret (1,168 bytes).
 
-        Raises SealedError ``not_for_this_key`` when it was sealed to another key or another commitment, or tampered with.
+        Raises SealedError ``not_for_this_key`` when it was sealed to another key or another commitment, or tampered
+        with.
         """
         if len(sealed) != SEALED_SECRET_SIZE:
             raise SealedError(
@@ -144,7 +148,8 @@ def _info(commitment: Commitment) -> bytes:
 
 
 def _seal_whole(key: Secret, content: bytes) -> Iterator[bytes]:
-    """A request's records: all of one size, their number a power of two, so that only the bucket of its length shows."""
+    """A request's records: all of one size, their number a power of two, so that only the bucket of its length
+    shows."""
     sealer = RecordSealer(key, REQUEST_RECORD_SIZE)
     needed = max(1, -(-len(content) // sealer.capacity))
     total = 1 << (needed - 1).bit_length()
@@ -153,7 +158,7 @@ def _seal_whole(key: Secret, content: bytes) -> Iterator[bytes]:
         yield sealer.seal(piece, final=index == total - 1)
 
 
-# --- Records: STREAM (Hoang, Reyhanitabar, Rogaway, Vizar 2015), with the counter and the final flag in the nonce ---------------
+# --- Records: STREAM (Hoang, Reyhanitabar, Rogaway, Vizar 2015), with the counter and the final flag in the nonce --
 
 
 def _nonce(counter: int, flag: int) -> bytes:
@@ -206,7 +211,8 @@ class RecordOpener:
     def feed(self, data: bytes) -> bytes:
         """The content of every record that is now complete.
 
-        Raises SealedError: ``malformed_record``, ``tampered_record`` (also reordered, replayed, or of another channel), ``after_final``.
+        Raises SealedError: ``malformed_record``, ``tampered_record`` (also reordered, replayed, or of another
+        channel), ``after_final``.
         """
         if self._failed:
             raise SealedError("tampered_record", "this channel has failed before")
@@ -298,8 +304,9 @@ class AnswerOpener:
 class AnswerRecords:
     """An answer as it leaves the enclave: records of one size, their total rounded up to a bucket.
 
-    Token lengths and cadence tell the text (arXiv 2511.03675), so whoever drives this takes one record a tick, content or not, and an answer's
-    length shows only as a multiple of ``bucket`` ticks. Without pacing the driver takes records while :attr:`urgent` holds.
+    Token lengths and cadence tell the text (arXiv 2511.03675), so whoever drives this takes one record a tick,
+    content or not, and an answer's length shows only as a multiple of ``bucket`` ticks. Without pacing the driver
+    takes records while :attr:`urgent` holds.
     """
 
     def __init__(self, keys: ExchangeKeys, *, record_size: int, bucket: int) -> None:
@@ -339,7 +346,8 @@ class AnswerRecords:
 
 
 class ReplaySet:
-    """The secrets that one key has seen. It never forgets: when it is full the key retires (evicting would reopen replay)."""
+    """The secrets that one key has seen. It never forgets: when it is full the key retires (evicting would reopen
+    replay)."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
@@ -353,7 +361,8 @@ class ReplaySet:
         return tag in self._seen
 
     def add(self, tag: bytes) -> None:
-        """Raises SealedError ``replayed`` for a tag seen before, ``key_exhausted`` when nothing more can be remembered."""
+        """Raises SealedError ``replayed`` for a tag seen before, ``key_exhausted`` when nothing more can be
+        remembered."""
         if tag in self._seen:
             raise SealedError("replayed", "this sealed secret has been used before")
         if self.full:

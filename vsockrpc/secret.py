@@ -7,7 +7,8 @@ from typing import NoReturn
 
 
 class Secret:
-    """Key material. It shows its length and nothing else; ``expose`` is the one way to the bytes, and easy to search for."""
+    """Key material. It shows its length and nothing else; ``expose`` is the one way to the bytes, and easy to search
+    for."""
 
     __slots__ = ("_value",)
 
