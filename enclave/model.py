@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import fcntl
-import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,13 +21,10 @@ from attestation.gguf import read_header
 from attestation.manifest import MANIFEST_LABEL, MAX_MANIFEST_SIZE, ManifestFile, ModelManifest
 from attestation.reference import h384
 from vsockrpc.address import Address
+from vsockrpc.digest import HashingSink
 from vsockrpc.transport import Client, ConnectionLost, Fault, connect
 
 MEMINFO = Path("/proc/meminfo")
-HASH_PIECE = 4 << 20
-"""Bytes hashed in one go on the thread beside the transfer."""
-MAX_PIECES = 1024
-"""Pieces gathered for that at most: a store that drips costs memory for its bytes, not for their number."""
 
 Progress = Callable[[int, int], None]
 """Called with bytes received and bytes in all, more of them each time."""
@@ -88,24 +84,23 @@ async def receive_model(
     fd = os.memfd_create("weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         # Left only when nothing uses the descriptor any more.
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights") as thread:
-            await _receive_weights(transfer, weights, fd, thread)
+        with ThreadPoolExecutor(1, "weights") as thread, HashingSink("sha384", _MemoryFile(fd).write) as sink:
+            await asyncio.get_running_loop().run_in_executor(thread, _reserve, fd, weights.size)
+            digest = await transfer.file(weights, sink)
+            seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+            if digest != weights.sha384:
+                raise ModelRefused(
+                    "wrong_model",
+                    "the weights are not those of the manifest",
+                    expected=weights.sha384.hex(),
+                    got=digest.hex(),
+                )
+            await asyncio.get_running_loop().run_in_executor(thread, _check_header, fd)
     except BaseException:
         os.close(fd)
         raise
     return SealedModel(described, fd)
-
-
-async def _receive_weights(transfer: _Transfer, weights: ManifestFile, fd: int, thread: ThreadPoolExecutor) -> None:
-    loop = asyncio.get_running_loop()
-    await loop.run_in_executor(thread, _reserve, fd, weights.size)
-    digest = await transfer.file(weights, _HashingSink(fd, thread))
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
-    if digest != weights.sha384:
-        raise ModelRefused(
-            "wrong_model", "the weights are not those of the manifest", expected=weights.sha384.hex(), got=digest.hex()
-        )
-    await loop.run_in_executor(thread, _check_header, fd)
 
 
 def _reserve(fd: int, size: int) -> None:
@@ -143,6 +138,7 @@ class _Transfer:
         self._store = store
         self._progress = progress
         self._patience = patience
+        self._received = 0
 
     async def manifest(self, digest: bytes) -> ModelManifest:
         async def fetch(client: Client) -> bytes:
@@ -166,33 +162,34 @@ class _Transfer:
             )
         return ModelManifest.decode(data)
 
-    async def file(self, weights: ManifestFile, sink: _HashingSink) -> bytes:
-        """Writes the file into ``sink`` and returns the SHA-384 of what was written."""
+    async def file(self, weights: ManifestFile, sink: HashingSink) -> bytes:
+        """Feeds the file to ``sink`` and returns its digest."""
         attempts = _Attempts(self._patience)
-        while sink.received < weights.size:
-            before = sink.received
+        while self._received < weights.size:
+            before = self._received
             try:
                 async with connect(self._store) as client:
                     await self._receive(client, weights, sink)
             except (ConnectionLost, Fault, TimeoutError) as error:
-                await attempts.pause_after(error, progressed=sink.received > before)
+                await attempts.pause_after(error, progressed=self._received > before)
         return await sink.finish()
 
-    async def _receive(self, client: Client, weights: ManifestFile, sink: _HashingSink) -> None:
-        async with client.call("model.file", {"sha384": weights.sha384, "offset": sink.received}) as call:
+    async def _receive(self, client: Client, weights: ManifestFile, sink: HashingSink) -> None:
+        async with client.call("model.file", {"sha384": weights.sha384, "offset": self._received}) as call:
             await call.send(b"", end=True)
             chunks = aiter(call)
-            while sink.received < weights.size:
+            while self._received < weights.size:
                 async with asyncio.timeout(self._patience.stall_seconds):
                     chunk = await anext(chunks, None)
                 if chunk is None:
                     raise ConnectionLost("the store ended the file early")
-                if sink.received + len(chunk) > weights.size:
+                if self._received + len(chunk) > weights.size:
                     raise ModelRefused(
                         "wrong_model", "the store sent more than the file", expected=weights.size, got="more"
                     )
-                await sink.write(chunk)
-                self._progress(sink.received, weights.size)
+                await sink.feed(chunk)
+                self._received += len(chunk)
+                self._progress(self._received, weights.size)
 
 
 class _Attempts:
@@ -213,44 +210,16 @@ class _Attempts:
         await asyncio.sleep(self._patience.first_pause_seconds * 2 ** max(0, self._fruitless - 1))
 
 
-class _HashingSink:
-    """Writes to the memory object and hashes, on a thread, while the next bytes arrive: the loop never waits for
-    SHA-384 unless it is behind."""
+class _MemoryFile:
+    """The memory object, written from its beginning on."""
 
-    def __init__(self, fd: int, thread: ThreadPoolExecutor) -> None:
-        self.received = 0
+    def __init__(self, fd: int) -> None:
         self._fd = fd
         self._written = 0
-        self._hash = hashlib.sha384()
-        self._pieces: list[bytes | memoryview] = []
-        self._gathered = 0
-        self._thread = thread
-        self._underway: asyncio.Future[None] | None = None
 
-    async def write(self, piece: bytes | memoryview) -> None:
-        self._pieces.append(piece)
-        self._gathered += len(piece)
-        self.received += len(piece)
-        if self._gathered >= HASH_PIECE or len(self._pieces) >= MAX_PIECES:
-            await self._flush()
-
-    async def finish(self) -> bytes:
-        await self._flush()
-        await self._flush()
-        return self._hash.digest()
-
-    async def _flush(self) -> None:
-        """Waits for the batch before, then hands over this one."""
-        if self._underway is not None:
-            await self._underway
-        pieces, self._pieces, self._gathered = self._pieces, [], 0
-        self._underway = asyncio.get_running_loop().run_in_executor(self._thread, self._absorb, pieces)
-
-    def _absorb(self, pieces: list[bytes | memoryview]) -> None:
-        for piece in pieces:
-            view = memoryview(piece)
-            while view:
-                count = os.pwrite(self._fd, view, self._written)
-                self._hash.update(view[:count])
-                self._written += count
-                view = view[count:]
+    def write(self, piece: bytes | memoryview) -> None:
+        view = memoryview(piece)
+        while view:
+            count = os.pwrite(self._fd, view, self._written)
+            self._written += count
+            view = view[count:]
