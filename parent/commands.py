@@ -16,7 +16,6 @@ from pathlib import Path
 
 import click
 from rich.console import Console
-from rich.table import Table
 
 from attestation.manifest import ModelManifest
 from parent.config import LaunchConfiguration, LaunchConfigurationError
@@ -24,10 +23,10 @@ from parent.launch.process import Launch, LaunchError, Supervisor
 from parent.progress import BootProgress
 from parent.proxy import Proxy
 from parent.registry import Instance, Registry, RegistryError, State
-from vsockrpc.address import Address, TcpAddress, UnixAddress, parse_address
-from vsockrpc.http import listen_on, serve_http
+from vsockrpc.address import Address, UnixAddress, parse_address
+from vsockrpc.errors import AddressError
+from vsockrpc.http import listen_on, parse_listen, serve_http
 
-out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 ENDED = ("STOPPED", "FAILED", "DIED")
@@ -152,7 +151,13 @@ def pinned_manifest(configuration: Path, model: Path) -> ModelManifest:
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON array.")
 def ps(as_json: bool) -> None:
-    """List the enclaves that were started here."""
+    """List the enclaves that were started here.
+
+    \b
+    Example:
+      strongroom ps
+      strongroom ps --json
+    """
     states = [state for instance in Registry.of_user().all() if (state := instance.read_state()) is not None]
     if as_json:
         click.echo(json.dumps([asdict(state) for state in states]))
@@ -160,15 +165,16 @@ def ps(as_json: bool) -> None:
     if not states:
         click.echo("no enclaves")
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("name", "phase", "since", "boots", "network", "address"):
-        table.add_column(title, overflow="fold")
+    rows = [("name", "phase", "since", "boots", "network", "address")]
     for state in states:
         since = str(timedelta(seconds=int(time.time() - state.started_at)))
-        table.add_row(state.name, state.phase, since, str(state.restarts + 1), state.network, state.address)
-        if state.error is not None:
-            table.add_row("", f"[red]{state.error['code']}", "", "", "", str(state.error["message"]))
-    out.print(table)
+        rows.append((state.name, state.phase, since, str(state.restarts + 1), state.network, state.address))
+    sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    reasons = [None, *(state.error for state in states)]
+    for row, reason in zip(rows, reasons, strict=True):
+        click.echo("  ".join(cell.ljust(size) for cell, size in zip(row, sizes, strict=True)).rstrip())
+        if reason is not None:
+            click.echo(f"  {reason['message']} [{reason['code']}]")
 
 
 @click.command()
@@ -178,6 +184,11 @@ def logs(name: str, follow: bool) -> None:
     """Print an enclave's events, one JSON object a line.
 
     The events come from a closed catalogue and hold nothing of any prompt or answer.
+
+    \b
+    Example:
+      strongroom logs demo
+      strongroom logs demo --follow
     """
     instance = Registry.of_user().find(name)
     if not instance.events.exists() and not follow:
@@ -196,7 +207,12 @@ def logs(name: str, follow: bool) -> None:
 @click.argument("name", default="enclave")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def stop(name: str, as_json: bool) -> None:
-    """Stop an enclave and remove its folder. Its keys die with it."""
+    """Stop an enclave and remove its folder. Its keys die with it.
+
+    \b
+    Example:
+      strongroom stop demo
+    """
     instance = Registry.of_user().find(name)
     state = instance.read_state()
     if state is not None and instance.supervised():
@@ -241,8 +257,7 @@ def proxy(enclave: str, listen: str, as_json: bool) -> None:
       strongroom proxy --enclave demo --listen 127.0.0.1:8080
       curl http://127.0.0.1:8080/healthz
     """
-    address = parse_address(f"tcp:{listen}")
-    assert isinstance(address, TcpAddress)
+    address = parse_listen(listen)
     application = Proxy(enclave_address(enclave)).application()
     listener = listen_on(address)
     host, port = listener.getsockname()[:2]
@@ -257,6 +272,9 @@ def proxy(enclave: str, listen: str, as_json: bool) -> None:
 def enclave_address(text: str) -> Address:
     """An address, or the name of an enclave that was started here."""
     if ":" in text:
-        return parse_address(text)
+        try:
+            return parse_address(text)
+        except AddressError as error:
+            raise click.BadParameter(str(error), param_hint="--enclave") from error
     instance = Registry.of_user().find(text)
     return UnixAddress(str(instance.directory / LaunchConfiguration.load(instance.configuration).listen.path))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
@@ -19,6 +20,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from vsockrpc.address import Address
+from vsockrpc.errors import AddressError
 from vsockrpc.http import (
     EVIDENCE_PATH,
     EVIDENCE_TYPE,
@@ -27,13 +29,21 @@ from vsockrpc.http import (
     SEALED_PATH,
     SEALED_TYPE,
     STATUS_OF_FAULT,
+    unless_client_leaves,
 )
 from vsockrpc.transport import Call, Client, ConnectionLost, Fault, dial
 
 MAX_REQUEST_BYTES = 8 << 20
 """A sealed request in its records; the enclave's own limit is lower."""
+BODY_SECONDS = 60
+"""How long a request's body may be silent."""
 EVIDENCE_SECONDS = 30
 SEALED_SECONDS = 3600
+NONCE_DIGITS = 64
+KEY_ID_DIGITS = 32
+CLIENT_LEFT = 499
+"""Counted when a client left before there was an answer; no such answer is sent."""
+_HEXADECIMAL = re.compile("[0-9a-fA-F]*", re.ASCII)
 
 
 class Metrics:
@@ -56,24 +66,39 @@ class EnclaveLink:
     def __init__(self, address: Address, metrics: Metrics) -> None:
         self._address = address
         self._metrics = metrics
-        self._connecting = asyncio.Lock()
         self._client: Client | None = None
+        self._dialling: asyncio.Future[Client] | None = None
+        metrics.connected.set_function(lambda: float(self._client is not None and not self._client.closed))
 
     async def client(self) -> Client:
         """Raises Fault ``unavailable`` when no enclave answers at the address."""
-        async with self._connecting:
-            if self._client is None or self._client.closed:
-                await self.close()
-                try:
-                    self._client = await dial(self._address)
-                except ConnectionLost as error:
-                    self._metrics.connected.set(0)
-                    raise Fault("unavailable", "no enclave answers at its address") from error
-                self._metrics.connects.inc()
-                self._metrics.connected.set(1)
+        if self._client is not None and not self._client.closed:
             return self._client
+        if self._dialling is None:  # whoever comes while it is being dialled waits for the same outcome, not in a queue
+            self._dialling = asyncio.ensure_future(self._dial())
+            self._dialling.add_done_callback(self._dialled)
+        return await asyncio.shield(self._dialling)
+
+    async def _dial(self) -> Client:
+        await self._hang_up()
+        try:
+            self._client = await dial(self._address)
+        except (ConnectionLost, AddressError) as error:
+            raise Fault("unavailable", "no enclave answers at its address") from error
+        self._metrics.connects.inc()
+        return self._client
+
+    def _dialled(self, dialling: asyncio.Future[Client]) -> None:
+        self._dialling = None
+        if not dialling.cancelled():
+            dialling.exception()  # seen, also when everybody who waited for it has left
 
     async def close(self) -> None:
+        if self._dialling is not None:
+            self._dialling.cancel()
+        await self._hang_up()
+
+    async def _hang_up(self) -> None:
         if self._client is not None:
             client, self._client = self._client, None
             await client.close()
@@ -100,6 +125,7 @@ class Proxy:
                 Route("/metrics", self.show_metrics, methods=["GET"]),
             ],
             lifespan=lifespan,
+            exception_handlers={Exception: _answer_defect},
         )
 
     def _counted(
@@ -114,10 +140,7 @@ class Proxy:
 
     async def evidence(self, request: Request) -> Response:
         try:
-            nonce = bytes.fromhex(request.query_params["nonce"])
-        except (KeyError, ValueError):
-            return clear_fault(Fault("malformed", "nonce is missing or not hexadecimal"))
-        try:
+            nonce = _octets(request.query_params.get("nonce"), NONCE_DIGITS)
             client = await self._link.client()
             async with client.call("evidence", {"nonce": nonce}, deadline=EVIDENCE_SECONDS) as call:
                 await call.send(b"", end=True)
@@ -150,6 +173,10 @@ def clear_fault(error: Fault | ConnectionLost) -> Response:
     return JSONResponse({"fault": fault}, STATUS_OF_FAULT[fault], headers)
 
 
+async def _answer_defect(request: Request, error: Exception) -> Response:
+    return clear_fault(Fault("unavailable"))
+
+
 class SealedEndpoint:
     """``POST /v1/sealed``: the body goes in as it comes, the answer goes out as it comes, and whichever side leaves ends the other."""
 
@@ -159,15 +186,15 @@ class SealedEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
-        status = 499  # the client left before there was an answer
+        status = CLIENT_LEFT
         try:
             key_id = self._check(request)
             async with await self._proxy.sealed_call(key_id) as call:
                 with self._metrics.open_calls.track_inprogress():
                     await self._convey_request(request, call)
-                    await call.reply()
+                    await unless_client_leaves(call.reply(), receive)
                     status = 200
-                    await self._convey_answer(call, receive, send)
+                    await unless_client_leaves(self._convey_answer(call, send), receive)
         except (Fault, ConnectionLost) as error:
             if status != 200:
                 response = clear_fault(error)
@@ -182,14 +209,12 @@ class SealedEndpoint:
     def _check(self, request: Request) -> bytes:
         if request.headers.get("content-type") != SEALED_TYPE:
             raise Fault("malformed", f"the content type is {SEALED_TYPE}")
-        try:
-            return bytes.fromhex(request.headers[KEY_ID_HEADER])
-        except (KeyError, ValueError):
-            raise Fault("malformed", "the key id is missing or not hexadecimal") from None
+        return _octets(request.headers.get(KEY_ID_HEADER), KEY_ID_DIGITS)
 
     async def _convey_request(self, request: Request, call: Call) -> None:
         conveyed = 0
-        async for chunk in request.stream():
+        chunks = aiter(request.stream())
+        while (chunk := await _next_of(chunks)) is not None:
             conveyed += len(chunk)
             if conveyed > MAX_REQUEST_BYTES:
                 raise Fault("malformed", "the request is too large")
@@ -198,28 +223,25 @@ class SealedEndpoint:
         await call.send(b"", end=True)
         self._metrics.bytes.labels("in").inc(conveyed)
 
-    async def _convey_answer(self, call: Call, receive: Receive, send: Send) -> None:
+    async def _convey_answer(self, call: Call, send: Send) -> None:
         headers = [(b"content-type", SEALED_TYPE.encode()), (b"cache-control", b"no-store")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        conveying = asyncio.ensure_future(self._send_chunks(call, send))
-        leaving = asyncio.ensure_future(_client_left(receive))
-        try:
-            await asyncio.wait({conveying, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if not conveying.done():
-                raise ClientDisconnect
-            await conveying
-        finally:
-            conveying.cancel()
-            leaving.cancel()
-            await asyncio.gather(conveying, leaving, return_exceptions=True)
-
-    async def _send_chunks(self, call: Call, send: Send) -> None:
         async for chunk in call:
             self._metrics.bytes.labels("out").inc(len(chunk))
             await send({"type": "http.response.body", "body": bytes(chunk), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _client_left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+def _octets(digits: str | None, count: int) -> bytes:
+    """Raises Fault ``malformed`` unless there are exactly ``count`` hexadecimal digits."""
+    if digits is None or len(digits) != count or not _HEXADECIMAL.fullmatch(digits):
+        raise Fault("malformed", f"expected {count} hexadecimal digits")
+    return bytes.fromhex(digits)
+
+
+async def _next_of(chunks: AsyncIterator[bytes]) -> bytes | None:
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            return await anext(chunks, None)
+    except TimeoutError:
+        raise Fault("malformed", "the request's body does not come") from None

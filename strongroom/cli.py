@@ -24,7 +24,9 @@ COMMANDS = {
     "chat": "strongroom.conversation:chat",
     "serve": "strongroom.serving:serve",
 }
-INTERRUPTED = 130
+USAGE, UNAVAILABLE, INTERRUPTED = 2, 4, 130
+WRONG_FILE = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+"""What a person named that is not there, not theirs or not of its kind; other trouble of the system's is not their doing."""
 
 
 class LazyGroup(click.Group):
@@ -64,23 +66,24 @@ def main() -> NoReturn:
     as_json = "--json" in sys.argv[1:]
     try:
         code = strongroom.main(standalone_mode=False)
+    except SystemExit:  # by click or rich, when whoever read our output has gone: their 1 would be a verdict here
+        sys.exit(INTERRUPTED)
     except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        if as_json:
+            report(_as_json("usage", error.format_message()), "", as_json)
+        else:
+            error.show()
+        sys.exit(USAGE)
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
-        sys.exit(INTERRUPTED)
-    except BrokenPipeError:
-        sys.stderr.close()  # whoever read us has gone: nothing more to say, and nobody to say it to
         sys.exit(INTERRUPTED)
     except StrongroomError as error:
         report(error.as_json(), str(error), as_json)
         sys.exit(error.exit_code)
     except OSError as error:
         text = f"{error.strerror}: {error.filename}" if error.filename else str(error)
-        body = {"code": "system_error", "message": text, "expected": None, "got": None}
-        report(body, text, as_json)
-        sys.exit(2 if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError) else 4)
+        report(_as_json("system_error", text), text, as_json)
+        sys.exit(USAGE if isinstance(error, WRONG_FILE) else UNAVAILABLE)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -88,7 +91,13 @@ def report(body: dict[str, str | None], text: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"error": body}))
     else:
-        click.echo(f"strongroom: {text}", err=True)
+        from strongroom.render import printable  # when there is something to show, as with commands
+
+        click.echo(f"strongroom: {printable(text)}", err=True)
+
+
+def _as_json(code: str, message: str) -> dict[str, str | None]:
+    return {"code": code, "message": message, "expected": None, "got": None}
 
 
 if __name__ == "__main__":

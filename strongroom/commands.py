@@ -9,31 +9,31 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-from rich.console import Console
 from rich.text import Text
 
 from attestation.errors import AppraisalError, EvidenceError
 from attestation.policy import AppraisalPolicy
 from attestation.verifier import AttestationResult
 from strongroom.prepare import PrepareError, Settings, installed_model, prepare
-from strongroom.render import verdict_line, verdict_table, warn_of_labels
+from strongroom.render import open_console, printable, show_verdict, verdict_line, warn_of_labels
 from strongroom.session import Session
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 F = TypeVar("F", bound=Callable[..., Any])
 
-out = Console(highlight=False, soft_wrap=False)
-err = Console(stderr=True, highlight=False)
+out = open_console()
+err = open_console(stderr=True)
 
 
 def session_options(command: F) -> F:
     """``--url`` and ``--policy``, for every command that talks to an enclave."""
     command = click.option(
         "--policy", type=click.Path(path_type=Path, dir_okay=False), default="policy.toml", show_default=True,
-        envvar="STRONGROOM_POLICY", show_envvar=True, help="The appraisal policy that decides which enclave may read a prompt.",
+        envvar="STRONGROOM_POLICY", show_envvar=True, help="The appraisal policy: which enclave may read a prompt.",
     )(command)  # fmt: skip
     return click.option(
-        "--url", default=DEFAULT_URL, show_default=True, envvar="STRONGROOM_URL", show_envvar=True, help="The parent's proxy.",
+        "--url", default=DEFAULT_URL, show_default=True, envvar="STRONGROOM_URL", show_envvar=True,
+        help="The parent's proxy.",
     )(command)  # fmt: skip
 
 
@@ -78,8 +78,8 @@ def session_options(command: F) -> F:
 def init(model: Path | None, directory: Path, context: int, threads: int, tick_ms: int, as_json: bool) -> None:
     """Write enclave.toml and policy.toml for a model, from the files on this disk.
 
-    The policy pins what an emulated enclave will measure: its code, this configuration and this model. No enclave has to run for it, and none is
-    asked: a policy made from the Evidence that it then judges would accept anything.
+    The policy pins what an emulated enclave will measure: its code, this configuration and this model. No enclave has
+    to run for it, and none is asked: a policy made from the Evidence that it then judges would accept anything.
 
     \b
     Example:
@@ -143,13 +143,13 @@ def verify(url: str, policy: Path, full: bool, as_json: bool) -> int:
             }
             click.echo(json.dumps(body))
         else:
-            out.print(verdict_table(error.checks, whole=full))
-            out.print(Text(f"REFUSED  {error}", "bold red"))
+            show_verdict(out, error.checks, whole=full)
+            out.print(Text(f"\nREFUSED  {printable(error.message)} [{error.code}]", "bold red"), soft_wrap=True)
         return error.exit_code
     if as_json:
         click.echo(json.dumps(result.as_json()))
     else:
-        out.print(verdict_table(result.checks, whole=full))
+        show_verdict(out, result.checks, whole=full)
         out.print(verdict_line(result))
         warn_of_labels(out, result)
     return 0

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +16,12 @@ import click
 from attestation.errors import StrongroomError
 from attestation.policy import AppraisalPolicy
 from strongroom.commands import F, err, out, session_options
-from strongroom.render import verdict_line, warn_of_labels
+from strongroom.render import printable, verdict_line, warn_of_labels
 from strongroom.session import Session
 from vsockrpc.messages import ChatMessage, ChatRequest, Delta, Done
+
+_CONTROLS = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+"""What moves a terminal's cursor, sets its title or its clipboard (ECMA-48's C0 and C1): no answer needs it."""
 
 
 def sampling_options(command: F) -> F:
@@ -88,8 +90,29 @@ class Spoken:
 
 
 def write_now(text: str) -> None:
-    sys.stdout.write(text)
+    """To standard output as it comes; a terminal is spared the control characters, whatever the model was made to say."""
+    sys.stdout.write(text.translate(_CONTROLS) if sys.stdout.isatty() else text)
     sys.stdout.flush()
+
+
+def require_text(text: str) -> str:
+    """Raises BadParameter for what was no UTF-8 on the command line, or no text in the terminal."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise click.BadParameter("this is not text in UTF-8") from error
+    return text
+
+
+@contextlib.contextmanager
+def open_session(url: str, policy: Path) -> Iterator[tuple[asyncio.Runner, Session]]:
+    """A session, and the runner that every use of it goes through: what waits for a person waits outside the event loop."""
+    with asyncio.Runner() as runner:
+        session = Session(url, AppraisalPolicy.load(policy))
+        try:
+            yield runner, session
+        finally:
+            runner.run(session.close())
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,20 +155,24 @@ def ask(
       strongroom ask "Why is the sky blue?" --policy policy.toml
       git diff | strongroom ask - --system "Review this change."
     """
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _standard_input() if prompt == "-" else require_text(prompt)
     request = Sampling(system, max_tokens, temperature, seed).request(ChatMessage("user", text))
     spoken = Spoken((lambda piece: None) if as_json else write_now)
-
-    async def run() -> None:
-        async with Session(url, AppraisalPolicy.load(policy)) as session:
-            warn_of_labels(err, await session.verify())
-            await spoken.listen(session, request)
-
-    asyncio.run(run())
+    with open_session(url, policy) as (runner, session):
+        result = runner.run(session.verify())
+        warn_of_labels(err, result)
+        runner.run(spoken.listen(session, request))
     if as_json:
-        click.echo(json.dumps(spoken.as_json()))
+        click.echo(json.dumps(spoken.as_json() | {"labels": sorted(result.labels)}))
     else:
         click.echo()
+
+
+def _standard_input() -> str:
+    try:
+        return require_text(sys.stdin.read())
+    except UnicodeDecodeError as error:
+        raise click.BadParameter("standard input is not text in UTF-8") from error
 
 
 @click.command()
@@ -158,62 +185,46 @@ def chat(url: str, policy: Path, system: str | None, max_tokens: int, temperatur
     Example:
       strongroom chat --policy policy.toml --system "You are terse."
     """
-
-    async def run() -> None:
-        async with Session(url, AppraisalPolicy.load(policy)) as session:
-            result = await session.verify()
-            out.print(verdict_line(result))
-            warn_of_labels(out, result)
-            await talk(session, Sampling(system, max_tokens, temperature, seed))
-
-    asyncio.run(run())
+    with open_session(url, policy) as (runner, session):
+        result = runner.run(session.verify())
+        out.print(verdict_line(result))
+        warn_of_labels(out, result)
+        talk(runner, session, Sampling(system, max_tokens, temperature, seed))
 
 
-async def talk(session: Session, sampling: Sampling) -> None:
-    """Turns of a conversation until the end of input. A failed turn is said and forgotten; the conversation goes on."""
+def talk(runner: asyncio.Runner, session: Session, sampling: Sampling) -> None:
+    """Turns of a conversation until the end of input. A failed turn is said and forgotten; the conversation goes on.
+
+    Ctrl-C stops an answer, and the model behind it; at the prompt it raises KeyboardInterrupt.
+    """
+    at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if at_terminal:
+        with contextlib.suppress(ImportError):  # editing of the line in input(), where Python was built with it
+            import readline  # noqa: F401
     history: tuple[ChatMessage, ...] = ()
-    while (line := await _read_line()) is not None:
+    while (line := _read_line("> " if at_terminal else "")) is not None:
         if not line.strip():
             continue
         turn = (*history, ChatMessage("user", line))
         spoken = Spoken(write_now)
-        answering = asyncio.ensure_future(spoken.listen(session, sampling.request(*turn)))
-        async with _interruptible(answering):
-            try:
-                await answering
-            except asyncio.CancelledError:
-                if not answering.cancelled():
-                    raise
-                click.echo("\n(stopped)", err=True)
-                continue
-            except StrongroomError as error:
-                click.echo(f"\nstrongroom: {error}", err=True)
-                continue
-        click.echo()
-        history = (*turn, ChatMessage("assistant", spoken.text))
+        try:
+            runner.run(spoken.listen(session, sampling.request(*turn)))
+        except KeyboardInterrupt:
+            click.echo("\n(stopped)", err=True)
+        except StrongroomError as error:
+            click.echo(f"\nstrongroom: {printable(str(error))}", err=True)
+        else:
+            click.echo()
+            history = (*turn, ChatMessage("assistant", spoken.text))
     click.echo()
 
 
-async def _read_line() -> str | None:
-    """A line from the terminal, None at its end. Ctrl-C here ends the program, as everywhere else."""
-
-    def read() -> str | None:
+def _read_line(prompt: str) -> str | None:
+    """A line of input, None at its end."""
+    while True:
         try:
-            return input("> " if sys.stdin.isatty() else "")
+            return require_text(input(prompt))
         except EOFError:
             return None
-
-    return await asyncio.to_thread(read)
-
-
-@contextlib.asynccontextmanager
-async def _interruptible(task: asyncio.Future[None]) -> AsyncIterator[None]:
-    """While it is open, Ctrl-C cancels ``task`` instead of the program."""
-    loop = asyncio.get_running_loop()
-    previous = signal.getsignal(signal.SIGINT)
-    loop.add_signal_handler(signal.SIGINT, task.cancel)
-    try:
-        yield
-    finally:
-        loop.remove_signal_handler(signal.SIGINT)
-        signal.signal(signal.SIGINT, previous)
+        except (UnicodeDecodeError, click.BadParameter):
+            click.echo("strongroom: this is not text in UTF-8", err=True)

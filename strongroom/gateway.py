@@ -1,7 +1,7 @@
 """``strongroom serve``: an OpenAI endpoint on this machine, for any OpenAI client. Behind it stands a verified session.
 
-It is open to programs of this machine and to nobody else: it checks Host (DNS rebinding), Origin and content type (posts from web pages), sends no
-CORS headers, and takes a bearer token when told to.
+It is open to programs of this machine and to nobody else: it checks Host (DNS rebinding), Origin and content type (posts
+from web pages), sends no CORS headers, and takes a bearer token when told to.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import json
 import secrets
 import time
 from collections.abc import AsyncGenerator, Mapping
-from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -29,6 +29,7 @@ from strongroom.openai_api import (
     parse_completion_request,
 )
 from strongroom.session import Session
+from vsockrpc.http import unless_client_leaves
 from vsockrpc.messages import Answer, Delta, Done, Start
 from vsockrpc.secret import Secret
 
@@ -36,9 +37,13 @@ MAX_BODY_BYTES = 4 << 20
 
 
 class Gateway:
-    """The routes. ``hosts`` are the ``host:port`` that a request may name; ``token`` is required as a bearer token when there is one."""
+    """The routes. ``hosts`` are the ``host:port`` that a request may name; ``token`` is required as a bearer token when
+    there is one. Only with a token may ``hosts`` be None, for any: a page that was rebound to this address lacks it.
+    """
 
-    def __init__(self, session: Session, *, hosts: frozenset[str], token: Secret | None = None) -> None:
+    def __init__(self, session: Session, *, hosts: frozenset[str] | None, token: Secret | None = None) -> None:
+        if hosts is None and token is None:
+            raise ValueError("a gateway without a token names its hosts")
         self._session = session
         self._hosts = hosts
         self._token = token
@@ -52,24 +57,27 @@ class Gateway:
                 Route("/v1/chat/completions", self.chat_completions, methods=["POST"]),
                 Route("/healthz", self.health, methods=["GET"]),
             ],
-            exception_handlers={StrongroomError: _answer_error, 404: _not_found, 405: _not_found},
+            exception_handlers={
+                StrongroomError: _answer_error,
+                HTTPException: _answer_wrong_route,
+                ClientDisconnect: _answer_nobody,
+                Exception: _answer_defect,
+            },
         )
 
     # --- Who may ask ---------------------------------------------------------------------------------------------
 
     def _admit(self, request: Request) -> None:
         """Raises ApiError for a request that a web page, or somebody without the token, could have sent."""
-        host = request.headers.get("host", "")
-        if host.lower() not in self._hosts:
+        host = request.headers.get("host", "").lower()
+        if self._hosts is not None and host not in self._hosts:
             raise ApiError(403, "host_not_allowed", f"this server does not answer to the host {host!r}")
-        origin = request.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() not in self._hosts:
-            raise ApiError(403, "origin_not_allowed", "this server does not answer to other sites")
-        if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+        same_origin = request.headers.get("origin", f"http://{host}").lower() == f"http://{host}"
+        if not same_origin or request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
             raise ApiError(403, "origin_not_allowed", "this server does not answer to other sites")
         if self._token is not None:
             scheme, _, given = request.headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), self._token.expose()):
+            if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode("latin-1"), self._token.expose()):
                 raise ApiError(401, "invalid_api_key", "the bearer token is missing or wrong")
 
     # --- Routes --------------------------------------------------------------------------------------------------
@@ -96,25 +104,37 @@ class Gateway:
         completion = parse_completion_request(await _json_body(request))
         answers = self._session.chat(completion.chat)
         try:
-            start = await anext(answers)
-            assert isinstance(start, Start), "an answer begins with Start"
-            first = await anext(answers)  # errors of the request come now, while there is a status code to give them
+            # Errors of the request come before its first text, while there is a status code to give them.
+            model, first = await unless_client_leaves(_begin(answers), request.receive)
+            shape = CompletionShape(f"chatcmpl-{secrets.token_hex(12)}", int(time.time()), model)
+            if completion.stream:
+                events = _events(shape, completion, first, answers)
+                return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+            text, done = await unless_client_leaves(_gather(first, answers), request.receive)
         except BaseException:
             await answers.aclose()
             raise
-        shape = CompletionShape(f"chatcmpl-{secrets.token_hex(12)}", int(time.time()), start.model)
-        if completion.stream:
-            return StreamingResponse(_events(shape, completion, first, answers), media_type="text/event-stream")
-        text, done = "", None
-        async with contextlib.aclosing(_from(first, answers)) as rest:
-            async for answer in rest:
-                match answer:
-                    case Delta():
-                        text += answer.text
-                    case Done():
-                        done = answer
-        assert done is not None, "a session ends an answer with Done or raises"
         return JSONResponse(shape.whole(text, done))
+
+
+async def _begin(answers: AsyncGenerator[Answer]) -> tuple[str, Answer]:
+    """The model's name, and what follows it."""
+    start = await anext(answers)
+    assert isinstance(start, Start), "a session begins a chat's answer with Start"
+    return start.model, await anext(answers)
+
+
+async def _gather(first: Answer, rest: AsyncGenerator[Answer]) -> tuple[str, Done]:
+    pieces, done = [], None
+    async with contextlib.aclosing(_from(first, rest)) as answers:
+        async for answer in answers:
+            match answer:
+                case Delta(text):
+                    pieces.append(text)
+                case Done():
+                    done = answer
+    assert done is not None, "a session ends a chat's answer with Done, or raises"
+    return "".join(pieces), done
 
 
 async def _from(first: Answer, rest: AsyncGenerator[Answer]) -> AsyncGenerator[Answer]:
@@ -163,13 +183,26 @@ async def _json_body(request: Request) -> object:
         raise ApiError(400, None, "the body is not valid JSON") from error
 
 
+def _error_response(error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
+    """In ASCII: an error may quote what was sent, and JSON can hold text that UTF-8 cannot."""
+    return Response(json.dumps(error.body()), error.status, headers, "application/json")
+
+
 async def _answer_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, StrongroomError)
     api_error = api_error_of(error)
-    headers = {"Retry-After": "1"} if api_error.status in (429, 503) else None
-    return JSONResponse(api_error.body(), api_error.status, headers)
+    return _error_response(api_error, {"Retry-After": "1"} if api_error.status in (429, 503) else None)
 
 
-async def _not_found(request: Request, error: Exception) -> Response:
+async def _answer_wrong_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
     text = f"no such endpoint: {request.method} {request.url.path}"
-    return JSONResponse(ApiError(404, None, text).body(), 404)
+    return _error_response(ApiError(error.status_code, None, text), error.headers)
+
+
+async def _answer_defect(request: Request, error: Exception) -> Response:
+    return _error_response(ApiError(500, "internal", "this server failed at this request", kind="server_error"))
+
+
+async def _answer_nobody(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)

@@ -1,6 +1,7 @@
-"""OpenAI's chat completion API, translated: names, not meaning. Pure functions between JSON and :mod:`vsockrpc.messages`.
+"""OpenAI's chat completion API, translated: names, not meaning.
 
-What this version does not do is refused, never ignored in silence: a client that asked for tools must not get an answer without them.
+Pure functions between JSON and :mod:`vsockrpc.messages`. What this version does not do is refused, never ignored in
+silence: a client that asked for tools must not get an answer without them.
 """
 
 from __future__ import annotations
@@ -34,10 +35,28 @@ NEUTRAL: Mapping[str, object] = {
     "n": 1,
     "frequency_penalty": 0,
     "presence_penalty": 0,
+    "logit_bias": {},
     "logprobs": False,
+    "modalities": ["text"],
     "response_format": {"type": "text"},
+    "tools": [],
+    "tool_choice": "none",
 }
-"""Not served yet, and accepted where the value asks for nothing."""
+"""Not served, and accepted where the value asks for nothing."""
+UNSUPPORTED = NEUTRAL.keys() | {
+    "audio",
+    "function_call",
+    "functions",
+    "parallel_tool_calls",
+    "prediction",
+    "reasoning_effort",
+    "top_logprobs",
+    "verbosity",
+    "web_search_options",
+}
+"""Parameters of OpenAI's that are not served; any other name is unknown."""
+MAX_QUOTED = 128
+"""Characters of a client's own text that an error repeats."""
 
 
 class ApiError(StrongroomError):
@@ -77,13 +96,18 @@ def parse_completion_request(document: object) -> CompletionRequest:
         raise ApiError(400, None, "the body is not a JSON object")
     fields = {name: value for name, value in document.items() if value is not None}
     for name, value in fields.items():
+        if name in TRANSLATED or name in HANDLED_HERE or name in WITHOUT_EFFECT:
+            continue
         if name in NEUTRAL and value == NEUTRAL[name]:
             continue
-        if name not in TRANSLATED | HANDLED_HERE | WITHOUT_EFFECT:
-            code = "unsupported_parameter" if name in NEUTRAL else "unknown_parameter"
-            raise ApiError(400, code, f"this server does not support the parameter {name!r}", param=name)
+        code = "unsupported_parameter" if name in UNSUPPORTED else "unknown_parameter"
+        quoted = name[:MAX_QUOTED]
+        raise ApiError(400, code, f"this server does not support the parameter {quoted!r}", param=quoted)
     body = {name: value for name, value in fields.items() if name in TRANSLATED}
+    budget = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
     if "max_completion_tokens" in body:
+        if body.get("max_tokens", body["max_completion_tokens"]) != body["max_completion_tokens"]:
+            raise ApiError(400, None, "max_tokens and max_completion_tokens differ", param="max_tokens")
         body["max_tokens"] = body.pop("max_completion_tokens")
     if isinstance(body.get("stop"), str):
         body["stop"] = [body["stop"]]
@@ -92,17 +116,23 @@ def parse_completion_request(document: object) -> CompletionRequest:
     stream, options = fields.get("stream", False), fields.get("stream_options", {})
     if not isinstance(stream, bool):
         raise ApiError(400, None, "stream is not a boolean", param="stream")
-    if not isinstance(options, dict) or not set(options) <= {"include_usage", "include_obfuscation"}:
+    if not isinstance(options, dict) or not options.keys() <= {"include_usage", "include_obfuscation"}:
         raise ApiError(400, None, "stream_options takes include_usage", param="stream_options")
+    include_usage = options.get("include_usage", False)
+    if not isinstance(include_usage, bool):
+        raise ApiError(400, None, "include_usage is not a boolean", param="stream_options.include_usage")
     try:
         chat = ChatRequest.decode(body)
     except MessageError as error:
-        raise ApiError(400, None, _plain(error), param=error.param) from error
-    return CompletionRequest(chat, stream, bool(options.get("include_usage")))
+        param = budget if error.param == "max_tokens" else error.param[:MAX_QUOTED]
+        raise ApiError(400, None, _plain(error)[: 2 * MAX_QUOTED], param=param) from error
+    return CompletionRequest(chat, stream, include_usage)
 
 
 def _message(index: int, entry: object) -> object:
-    """OpenAI lets a content be a list of parts; text parts are joined, others refused. ``developer`` is its newer name for ``system``."""
+    """OpenAI lets a content be a list of parts; text parts are joined, others refused. ``developer`` is its newer name
+    for ``system``. A participant's ``name`` is dropped: chat templates have no place for it.
+    """
     if not isinstance(entry, dict):
         return entry
     entry = {name: value for name, value in entry.items() if value is not None and name != "name"}

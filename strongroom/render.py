@@ -1,46 +1,101 @@
-"""Verdicts and answers for people: tables on a terminal, plain text elsewhere."""
+"""Verdicts for people: a table that fits its terminal, or 120 columns where there is none."""
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
 from attestation.checks import Check, Status
-from attestation.verifier import AttestationResult
+from attestation.verifier import AttestationResult, Label
 
+WIDTH_WITHOUT_TERMINAL = 120
 MARKS = {
     Status.PASSED: ("ok", "green"),
     Status.FAILED: ("FAILED", "bold red"),
     Status.IGNORED: ("ignored", "yellow"),
     Status.NOT_REACHED: ("not reached", "dim"),
 }
-LONGEST_VALUE = 46
+WARNINGS = {
+    Label.EMULATED: "EMULATED: no hardware vouches for this enclave; whoever runs this machine can read the prompt.",
+    Label.DEBUG: "DEBUG: this enclave shows its memory to its host.",
+}
+TITLES = ("step", "check", "verdict", "expected", "got")
+_GAP = "  "
+_DIGEST = re.compile(r"[0-9a-f]{32,}")
+_SHORT_DIGEST = (8, 6)
+"""Digits kept at a digest's beginning and end."""
 
 
-def verdict_table(checks: Iterable[Check], *, whole: bool = False) -> Table:
-    """Every step of PROTOCOL.md section 3, with what was expected and got. Values that are equal stand once; long ones are cut unless ``whole``."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("step", justify="right")
-    for title in ("check", "verdict", "expected", "got"):
-        table.add_column(title, overflow="fold")
+def open_console(*, stderr: bool = False) -> Console:
+    console = Console(stderr=stderr, highlight=False, markup=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = WIDTH_WITHOUT_TERMINAL
+    return console
+
+
+def show_verdict(console: Console, checks: Iterable[Check], *, whole: bool = False) -> None:
+    """Every step of PROTOCOL.md section 3 on a line, with what was expected and got; then each failure with both whole.
+
+    A value that is as expected stands once. Long values are shortened, unless ``whole``.
+    """
+    checks = tuple(checks)
+    rows = [TITLES, *((str(each.step), each.name, MARKS[each.status][0], *_values(each, whole)) for each in checks)]
+    sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    if not whole:
+        sizes[3:] = _share(console.width - sum(sizes[:3]) - 4 * len(_GAP), *sizes[3:])
+    styles = ["bold", *(MARKS[each.status][1] for each in checks)]
+    for row, style in zip(rows, styles, strict=True):
+        step, name, mark, expected, got = (_cut(cell, size).ljust(size) for cell, size in zip(row, sizes, strict=True))
+        line = Text(_GAP.join((step.strip().rjust(sizes[0]), name, "")), "bold" if row is TITLES else "")
+        line.append(mark, style).append(_GAP.join(("", expected, got)).rstrip(), "bold" if row is TITLES else "")
+        console.print(line, soft_wrap=True)
     for check in checks:
-        mark, style = MARKS[check.status]
-        expected, got = check.expected or "", check.got or ""
-        if check.status is Status.IGNORED:
-            expected = f"({check.explanation})" if check.explanation else expected
-        if expected and expected == got:
-            got = "the same"
-        cells = (expected, got) if whole or check.status is Status.FAILED else (shorten(expected), shorten(got))
-        table.add_row(str(check.step), check.name, Text(mark, style), *(escape(cell) for cell in cells))
-    return table
+        if check.status is Status.FAILED:
+            _show_failure(console, check)
+
+
+def _values(check: Check, whole: bool) -> tuple[str, str]:
+    expected, got = (value if whole else shorten(value) for value in (check.expected or "", check.got or ""))
+    if check.status is Status.IGNORED and check.explanation:
+        expected = f"({check.explanation})"
+    same = check.expected is not None and check.expected == check.got
+    return printable(expected), "the same" if same else printable(got)
+
+
+def _show_failure(console: Console, check: Check) -> None:
+    console.print(Text(f"\n{check.name} [{check.code}]: {printable(check.explanation or '')}", "red"), soft_wrap=True)
+    for title, value in (("expected", check.expected), ("got", check.got)):
+        if value is not None:
+            console.print(Text(f"  {title:<8}  {printable(value)}"), soft_wrap=True)
+
+
+def _share(width: int, first: int, second: int) -> tuple[int, int]:
+    """Divides ``width`` between two columns: what one does not need is the other's."""
+    half = max(width // 2, 8)
+    if first <= half:
+        return first, min(second, max(width - first, half))
+    if second <= half:
+        return max(width - second, half), second
+    return half, half
+
+
+def _cut(text: str, size: int) -> str:
+    return text if len(text) <= size else f"{text[: size - 1]}…"
 
 
 def shorten(text: str) -> str:
-    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 9]}…{text[-8:]}"
+    """Digests within ``text`` by their first and last digits."""
+    first, last = _SHORT_DIGEST
+    return _DIGEST.sub(lambda match: f"{match[0][:first]}…{match[0][-last:]}", text)
+
+
+def printable(text: str) -> str:
+    """What comes from the other side of a wire does not move a terminal's cursor."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
 
 def verdict_line(result: AttestationResult) -> Text:
@@ -54,8 +109,4 @@ def verdict_line(result: AttestationResult) -> Text:
 def warn_of_labels(console: Console, result: AttestationResult) -> None:
     """What must be said whenever a result is used: that the enclave is emulated, or in debug mode."""
     for label in sorted(result.labels):
-        text = {
-            "EMULATED": "EMULATED: no hardware vouches for this enclave; whoever runs this machine can read the prompt.",
-            "DEBUG": "DEBUG: this enclave shows its memory to its host.",
-        }[label.value]
-        console.print(Text(text, "bold yellow"), highlight=False)
+        console.print(Text(WARNINGS[label], "bold yellow"))

@@ -1,11 +1,11 @@
 """``strongroom run``: everything on this machine, in one command. Start, verify, ask or chat, stop.
 
-The enclave and the proxy are the same programs that ``start`` and ``proxy`` run, as processes of their own, which end with this one.
+The enclave and the proxy are the same programs that ``start`` and ``proxy`` run, as processes of their own, which end
+with this one.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import secrets
@@ -20,12 +20,10 @@ import click
 from rich.text import Text
 
 from attestation.errors import StrongroomError
-from attestation.policy import AppraisalPolicy
 from strongroom.commands import err, model_or_installed, out
-from strongroom.conversation import Sampling, Spoken, sampling_options, talk, write_now
+from strongroom.conversation import Sampling, Spoken, open_session, require_text, sampling_options, talk, write_now
 from strongroom.prepare import Prepared, Settings, prepare
-from strongroom.render import verdict_line, verdict_table, warn_of_labels
-from strongroom.session import Session
+from strongroom.render import show_verdict, verdict_line, warn_of_labels
 from vsockrpc.messages import ChatMessage
 
 STOP_SECONDS = 30
@@ -73,34 +71,38 @@ def run(
       strongroom run
     """
     model = model_or_installed(model)
+    if prompt is not None:
+        require_text(prompt)
     folder = Path(tempfile.mkdtemp(prefix="strongroom-"))
     try:
-        err.print(f"[bold]Reference values[/bold] from the files on this disk, before any enclave runs ({model.name})")
+        err.print(
+            f"Reference values for {model.name}, from the files on this disk, before any enclave runs", style="bold"
+        )
         prepared = prepare(model, folder, Settings(context=context, threads=threads), progress=_tell)
-        err.print("[bold]Enclave[/bold]")
+        err.print("Enclave", style="bold")
         with _enclave(prepared, model) as name, _proxy(name) as url:
-            asyncio.run(_converse(url, prepared, prompt, Sampling(system, max_tokens, temperature, seed)))
+            _converse(url, prepared, prompt, Sampling(system, max_tokens, temperature, seed))
     finally:
         shutil.rmtree(folder)
 
 
-async def _converse(url: str, prepared: Prepared, prompt: str | None, sampling: Sampling) -> None:
-    async with Session(url, AppraisalPolicy.load(prepared.policy)) as session:
-        result = await session.verify()
-        out.print("[bold]Verdict[/bold], every check of PROTOCOL.md section 3")
-        out.print(verdict_table(result.checks))
+def _converse(url: str, prepared: Prepared, prompt: str | None, sampling: Sampling) -> None:
+    with open_session(url, prepared.policy) as (runner, session):
+        result = runner.run(session.verify())
+        out.print("Verdict, every check of PROTOCOL.md section 3", style="bold")
+        show_verdict(out, result.checks)
         out.print(verdict_line(result))
         warn_of_labels(out, result)
         out.print()
         if prompt is None:
-            await talk(session, sampling)
+            talk(runner, session, sampling)
             return
         out.print(Text(prompt, "bold"))
         spoken = Spoken(write_now)
-        await spoken.listen(session, sampling.request(ChatMessage("user", prompt)))
+        runner.run(spoken.listen(session, sampling.request(ChatMessage("user", prompt))))
         assert spoken.done is not None
-        out.print("\n")
-        out.print(f"model        {prepared.manifest.name}  sha384:{prepared.manifest.digest().hex()}")
+        digest = f"sha384:{prepared.manifest.digest().hex()}"
+        out.print(f"\n\nmodel        {prepared.manifest.name}  {digest}", soft_wrap=True)
         out.print(f"first token  {spoken.seconds_to_first * 1000:.0f} ms, with the pacing tick")
         out.print(f"speed        {spoken.tokens_per_second:.1f} tokens/s over {spoken.done.completion_tokens} tokens")
 

@@ -14,9 +14,12 @@ from strongroom.commands import err, session_options
 from strongroom.gateway import Gateway
 from strongroom.render import verdict_line, warn_of_labels
 from strongroom.session import Session
-from vsockrpc.address import TcpAddress, parse_address
-from vsockrpc.http import listen_on, serve_http
+from vsockrpc.http import listen_on, parse_listen, serve_http
 from vsockrpc.secret import Secret
+
+EVERY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104 - compared with, and served only to who has the token
+HTTP_PORT = 80
+"""Clients leave it out of their Host header."""
 
 
 @click.command()
@@ -40,11 +43,10 @@ def serve(url: str, policy: Path, listen: str, token_file: Path | None, as_json:
       curl http://127.0.0.1:11434/v1/chat/completions -H 'Content-Type: application/json' \\
         -d '{"model": "SmolLM2 135M Instruct", "messages": [{"role": "user", "content": "Hello"}]}'
     """
-    address = parse_address(f"tcp:{listen}")
-    assert isinstance(address, TcpAddress)
+    address = parse_listen(listen)
     token = Secret(token_file.read_bytes().strip()) if token_file else None
     if token is not None and not len(token):
-        raise click.UsageError(f"{token_file} is empty")
+        raise click.BadParameter(f"{token_file} is empty", param_hint="--token-file")
     if token is None and not _is_loopback(address.host):
         raise click.UsageError(f"{address.host} is not loopback: name a --token-file that clients must know")
 
@@ -69,11 +71,17 @@ def serve(url: str, policy: Path, listen: str, token_file: Path | None, as_json:
     asyncio.run(run())
 
 
-def _names_of(host: str, port: int) -> frozenset[str]:
-    """What a client may call this server in its Host header. A name that DNS could be made to point here is not among them."""
-    names = {host, "localhost", "127.0.0.1", "[::1]"} if _is_loopback(host) else {host}
-    bracketed = {f"[{name}]" if ":" in name and not name.startswith("[") else name for name in names}
-    return frozenset(f"{name}:{port}".lower() for name in bracketed)
+def _names_of(host: str, port: int) -> frozenset[str] | None:
+    """What a client may call this server in its Host header, None for anything, where it listens on every address.
+
+    A name that somebody else's DNS could point here is not among them.
+    """
+    if host in EVERY_ADDRESS:
+        return None
+    names = {host, "localhost", "127.0.0.1", "::1"} if _is_loopback(host) else {host}
+    bracketed = {f"[{name}]" if ":" in name else name for name in names}
+    without_port = bracketed if port == HTTP_PORT else frozenset[str]()
+    return frozenset(name.lower() for name in (*without_port, *(f"{name}:{port}" for name in bracketed)))
 
 
 def _is_loopback(host: str) -> bool:

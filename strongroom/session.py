@@ -243,8 +243,7 @@ class Session:
             if not begun:
                 raise self._unreachable(error) from error
             if not ended:
-                raise Truncated("the answer broke off: the enclave, the proxy or the network went away"
-                ) from error
+                raise Truncated("the answer broke off: the enclave, the proxy or the network went away") from error
         if failure is not None:
             raise RequestFailed(failure.code, failure.message, expected=failure.expected, got=failure.got)
         sealed.answer.finish()

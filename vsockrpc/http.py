@@ -1,4 +1,7 @@
-"""HTTP between client and parent: the names of PROTOCOL.md section 8, and how either side's server runs. The enclave has no HTTP."""
+"""HTTP between client and parent: the names of PROTOCOL.md section 8, and how either side's server runs.
+
+The enclave has no HTTP.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,19 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import Callable, Iterator, Mapping
+import sys
+import traceback
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from typing import Any, TypeVar
 
 import uvicorn
-from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from attestation.errors import StrongroomError
-from vsockrpc.address import TcpAddress
+from vsockrpc.address import TcpAddress, parse_address
+from vsockrpc.errors import AddressError
 
 EVIDENCE_PATH = "/v1/evidence"
 SEALED_PATH = "/v1/sealed"
@@ -25,68 +34,192 @@ STATUS_OF_FAULT: Mapping[str, int] = {"malformed": 400, "unknown_key": 409, "ove
 """The closed list of clear faults (section 6.3) and the status that carries each."""
 
 MAX_CONNECTIONS = 1024
+MAX_HEAD_BYTES = 32768
+"""Bytes of a request's line and headers; one read of the socket more may be held."""
+HEAD_SECONDS = 20.0
+"""How long a connection may take to send a request's head, from its first byte, or from the connection's beginning."""
+KEEP_ALIVE_SECONDS = 75
+"""How long an idle connection is kept: longer than clients keep theirs, so that none is reused while it is closed."""
 GRACE_SECONDS = 5
+
+T = TypeVar("T")
 
 
 class ListenError(StrongroomError):
-    """The address cannot be listened on."""
+    """The address cannot be listened on: ``bad_address``, which is the caller's mistake, or ``cannot_listen``."""
+
+    @property
+    def exit_code(self) -> int:  # type: ignore[override]
+        return 2 if self.code == "bad_address" else 4
+
+
+def parse_listen(text: str) -> TcpAddress:
+    """``HOST:PORT``, as a person writes it. Raises ListenError ``bad_address``."""
+    try:
+        address = parse_address(f"tcp:{text}")
+    except AddressError as error:
+        raise ListenError("bad_address", error.message, expected="HOST:PORT", got=text) from error
+    assert isinstance(address, TcpAddress)
+    return address
 
 
 def listen_on(address: TcpAddress) -> socket.socket:
-    """A listening socket; port 0 takes a free one. Raises ListenError ``address_in_use`` and the like."""
+    """A listening socket; port 0 takes a free one. Raises ListenError ``cannot_listen``."""
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((address.host, address.port))
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: a host that no name server could be asked for
         listener.close()
-        raise ListenError("cannot_listen", f"cannot listen on {address}: {error.strerror}", got=str(address)) from error
+        reason = error.strerror if isinstance(error, OSError) else "no host name"
+        raise ListenError("cannot_listen", f"cannot listen on {address}: {reason}", got=str(address)) from error
     listener.setblocking(False)
     return listener
 
 
-class _Server(uvicorn.Server):
-    """Says when it is ready, and ends cleanly on SIGINT and SIGTERM: answers under way get their grace, and the process its own exit code."""
+class _BoundedProtocol(HttpToolsProtocol):
+    """Bounds a request's head in size and in time, which httptools and uvicorn leave to the peer."""
 
-    def __init__(self, configuration: uvicorn.Config, ready: Callable[[], None]) -> None:
+    _in_head = True
+    _head_bytes = 0
+    _head_due: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_arrived()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._in_head:
+            self._head_bytes += len(data)
+            if self._head_due is None:
+                self._expect_head()
+        super().data_received(data)
+        if self._in_head and self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self.send_400_response("The request's head is too large.")
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        self._head_arrived()
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._in_head, self._head_bytes = True, 0
+        super().on_message_complete()
+
+    def _expect_head(self) -> None:
+        self._head_due = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _head_arrived(self) -> None:
+        if self._head_due is not None:
+            self._head_due.cancel()
+            self._head_due = None
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn within an event loop that is not its own: it takes no signals, and says nothing of a request anywhere."""
+
+    def __init__(self, application: ASGIApp) -> None:
+        configuration = uvicorn.Config(
+            _reporting_defects(application),
+            http=_BoundedProtocol,
+            ws="none",
+            log_config=None,
+            log_level="critical",
+            access_log=False,
+            server_header=False,
+            date_header=False,
+            proxy_headers=False,
+            limit_concurrency=MAX_CONNECTIONS,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=GRACE_SECONDS,
+            lifespan="on",
+        )
         super().__init__(configuration)
-        self._ready = ready
+        self._accepting = asyncio.Event()
+
+    @contextlib.asynccontextmanager
+    async def serving(self, listener: socket.socket) -> AsyncIterator[None]:
+        """Accepts connections within the block; behind it, answers under way get their grace."""
+        work = asyncio.ensure_future(self.serve(sockets=[listener]))
+        accepting = asyncio.ensure_future(self._accepting.wait())
+        try:
+            await asyncio.wait({work, accepting}, return_when=asyncio.FIRST_COMPLETED)
+            yield
+        finally:
+            accepting.cancel()
+            self.stop()
+            await work
+
+    def stop(self) -> None:
+        """Ends the serving; told so a second time, without grace."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        if self.started:
-            self._ready()
+        self._accepting.set()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
+        yield
 
-        def stop() -> None:
-            self.force_exit = self.should_exit  # a second signal does not wait
-            self.should_exit = True
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, stop)
+def _reporting_defects(application: ASGIApp) -> ASGIApp:
+    """Says on standard error where an exception came from that nobody raised on purpose; its text could hold anything."""
+
+    async def reporting(scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            yield
-        finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.remove_signal_handler(number)
+            await application(scope, receive, send)
+        except Exception as error:
+            places = "".join(traceback.format_tb(error.__traceback__))
+            sys.stderr.write(f"defect: {type(error).__name__}\n{places}")
+            raise
+
+    return reporting
 
 
-async def serve_http(application: Starlette, listener: socket.socket, *, ready: Callable[[], None]) -> None:
-    """Serves until SIGINT or SIGTERM. Nothing of a request is logged. ``ready`` is called once connections are accepted."""
-    configuration = uvicorn.Config(
-        application,
-        log_config=None,
-        log_level="critical",
-        access_log=False,
-        server_header=False,
-        date_header=False,
-        proxy_headers=False,
-        limit_concurrency=MAX_CONNECTIONS,
-        timeout_graceful_shutdown=GRACE_SECONDS,
-        lifespan="on",
-    )
-    await _Server(configuration, ready).serve(sockets=[listener])
+async def unless_client_leaves(work: Coroutine[Any, Any, T], receive: Receive) -> T:
+    """Does ``work``, and cancels it when the client leaves: then it raises ClientDisconnect.
+
+    For after the request's body has been read.
+    """
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_client_left(receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return await working
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _client_left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def serve_http(application: ASGIApp, listener: socket.socket, *, ready: Callable[[], None]) -> None:
+    """Serves until SIGINT or SIGTERM. ``ready`` is called once connections are accepted."""
+    loop, server, stopping = asyncio.get_running_loop(), HttpServer(application), asyncio.Event()
+
+    def stop() -> None:
+        if stopping.is_set():
+            server.stop()
+        stopping.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+    try:
+        async with server.serving(listener):
+            ready()
+            await stopping.wait()
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
