@@ -1,0 +1,279 @@
+"""``enclave.toml``: every field with its type and its bounds, nothing unknown, nothing assumed."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import fields, is_dataclass
+from typing import get_type_hints
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import enclave.config
+from attestation.commitment import Entropy
+from attestation.reference import configuration_digest
+from enclave.config import (
+    MAX_ROTATIONS,
+    ChannelSettings,
+    ConfigurationError,
+    EnclaveConfiguration,
+    EngineSettings,
+    Limits,
+    PacingSettings,
+)
+from vsockrpc.address import VMADDR_CID_ANY, UnixAddress, VsockAddress
+
+DIGEST = "ab" * 48
+SMALLEST = f"""\
+version = 1
+[rpc]
+listen = "vsock:any:5000"
+[nsm]
+address = "device:/dev/nsm"
+entropy = "nsm-hwrng"
+[model]
+store = "vsock:3:5001"
+manifest = "sha384:{DIGEST}"
+"""
+
+INTEGERS = {
+    "model.max_bytes": (1, 1 << 40),
+    "engine.context": (64, 1 << 20),
+    "engine.batch": (16, 4096),
+    "engine.threads": (0, 256),
+    "engine.queue": (1, 1024),
+    "engine.uid": (1, 2**31 - 1),
+    "channel.rotation_seconds": (1, 86400),
+    "channel.lifetime_seconds": (1, 86400),
+    "channel.max_requests": (1, 1 << 20),
+    "pacing.tick_ms": (0, 10_000),
+    "pacing.record_bytes": (64, 65536),
+    "pacing.bucket_records": (1, 1024),
+    "limits.request_bytes": (4096, 4 << 20),
+    "limits.request_seconds": (1, 86400),
+}
+REQUIRED = (
+    "version",
+    "rpc",
+    "rpc.listen",
+    "nsm",
+    "nsm.address",
+    "nsm.entropy",
+    "model",
+    "model.store",
+    "model.manifest",
+)
+
+
+def written(**changes: object) -> bytes:
+    """``SMALLEST`` with other values: ``section__key=value``; None leaves the key or the whole section out."""
+    document: dict[str, object] = tomllib.loads(SMALLEST)
+    for path, value in changes.items():
+        *sections, key = path.split("__")
+        table = document
+        for section in sections:
+            entry = table.setdefault(section, {})
+            assert isinstance(entry, dict)
+            table = entry
+        if value is None:
+            del table[key]
+        else:
+            table[key] = value
+    lines = [f"{key} = {_toml(value)}" for key, value in document.items() if not isinstance(value, dict)]
+    for section, entry in document.items():
+        if isinstance(entry, dict):
+            lines += [f"[{section}]", *(f"{key} = {_toml(value)}" for key, value in entry.items())]
+    return "\n".join(lines).encode()
+
+
+def _toml(value: object) -> str:
+    match value:
+        case bool():
+            return str(value).lower()
+        case str():
+            return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        case _:
+            return str(value)
+
+
+def parsed(**changes: object) -> EnclaveConfiguration:
+    return EnclaveConfiguration.parse(written(**changes))
+
+
+def refusal(data: bytes) -> ConfigurationError:
+    with pytest.raises(ConfigurationError) as caught:
+        EnclaveConfiguration.parse(data)
+    assert caught.value.code == "bad_configuration"
+    assert caught.value.exit_code == 2
+    return caught.value
+
+
+def is_settings(kind: object) -> bool:
+    own = isinstance(kind, type) and kind.__module__ == enclave.config.__name__
+    return own and is_dataclass(kind) and kind is not EnclaveConfiguration
+
+
+def of(configuration: EnclaveConfiguration, path: str) -> object:
+    section, name = path.split(".")
+    if path == "model.max_bytes":
+        return configuration.max_model_bytes
+    return getattr(getattr(configuration, section), name)
+
+
+# --- What is given, and what is not -------------------------------------------------------------------------------
+
+
+def test_the_smallest_one_has_these_defaults() -> None:
+    configuration = EnclaveConfiguration.parse(SMALLEST.encode())
+    assert configuration == EnclaveConfiguration(
+        listen=VsockAddress(VMADDR_CID_ANY, 5000),
+        nsm="device:/dev/nsm",
+        entropy=Entropy.NSM_HWRNG,
+        model_store=VsockAddress(3, 5001),
+        manifest=bytes.fromhex(DIGEST),
+        max_model_bytes=64 << 30,
+        engine=EngineSettings(context=2048, batch=128, threads=0, queue=64, uid=64001),
+        channel=ChannelSettings(rotation_seconds=300, lifetime_seconds=600, max_requests=65536),
+        pacing=PacingSettings(tick_ms=50, record_bytes=512, bucket_records=8),
+        limits=Limits(request_bytes=1 << 20, request_seconds=600),
+        digest=configuration_digest(SMALLEST.encode()),
+    )
+
+
+def test_pacing_is_on_unless_it_is_turned_off() -> None:
+    assert EnclaveConfiguration.parse(SMALLEST.encode()).pacing.tick_ms > 0
+    assert parsed(pacing__tick_ms=0).pacing.tick_ms == 0
+
+
+def test_the_digest_is_over_the_bytes() -> None:
+    """No parser stands between the file and PCR17: what reads the same, written otherwise, is another one."""
+    same = SMALLEST + "# a comment\n"
+    first, second = EnclaveConfiguration.parse(SMALLEST.encode()), EnclaveConfiguration.parse(same.encode())
+    assert second.digest == configuration_digest(same.encode()) != first.digest
+
+
+@pytest.mark.parametrize("path", REQUIRED)
+def test_what_is_required_is_named_when_it_is_missing(path: str) -> None:
+    assert refusal(written(**{path.replace(".", "__"): None})).message.startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("section", ["rpc", "nsm", "model", "engine", "channel", "pacing", "limits"])
+def test_an_unknown_key_is_named(section: str) -> None:
+    error = refusal(written(**{f"{section}__tick_MS": 1}))
+    assert error.message == f"{section}.tick_MS: no such field"
+
+
+def test_an_unknown_section_is_named() -> None:
+    assert refusal(written(debug__enabled=True)).message == "debug: no such field"
+
+
+def test_a_section_is_a_table() -> None:
+    assert "engine" in refusal(written(engine=1)).message
+
+
+# --- Types and bounds ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("path", "bounds"), INTEGERS.items())
+def test_both_bounds_are_inside_and_one_step_further_is_not(path: str, bounds: tuple[int, int]) -> None:
+    key = path.replace(".", "__")
+    low, high = bounds
+    companion = {
+        "channel.rotation_seconds": {"channel__lifetime_seconds": 1},
+        "channel.lifetime_seconds": {"channel__rotation_seconds": 86400},
+    }.get(path, {})
+    for value in bounds:
+        assert of(parsed(**{key: value}, **companion), path) == value
+    for value in (low - 1, high + 1):
+        error = refusal(written(**{key: value}, **companion))
+        assert error.message.startswith(f"{path}: ")
+        assert (error.expected, error.got) == (f"{low}..{high}", str(value))
+
+
+@pytest.mark.parametrize("path", INTEGERS)
+@pytest.mark.parametrize("value", [True, "1", 1.5])
+def test_a_number_is_an_integer_and_nothing_like_it(path: str, value: object) -> None:
+    error = refusal(written(**{path.replace(".", "__"): value}))
+    assert error.message.startswith(f"{path}: ")
+    assert error.expected == "an integer"
+
+
+def test_every_number_of_the_configuration_is_in_this_table() -> None:
+    """So that a new setting does not come without its bounds' test."""
+    sections = {"engine": EngineSettings, "channel": ChannelSettings, "pacing": PacingSettings, "limits": Limits}
+    named = {f"{section}.{field.name}" for section, kind in sections.items() for field in fields(kind)}
+    assert named | {"model.max_bytes"} == INTEGERS.keys()
+    held = {name for name, kind in get_type_hints(EnclaveConfiguration).items() if kind in sections.values()}
+    assert held == sections.keys()
+    assert {kind for kind in vars(enclave.config).values() if is_settings(kind)} == set(sections.values())
+
+
+@pytest.mark.parametrize("value", [0, 2])
+def test_the_version_is_1(value: int) -> None:
+    assert refusal(written(version=value)).message.startswith("version: ")
+
+
+@pytest.mark.parametrize("path", ["rpc.listen", "model.store"])
+@pytest.mark.parametrize("value", ["", "vsock:3", "vsock:x:1", "http://host", "unix:", "tcp:host:70000", 5])
+def test_an_address_is_one_of_the_rpcs(path: str, value: object) -> None:
+    assert refusal(written(**{path.replace(".", "__"): value})).message.startswith(f"{path}: ")
+
+
+def test_addresses_of_every_kind() -> None:
+    assert parsed(rpc__listen="unix:rpc.sock").listen == UnixAddress("rpc.sock")
+    assert parsed(model__store="vsock:3:9000").model_store == VsockAddress(3, 9000)
+
+
+@pytest.mark.parametrize("value", ["", "kernel", "HOST", "nsm_hwrng", 1])
+def test_entropy_is_of_a_closed_list(value: object) -> None:
+    assert refusal(written(nsm__entropy=value)).message.startswith("nsm.entropy: ")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [DIGEST, f"sha256:{DIGEST}", f"sha384:{DIGEST[:-2]}", f"sha384:{DIGEST}00", "sha384:" + "g" * 96, "sha384:", 1],
+)
+def test_a_digest_is_sha384_in_hexadecimal(value: object) -> None:
+    assert refusal(written(model__manifest=value)).message.startswith("model.manifest: ")
+
+
+def test_a_key_does_not_outlive_more_rotations_than_are_kept() -> None:
+    """Else the bound on keys would be met by rotation alone, and no key could be offered any more."""
+    assert parsed(channel__rotation_seconds=10, channel__lifetime_seconds=10 * MAX_ROTATIONS)
+    error = refusal(written(channel__rotation_seconds=10, channel__lifetime_seconds=10 * MAX_ROTATIONS + 1))
+    assert error.message.startswith("channel.lifetime_seconds: ")
+
+
+# --- Bytes that are no configuration ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xff\xfe",
+        b"version = 1\nversion = 1\n",
+        b"version = " + b"1" * 5000,
+        b"version = 0x" + b"f" * 5000,
+        b"a = " + b"[" * 5000,
+        b"a = " + b"{a = " * 5000,
+        b"[" + b"a." * 3000 + b"a]\n",
+        b"version = 1979-99-99",
+        b"version = nan",
+    ],
+    ids=lambda data: f"{data[:12]!r}",
+)
+def test_what_is_no_configuration_is_refused_with_its_own_error(data: bytes) -> None:
+    refusal(data)
+
+
+@given(st.one_of(st.binary(max_size=200), st.text(max_size=200).map(lambda text: text.encode("utf-8", "replace"))))
+def test_any_bytes_are_a_configuration_or_a_typed_error(data: bytes) -> None:
+    refusal(data)
+    refusal(SMALLEST.encode() + b"\n[engine]\n" + data + b"\nx = 1")
+
+
+def test_an_error_never_prints_what_a_terminal_would_act_on() -> None:
+    error = refusal(SMALLEST.encode() + b'[engine]\n"\\u001b[2K" = 1\n')
+    assert "\x1b" not in str(error)
