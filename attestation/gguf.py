@@ -1,9 +1,10 @@
 """A bounded reader of GGUF headers: what a model file claims to hold, checked against what is there.
 
 GGUF (versions 2 and 3, little-endian) is the file format of llama.cpp: a magic, counts, typed metadata, tensor
-descriptions, then the tensors' data. The format's reference is ``docs/gguf.md`` in the ggml repository. Headers lie, so nothing here is allocated by a length that the file
-has not been seen to contain, and llama.cpp sees only what passed. The layout rules are llama.cpp's own: tensors stand
-in file order, each padded to the alignment, without gaps or overlaps.
+descriptions, then the tensors' data. The format's reference is ``docs/gguf.md`` in the ggml repository. Headers lie, so
+nothing here is allocated by a length that the file has not been seen to contain, and llama.cpp sees only what passed.
+The layout rules are llama.cpp's own: tensors stand in file order, each padded to the alignment, without gaps or
+overlaps.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ class ModelError(StrongroomError):
     ``bad_tensor``, ``no_chat_template``, ``malformed_manifest``.
     """
 
-    exit_code = 3
+    exit_code = 2
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import signal
 import sys
 from typing import NoReturn
 
@@ -24,7 +25,7 @@ COMMANDS = {
     "chat": "strongroom.conversation:chat",
     "serve": "strongroom.serving:serve",
 }
-USAGE, UNAVAILABLE, INTERRUPTED = 2, 4, 130
+USAGE, UNAVAILABLE, INTERRUPTED, TERMINATED = 2, 4, 130, 143
 WRONG_FILE = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 """What a person named that is not there, not theirs or not of its kind; other trouble of the system's is not their doing."""
 
@@ -64,6 +65,7 @@ def strongroom() -> None:
 def main() -> NoReturn:
     """Runs a command and turns every error that was raised on purpose into one clear text and an exit code."""
     as_json = "--json" in sys.argv[1:]
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         code = strongroom.main(standalone_mode=False)
     except SystemExit:  # by click or rich, when whoever read our output has gone: their 1 would be a verdict here
@@ -77,6 +79,8 @@ def main() -> NoReturn:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         sys.exit(INTERRUPTED)
+    except Terminated:
+        sys.exit(TERMINATED)
     except StrongroomError as error:
         report(error.as_json(), str(error), as_json)
         sys.exit(error.exit_code)
@@ -85,6 +89,14 @@ def main() -> NoReturn:
         report(_as_json("system_error", text), text, as_json)
         sys.exit(USAGE if isinstance(error, WRONG_FILE) else UNAVAILABLE)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+class Terminated(BaseException):
+    """SIGTERM came. It ends a command as Ctrl-C does: through its ``finally`` blocks, so that nothing it started stays behind."""
+
+
+def _terminated(number: int, frame: object) -> NoReturn:
+    raise Terminated
 
 
 def report(body: dict[str, str | None], text: str, as_json: bool) -> None:

@@ -112,10 +112,13 @@ def _enclave(prepared: Prepared, model: Path) -> Iterator[str]:
     """An enclave of a name of its own, for as long as the block is open."""
     name = f"run-{secrets.token_hex(3)}"
     arguments = ["--config", str(prepared.configuration), "--model", str(model), "--name", name]
-    with _ending_with_us("start", *arguments, "--foreground") as process:
-        _first_line(process)
-        yield name
-    subprocess.run([*_command("stop"), name], check=True, stdout=subprocess.DEVNULL)
+    try:
+        with _ending_with_us("start", *arguments, "--foreground") as process:
+            _first_line(process)
+            yield name
+    finally:
+        # It has ended; this removes its folder. There is none when it was interrupted early.
+        subprocess.run([*_command("stop"), name], check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,186 @@
+"""Bulk transfer: bytes over the RPC on a Unix socket between two processes, hashed as they arrive.
+
+It is held against a plain socket copy that hashes the same bytes in the same loop, in Python; a copy that hashes nothing stands beside them
+for the record. Every run has a receiver and a sender process of its own; the three kinds take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import json
+import resource
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+from vsockrpc.address import UnixAddress
+from vsockrpc.digest import HashingSink
+from vsockrpc.transport import IncomingCall, connect, serve
+
+ALGORITHM = "sha256"
+BLOCK = bytes(range(256)) * 4096
+"""One MiB, which the sender repeats."""
+MIB = 1 << 20
+
+
+def rows(size: int, runs: int) -> list[dict[str, object]]:
+    """``runs`` transfers of ``size`` bytes of each kind; medians, and the RPC's ratio to the plain copy (above 1 is faster)."""
+    measured: dict[str, list[dict[str, float]]] = {"rpc": [], "plain": [], "bare": []}
+    for _ in range(runs):
+        for kind, results in measured.items():
+            results.append(_run(kind, size))
+    rate = {kind: median(size / MIB / result["seconds"] for result in results) for kind, results in measured.items()}
+    peak = {kind: max(result["peak_rss"] for result in results) for kind, results in measured.items()}
+    ratio = median(
+        plain["seconds"] / rpc["seconds"] for plain, rpc in zip(measured["plain"], measured["rpc"], strict=True)
+    )
+    names = {
+        "rpc": ("RPC, SHA-256 on a thread", "plain socket copy with SHA-256 in one loop", ratio),
+        "plain": ("plain socket copy with SHA-256 in one loop", None, None),
+        "bare": ("plain socket copy, nothing hashed", None, None),
+    }
+    return [
+        {
+            "name": f"bulk {size // MIB} MiB over a Unix socket: {name}",
+            "against": against,
+            "value": round(rate[kind]),
+            "unit": "MiB/s",
+            "ratio": None if against_ratio is None else round(against_ratio, 3),
+            "receiver_peak_rss_mib": round(peak[kind] / MIB, 1),
+            "runs": runs,
+        }
+        for kind, (name, against, against_ratio) in names.items()
+    ]
+
+
+def _run(kind: str, size: int) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "bench.bulk", "--role", f"{kind}-receiver", "--socket", f"{folder}/s"]
+        done = subprocess.run([*command, "--size", str(size)], check=True, capture_output=True, text=True)
+    result: dict[str, float] = json.loads(done.stdout)
+    return result
+
+
+# --- The receivers, each a process ----------------------------------------------------------------
+
+
+def _receive_rpc(path: str, size: int) -> tuple[float, str]:
+    async def receive() -> tuple[float, str]:
+        async with connect(UnixAddress(path)) as client:
+            begin = time.perf_counter()
+            with HashingSink(ALGORITHM) as sink:
+                async with client.call("bulk", {"size": size}) as call:
+                    await call.send(b"", end=True)
+                    async for piece in call:
+                        await sink.feed(piece)
+                digest = await sink.finish()
+            return time.perf_counter() - begin, digest.hex()
+
+    return asyncio.run(receive())
+
+
+def _receive_plain(path: str, size: int) -> tuple[float, str]:
+    digest = hashlib.new(ALGORITHM)
+    return _copy(path, digest.update), digest.hexdigest()
+
+
+def _receive_bare(path: str, size: int) -> tuple[float, str]:
+    return _copy(path, lambda piece: None), ""
+
+
+def _copy(path: str, take: Callable[[memoryview], None]) -> float:
+    buffer = memoryview(bytearray(256 * 1024))
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(path)
+        begin = time.perf_counter()
+        while count := sock.recv_into(buffer):
+            take(buffer[:count])
+        return time.perf_counter() - begin
+
+
+# --- The senders ----------------------------------------------------------------------------------
+
+
+def _send_rpc(path: str, size: int) -> None:
+    async def bulk(call: IncomingCall) -> None:
+        await call.reply({})
+        for _ in range(size // len(BLOCK)):
+            await call.send(BLOCK)
+
+    async def run() -> None:
+        async with serve(UnixAddress(path), {"bulk": bulk}, on_error=_fail):
+            _say_ready()
+            await asyncio.to_thread(sys.stdin.read)
+
+    asyncio.run(run())
+
+
+def _send_plain(path: str, size: int) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        _say_ready()
+        with listener.accept()[0] as sock:
+            for _ in range(size // len(BLOCK)):
+                sock.sendall(BLOCK)
+
+
+def _say_ready() -> None:
+    print("ready", flush=True)
+
+
+def _fail(error: BaseException) -> None:
+    raise error
+
+
+RECEIVERS = {"rpc": _receive_rpc, "plain": _receive_plain, "bare": _receive_bare}
+SENDERS = {"rpc": _send_rpc, "plain": _send_plain, "bare": _send_plain}
+
+
+def _receiver(kind: str, path: str, size: int) -> None:
+    command = [sys.executable, "-m", "bench.bulk", "--role", f"{kind}-sender", "--socket", path, "--size", str(size)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as sender:
+        assert sender.stdin is not None
+        assert sender.stdout is not None
+        sender.stdout.readline()
+        seconds, digest = RECEIVERS[kind](path, size)
+        sender.stdin.close()
+    expected = hashlib.new(ALGORITHM)
+    for _ in range(size // len(BLOCK)):
+        expected.update(BLOCK)
+    if digest and digest != expected.hexdigest():
+        raise SystemExit("the bytes that arrived are not those that were sent")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"seconds": seconds, "peak_rss": peak}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.bulk", description=__doc__)
+    parser.add_argument("--size", type=int, default=1 << 30, help="bytes, a multiple of 1 MiB (default: 1 GiB)")
+    parser.add_argument("--runs", type=int, default=5, help="runs of each kind (default: 5)")
+    parser.add_argument("--role", help=argparse.SUPPRESS)
+    parser.add_argument("--socket", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.size <= 0 or options.size % len(BLOCK):
+        parser.error("--size is not a positive multiple of 1 MiB")
+    if options.role is None:
+        for row in rows(options.size, options.runs):
+            against = f"  ({row['ratio']} of: {row['against']})" if row["against"] else ""
+            print(f"{row['name']}: {row['value']} {row['unit']}, peak RSS {row['receiver_peak_rss_mib']} MiB{against}")
+        return
+    kind, _, side = options.role.partition("-")
+    if side == "receiver":
+        _receiver(kind, options.socket, options.size)
+    else:
+        SENDERS[kind](options.socket, options.size)
+
+
+if __name__ == "__main__":
+    main()
