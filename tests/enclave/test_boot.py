@@ -1,0 +1,402 @@
+"""The boot's table: its order, what each phase leaves behind in the NSM, and that any failure is the end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import cbor2
+import pytest
+
+import enclave.boot
+from attestation.commitment import Entropy
+from attestation.manifest import ModelManifest
+from attestation.reference import ZERO_PCR, once_extended
+from emulator.nsm import SoftwareNsm, boot_registers, new_module_id
+from emulator.pki import DevelopmentRoot
+from enclave.boot import PHASES, PROGRESS_STEPS, Enclave
+from enclave.config import EnclaveConfiguration
+from enclave.engine import Engine, EngineRefused
+from enclave.log import EventLog, Phase
+from enclave.model import SealedModel
+from enclave.nsm import Nsm, NsmError, NsmUnavailable
+from parent.modelstore import ModelStore
+from tests.attested import IMAGE, InProcess
+from tests.engines import EchoEngine
+from tests.gguf_files import TEXT, Gguf
+from vsockrpc.address import UnixAddress
+from vsockrpc.transport import serve
+
+ORDER = [Phase.COLD, Phase.ENTROPY, Phase.CONFIGURED, Phase.MODEL_COMMITTED, Phase.KEYED, Phase.SERVING]
+
+
+@dataclass
+class Recorded:
+    """The NSM's transport, which keeps the requests that pass and may answer some of them otherwise."""
+
+    behind: InProcess
+    requests: list[tuple[str, int | None]] = field(default_factory=list)
+    """Each request's name, and the register that it is about."""
+    instead: Callable[[str, int | None], bytes | None] = lambda name, index: None
+
+    def exchange(self, request: bytes) -> bytes:
+        value = cbor2.loads(request)
+        [(name, fields)] = value.items() if isinstance(value, dict) else [(value, {})]
+        self.requests.append((name, fields.get("index")))
+        return self.instead(name, fields.get("index")) or self.behind.exchange(request)
+
+    def close(self) -> None:
+        pass
+
+    def changes(self) -> list[tuple[str, int | None]]:
+        return [request for request in self.requests if request[0] in ("ExtendPCR", "LockPCR", "LockPCRs")]
+
+
+class Scene:
+    """Everything that an enclave boots with, each part of which a test may spoil before :meth:`boot`."""
+
+    def __init__(self, directory: Path, root: DevelopmentRoot) -> None:
+        self.model = directory / "tiny.gguf"
+        self.model.write_bytes(Gguf([("tokenizer.chat_template", TEXT, "{{ messages }}")]).encode())
+        self.manifest = ModelManifest.from_gguf(self.model)
+        self.store_address = UnixAddress(str(directory / "models.sock"))
+        self.rng_current = directory / "rng_current"
+        self.rng_current.write_text("nsm-hwrng\n")
+        self.pool = directory / "urandom"
+        self.pool.touch()
+        self.transport = Recorded(InProcess(SoftwareNsm(root, boot_registers(IMAGE), module_id=new_module_id())))
+        self.nsm = Nsm(self.transport)
+        self.engine: Engine = EchoEngine()
+        self.log = EventLog()
+        toml = f"""\
+version = 1
+[rpc]
+listen = "unix:rpc.sock"
+[nsm]
+address = "unix:nsm.sock"
+entropy = "nsm-hwrng"
+[model]
+store = "{self.store_address}"
+manifest = "sha384:{self.manifest.digest().hex()}"
+"""
+        self.configuration = EnclaveConfiguration.parse(toml.encode())
+
+    @contextlib.asynccontextmanager
+    async def boot(self) -> AsyncIterator[Enclave]:
+        def make_engine(_: EnclaveConfiguration, model: SealedModel, __: EventLog) -> Engine:
+            assert os.fstat(model.fd).st_size == self.model.stat().st_size
+            return self.engine
+
+        def fail(error: BaseException) -> None:
+            raise error
+
+        enclave = Enclave(self.configuration, self.nsm, make_engine, self.log, rng_current=self.rng_current)
+        store = ModelStore(self.manifest, self.model)
+        async with serve(self.store_address, store.handlers, on_error=fail):
+            await enclave.boot()
+        try:
+            yield enclave
+        finally:
+            await enclave.close()
+
+    async def halt(self) -> dict[str, Any]:
+        """Boots, to HALTED, and returns the event that says why."""
+        async with self.boot() as enclave:
+            assert enclave.phase is Phase.HALTED
+        events = await self.events()
+        assert [event["event"] for event in events].count("halted") == 1
+        return events[-1]
+
+    async def events(self) -> list[dict[str, Any]]:
+        self.log.close()
+        return [json.loads(line) async for line in self.log.follow()]
+
+    async def phases(self) -> list[str]:
+        return [event["phase"] for event in await self.events() if event["event"] == "phase"]
+
+
+@pytest.fixture(scope="module")
+def root() -> DevelopmentRoot:
+    return DevelopmentRoot.generate(datetime.now(UTC))
+
+
+@pytest.fixture
+def scene(tmp_path: Path, root: DevelopmentRoot, monkeypatch: pytest.MonkeyPatch) -> Scene:
+    scene = Scene(tmp_path, root)
+    monkeypatch.setattr(enclave.boot, "KERNEL_POOL", scene.pool)
+    return scene
+
+
+# --- The table ----------------------------------------------------------------------------------------------------
+
+
+def test_the_table_is_one_way_from_cold_to_serving() -> None:
+    assert list(PHASES) == ORDER[:-1]
+    assert [step.leads_to for step in PHASES.values()] == ORDER[1:]
+
+
+async def test_a_good_boot_goes_through_every_phase_in_order(scene: Scene) -> None:
+    async with scene.boot() as enclave:
+        assert enclave.phase is Phase.SERVING
+        assert enclave.model.manifest == scene.manifest
+        assert enclave.identity.model == scene.manifest.digest()
+        assert enclave.engine is scene.engine
+    assert await scene.phases() == [phase.value for phase in ORDER[1:]]
+
+
+async def test_each_register_gets_one_extend_and_its_lock_in_the_order_of_the_phases(scene: Scene) -> None:
+    async with scene.boot():
+        pass
+    assert scene.transport.changes() == [("ExtendPCR", 17), ("LockPCR", 17), ("ExtendPCR", 16), ("LockPCR", 16)]
+    for index, digest in ((16, scene.manifest.digest()), (17, scene.configuration.digest)):
+        register = scene.nsm.describe_pcr(index)
+        assert register.lock
+        assert register.data == once_extended(digest)
+    assert all(scene.nsm.describe_pcr(index).data == ZERO_PCR for index in range(18, 32))
+
+
+async def test_no_document_is_asked_for_while_booting(scene: Scene) -> None:
+    async with scene.boot():
+        assert "Attestation" not in {name for name, _ in scene.transport.requests}
+
+
+async def test_a_boot_happens_once(scene: Scene) -> None:
+    async with scene.boot() as enclave:
+        before = list(scene.transport.requests)
+        await enclave.boot()
+        assert enclave.phase is Phase.SERVING
+        assert scene.transport.requests == before
+
+
+async def test_a_halted_boot_stays_halted(scene: Scene) -> None:
+    scene.rng_current.write_text("none")
+    async with scene.boot() as enclave:
+        scene.rng_current.write_text("nsm-hwrng")
+        await enclave.boot()
+        assert enclave.phase is Phase.HALTED
+    assert await scene.phases() == []
+
+
+async def test_closing_ends_the_engine_and_gives_the_memory_back(scene: Scene) -> None:
+    async with scene.boot() as enclave:
+        descriptor = enclave.model.fd
+        os.fstat(descriptor)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+
+
+async def test_the_arrival_of_the_weights_is_told_in_few_events(scene: Scene) -> None:
+    async with scene.boot():
+        pass
+    weights = [event for event in await scene.events() if event["event"] == "weights"]
+    assert 1 <= len(weights) <= PROGRESS_STEPS + 1
+    assert weights[-1]["received"] == weights[-1]["total"] == scene.manifest.files[0].size
+
+
+# --- Every phase may fail -----------------------------------------------------------------------------------------
+
+
+class Refusing(EchoEngine):
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self._error = error
+
+    async def start(self) -> None:
+        raise self._error
+
+
+def no_entropy(scene: Scene) -> None:
+    scene.rng_current.write_text("tpm-rng")
+
+
+def configuration_committed_before(scene: Scene) -> None:
+    scene.nsm.extend_pcr(17, b"something")
+
+
+def another_model(scene: Scene) -> None:
+    scene.configuration = replace(scene.configuration, max_model_bytes=1)
+
+
+def no_engine(scene: Scene) -> None:
+    scene.engine = Refusing(EngineRefused("model_refused", "llama.cpp does not load it"))
+
+
+FAILURES: dict[Phase, tuple[Callable[[Scene], None], str]] = {
+    Phase.ENTROPY: (no_entropy, "entropy_missing"),
+    Phase.CONFIGURED: (configuration_committed_before, "register_in_use"),
+    Phase.MODEL_COMMITTED: (another_model, "model_too_large"),
+    Phase.SERVING: (no_engine, "model_refused"),
+}
+
+
+@pytest.mark.parametrize("phase", FAILURES)
+async def test_a_phase_that_fails_halts_the_boot_and_nothing_later_runs(scene: Scene, phase: Phase) -> None:
+    spoil, code = FAILURES[phase]
+    spoil(scene)
+    before = scene.transport.changes()
+    halted = await scene.halt()
+    assert (halted["phase"], halted["code"]) == (phase.value, code)
+    assert await scene.phases() == [reached.value for reached in ORDER[1 : ORDER.index(phase)]]
+    commits = [("ExtendPCR", 17), ("LockPCR", 17), ("ExtendPCR", 16), ("LockPCR", 16)]
+    done = {Phase.ENTROPY: 0, Phase.CONFIGURED: 0, Phase.MODEL_COMMITTED: 2, Phase.SERVING: 4}[phase]
+    assert scene.transport.changes() == before + commits[:done]
+
+
+@pytest.mark.parametrize("phase", list(PHASES))
+async def test_a_defect_in_any_phase_halts_and_says_only_its_kind(
+    scene: Scene, phase: Phase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[Phase] = []
+
+    async def explode(_: Enclave) -> None:
+        raise ZeroDivisionError("text of a defect")
+
+    def noting(which: Phase) -> enclave.boot.Step:
+        step = PHASES[which]
+
+        async def does(booting: Enclave) -> None:
+            ran.append(which)
+            await step.does(booting)
+
+        return replace(step, does=does)
+
+    steps = {which: noting(which) for which in PHASES}
+    steps[phase] = replace(steps[phase], does=explode)
+    monkeypatch.setattr(enclave.boot, "PHASES", steps)
+    halted = await scene.halt()
+    assert halted["phase"] == PHASES[phase].leads_to.value
+    assert (halted["code"], halted["message"]) == ("internal", "ZeroDivisionError")
+    assert "text of a defect" not in json.dumps(await scene.events())
+    assert ran == ORDER[: ORDER.index(phase)]
+
+
+async def test_a_cancelled_boot_is_not_a_halted_one(scene: Scene) -> None:
+    begun = asyncio.Event()
+
+    class Slow(EchoEngine):
+        async def start(self) -> None:
+            begun.set()
+            await asyncio.Event().wait()
+
+    scene.engine = Slow()
+
+    async def boot() -> None:
+        async with scene.boot():
+            pass
+
+    booting = asyncio.ensure_future(boot())
+    await begun.wait()
+    booting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await booting
+    assert "halted" not in {event["event"] for event in await scene.events()}
+
+
+# --- Entropy ------------------------------------------------------------------------------------------------------
+
+
+async def test_the_kernels_pool_is_fed_by_the_nsm_before_any_key(scene: Scene) -> None:
+    async with scene.boot():
+        pass
+    assert scene.transport.requests[0] == ("GetRandom", None)
+    assert len(scene.pool.read_bytes()) == 256
+
+
+async def test_an_emulated_enclave_says_so_instead_of_checking_the_kernel(scene: Scene) -> None:
+    scene.configuration = replace(scene.configuration, entropy=Entropy.HOST)
+    scene.rng_current.unlink()
+    async with scene.boot() as enclave:
+        assert enclave.phase is Phase.SERVING
+        assert enclave.identity.current().commitment.entropy is Entropy.HOST
+    assert len(scene.pool.read_bytes()) == 256
+
+
+async def test_a_kernel_without_that_file_is_not_seeded(scene: Scene) -> None:
+    scene.rng_current.unlink()
+    halted = await scene.halt()
+    assert (halted["phase"], halted["code"]) == ("ENTROPY", "system_error")
+
+
+@pytest.mark.parametrize("current", ["", "none\n", "nsm-hwrng2\n", "NSM-HWRNG\n", "virtio_rng.0\nnsm-hwrng\n"])
+async def test_the_kernels_generator_is_the_nsms_exactly(scene: Scene, current: str) -> None:
+    scene.rng_current.write_text(current)
+    halted = await scene.halt()
+    assert (halted["code"], halted["expected"], halted["got"]) == ("entropy_missing", "nsm-hwrng", current.strip())
+    assert scene.pool.read_bytes() == b""
+    assert scene.transport.requests == []
+
+
+# --- Registers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("index", [16, 17])
+@pytest.mark.parametrize("use", ["extended", "locked", "both"])
+async def test_a_register_used_before_is_not_committed_to(scene: Scene, index: int, use: str) -> None:
+    if use != "locked":
+        scene.nsm.extend_pcr(index, b"someone else's")
+    if use != "extended":
+        scene.nsm.lock_pcr(index)
+    before = scene.nsm.describe_pcr(index)
+    halted = await scene.halt()
+    assert halted["code"] == "register_in_use"
+    assert halted["phase"] == {16: "MODEL_COMMITTED", 17: "CONFIGURED"}[index]
+    assert scene.nsm.describe_pcr(index) == before
+
+
+async def test_a_register_that_is_not_what_one_extend_gives_is_not_locked(scene: Scene) -> None:
+    """As when something extended it between the look and the extend."""
+
+    def instead(name: str, index: int | None) -> bytes | None:
+        return cbor2.dumps({"ExtendPCR": {"data": bytes(48)}}) if name == "ExtendPCR" else None
+
+    scene.transport.instead = instead
+    halted = await scene.halt()
+    assert (halted["code"], halted["got"]) == ("register_wrong", bytes(48).hex())
+    assert halted["expected"] == once_extended(scene.configuration.digest).hex()
+    assert ("LockPCR", 17) not in scene.transport.requests
+
+
+@pytest.mark.parametrize("request_name", ["GetRandom", "DescribePCR", "ExtendPCR", "LockPCR"])
+async def test_an_nsm_that_refuses_halts_the_boot(scene: Scene, request_name: str) -> None:
+    def instead(name: str, index: int | None) -> bytes | None:
+        return cbor2.dumps({"Error": "InternalError"}) if name == request_name else None
+
+    scene.transport.instead = instead
+    halted = await scene.halt()
+    assert halted["code"] == "InternalError"
+    assert halted["phase"] == ("ENTROPY" if request_name == "GetRandom" else "CONFIGURED")
+
+
+async def test_an_nsm_that_goes_away_halts_the_boot(scene: Scene) -> None:
+    def instead(name: str, index: int | None) -> bytes | None:
+        if name == "LockPCR":
+            raise NsmUnavailable("gone")
+        return None
+
+    scene.transport.instead = instead
+    assert (await scene.halt())["code"] == "nsm_unavailable"
+    assert not scene.nsm.describe_pcr(17).lock
+
+
+async def test_the_registers_are_locked_for_good(scene: Scene) -> None:
+    async with scene.boot() as enclave:
+        for index in (16, 17):
+            with pytest.raises(NsmError):
+                enclave.nsm.extend_pcr(index, b"again")
+
+
+async def test_two_enclaves_of_one_module_cannot_both_serve(scene: Scene) -> None:
+    """A second boot on registers that are in use, as when a server died and its NSM did not."""
+    async with scene.boot():
+        second = Enclave(
+            replace(scene.configuration, entropy=Entropy.HOST), scene.nsm, lambda *_: EchoEngine(), EventLog()
+        )
+        await second.boot()
+        assert second.phase is Phase.HALTED
