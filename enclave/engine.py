@@ -14,7 +14,7 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Final, Protocol
@@ -87,6 +87,8 @@ MAX_PROMPT_BYTES_PER_TOKEN: Final = 32
 do.
 """
 _CHUNK: Final = 64 << 10
+_CLOSED: Final = "the engine is closed"
+_ENDED: Final = "the engine process ended"
 
 
 class Engine(Protocol):
@@ -95,7 +97,7 @@ class Engine(Protocol):
     async def start(self) -> None:
         """Returns when requests can be answered. Raises StrongroomError when they never will."""
 
-    def generate(self, request: GenerateRequest) -> AsyncIterator[GenerationEvent]:
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerationEvent, None]:
         """The answer: any number of TextDelta, then one Finished. Text that came in the meantime comes as one
         TextDelta.
 
@@ -147,18 +149,24 @@ class LlamaEngine:
         not come up.
         """
         await asyncio.to_thread(self._check_header)
-        self._worker = await self._spawn()
-        self._keeper = asyncio.create_task(self._keep(self._worker))
+        worker = await self._spawn()
+        if self._given_up:
+            await worker.end(_CLOSED)
+            raise EngineRefused("engine_failed", _CLOSED)
+        self._worker = worker
+        self._keeper = asyncio.create_task(self._keep(worker))
 
     async def close(self) -> None:
         self._given_up = True
         if self._keeper is not None:
             self._keeper.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._keeper
+            await asyncio.wait([self._keeper])
+        if self._worker is not None:  # the keeper had not begun
+            worker, self._worker = self._worker, None
+            await worker.end(_CLOSED)
         await self._announce()
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[GenerationEvent]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerationEvent, None]:
         size, bound = request.content_size, min(self._settings.context * MAX_PROMPT_BYTES_PER_TOKEN, MAX_PROMPT_SIZE)
         if size > bound:
             raise ContextExceeded(
@@ -180,8 +188,12 @@ class LlamaEngine:
         finally:
             self._requests -= 1
 
-    # --- Keeping a process
-    # ---------------------------------------------------------------------------------------------
+    @property
+    def pid(self) -> int | None:
+        """The engine process that serves now."""
+        return None if self._worker is None else self._worker.pid
+
+    # --- Keeping a process --------------------------------------------------------------------------------------------
 
     def _check_header(self) -> None:
         with open(f"/proc/self/fd/{self._weights}", "rb") as file:
@@ -204,10 +216,11 @@ class LlamaEngine:
             async with asyncio.timeout(START_SECONDS):
                 ready = await worker.ready()
         except TimeoutError as error:
-            await worker.kill()
-            raise EngineRefused("engine_failed", "the engine process did not load the model in time") from error
+            reason = "the engine process did not load the model in time"
+            await worker.end(reason)
+            raise EngineRefused("engine_failed", reason) from error
         except BaseException:
-            await worker.kill()
+            await worker.end("the engine process did not start")
             raise
         self._on_start(ready)
         return worker
@@ -219,11 +232,12 @@ class LlamaEngine:
             while True:
                 self._worker = worker
                 await self._announce()
+                reason = _CLOSED
                 try:
-                    await worker.serve()
+                    reason = await worker.serve()
                 finally:
                     self._worker = None
-                    await worker.kill()
+                    await worker.end(reason)
                 self._on_exit()
                 deaths = 0 if worker.answered else deaths + 1
                 worker = await self._spawn_again(deaths)
@@ -287,7 +301,7 @@ class _Answer:
         self._end = end
         self._news.set()
 
-    async def __aiter__(self) -> AsyncIterator[GenerationEvent]:
+    async def __aiter__(self) -> AsyncGenerator[GenerationEvent, None]:
         while True:
             await self._news.wait()
             self._news.clear()
@@ -371,27 +385,19 @@ class _Worker:
             "engine_failed", "the engine process ended while it loaded the model", got=f"exit status {status}"
         )
 
-    async def serve(self) -> None:
-        """Hands out what the process says, until it ends or must be ended. All answers in work then fail."""
-        reason = "the engine process ended"
+    async def serve(self) -> str:
+        """Hands out what the process says, and returns why it no longer can; the process may still run then."""
         try:
             while data := await self._read():
                 for message in read_to_server(self._messages, data):
                     self._take(message)
         except PipeError:
-            reason = "the engine process broke its protocol"
+            return "the engine process broke its protocol"
         except TimeoutError:
-            reason = "the engine process fell silent"
-        except ConnectionError:
-            pass  # it ended with something of ours unread
-        except asyncio.CancelledError:
-            reason = "the engine was closed"
-            raise
-        finally:
-            for answer in self._answers.values():
-                answer.finish(EngineFailed(reason))
-            self._answers.clear()
-            self._writer.close()
+            return "the engine process fell silent"
+        except ConnectionError:  # it ended with something of ours unread
+            return _ENDED
+        return _ENDED
 
     async def _read(self) -> bytes:
         """Raises TimeoutError when something is in work and nothing comes."""
@@ -439,9 +445,9 @@ class _Worker:
         try:
             await self._writer.drain()  # cancellations may have piled up before a process that is slow to read
         except ConnectionError as error:
-            raise EngineFailed("the engine process ended") from error
+            raise EngineFailed(_ENDED) from error
         if self._writer.is_closing():
-            raise EngineFailed("the engine process ended")
+            raise EngineFailed(_ENDED)
         answer = _Answer(self._issued, min(request.max_tokens or self._context, self._context))
         self._issued += 1
         self._answers[answer.number] = answer
@@ -453,8 +459,11 @@ class _Worker:
         if self._answers.pop(answer.number, None) is not None and not self._writer.is_closing():
             self._writer.write(Cancel(answer.number).encode())
 
-    async def kill(self) -> None:
-        """Ends the process, whatever it does, and waits until it is gone."""
+    async def end(self, reason: str) -> None:
+        """Ends the process, whatever it does, and waits until it is gone. Every answer in work fails for ``reason``."""
+        for answer in self._answers.values():
+            answer.finish(EngineFailed(reason))
+        self._answers.clear()
         self._writer.close()
         if self._process.returncode is None:
             with suppress(ProcessLookupError):

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import llama_cpp
 
 from attestation.errors import StrongroomError
-from enclave.generation import GenerateRequest
+from enclave.generation import GenerateRequest, InvalidRequest
 from enclave.prompt import Segment
 
 POLL: Final = 1
@@ -96,6 +95,7 @@ class Llama:
             n_seq_max=1,
             n_threads=threads,
             n_threads_batch=threads,
+            flash_attn_type=llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO,
             embeddings=False,
             offload_kqv=False,
             op_offload=False,
@@ -203,49 +203,57 @@ class Sampler:
 
 
 class Tokenizer:
-    """Turns a prompt's segments into tokens: special tokens come from trusted segments alone.
+    """Turns a prompt's segments into tokens: the tokens that mean something come from trusted segments alone.
 
-    llama.cpp parses tokens of the type *user defined* even where special tokens are not asked for, and some models'
-    role marks are of that type. Where the template or llama.cpp gives such a token a meaning, a person's text is cut
-    inside it, so that it stays text.
+    Those are the control tokens, the ends of generation, and the *user defined* ones to which the template gives a
+    meaning. Not asking for special tokens is not enough to keep them out of a person's text: llama.cpp parses user
+    defined ones always, some models' role marks are of that type, and merging may arrive at any token's text. So what
+    comes out is checked.
     """
 
     def __init__(self, vocabulary: Any, template: str) -> None:
         self._vocabulary = vocabulary
         self._bos = llama_cpp.llama_vocab_bos(vocabulary) if llama_cpp.llama_vocab_get_add_bos(vocabulary) else None
-        marks = self._marks(template)
-        # A lookahead finds overlapping marks too; each is cut behind its first character.
-        self._cuts = re.compile("(?=" + "|".join(map(re.escape, sorted(marks))) + ")") if marks else None
+        meaningful = dict(self._meaningful(template))
+        self._meaningful_ids = frozenset(meaningful)
+        self.mark_starts = frozenset(text[0] for text in meaningful.values())
+        """The characters with which the texts of tokens that mean something begin."""
+        self._behind_start = re.compile(
+            f"(?<=[{''.join(map(re.escape, sorted(self.mark_starts)))}])" if meaningful else "$a"
+        )
 
-    def _marks(self, template: str) -> set[str]:
-        user_defined = llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
-        marks = set()
+    def _meaningful(self, template: str) -> Iterator[tuple[int, str]]:
+        """Such tokens with their texts. One of a single character cannot be told from the character."""
         for token in range(llama_cpp.llama_vocab_n_tokens(self._vocabulary)):
-            if not llama_cpp.llama_vocab_get_attr(self._vocabulary, token) & user_defined:
+            kind = llama_cpp.llama_vocab_get_attr(self._vocabulary, token)
+            ends = llama_cpp.llama_vocab_is_eog(self._vocabulary, token)
+            if not ends and not kind & (llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED):
                 continue
             text = (llama_cpp.llama_vocab_get_text(self._vocabulary, token) or b"").decode("utf-8", "replace")
-            ends = llama_cpp.llama_vocab_is_eog(self._vocabulary, token)
-            if len(text) > 1 and (ends or text in template or re.fullmatch(r"<[|｜].*[|｜]>", text, re.DOTALL)):
-                marks.add(text)
-        return marks
+            meant = ends or kind & llama_cpp.LLAMA_TOKEN_ATTR_CONTROL or text in template or _looks_special(text)
+            if meant and len(text) > 1:
+                yield token, text
 
     def tokens(self, segments: Sequence[Segment]) -> list[int]:
+        """Raises InvalidRequest for a person's text that cannot be kept apart from the model's special tokens."""
         tokens: list[int] = []
         for segment in segments:
-            if segment.trusted:
-                tokens += self._tokenize(segment.text, special=True)
-            else:
-                for part in self._parts(segment.text):
-                    tokens += self._tokenize(part, special=False)
+            tokens += self._tokenize(segment.text, special=True) if segment.trusted else self._plain(segment.text)
         if self._bos is not None and tokens[:1] != [self._bos]:
             tokens.insert(0, self._bos)
         return tokens
 
-    def _parts(self, text: str) -> list[str]:
-        if self._cuts is None:
-            return [text]
-        cuts = [0, *(match.start() + 1 for match in self._cuts.finditer(text)), len(text)]
-        return [text[start:end] for start, end in pairwise(cuts) if start < end]
+    def _plain(self, text: str) -> list[int]:
+        tokens = self._tokenize(text, special=False)
+        if self._meaningful_ids.isdisjoint(tokens):
+            return tokens
+        # The text holds such a token's text. Cut behind every character that could begin one, no part holds a whole
+        # one.
+        parts = self._behind_start.split(text)
+        tokens = [token for part in parts for token in self._tokenize(part, special=False)]
+        if not self._meaningful_ids.isdisjoint(tokens):
+            raise InvalidRequest("a message cannot be told apart from the model's special tokens")
+        return tokens
 
     def _tokenize(self, text: str, *, special: bool) -> list[int]:
         data = text.encode("utf-8")
@@ -255,6 +263,10 @@ class Tokenizer:
         if count < 0:
             raise RuntimeError("more tokens than bytes")
         return tokens[:count]
+
+
+def _looks_special(text: str) -> bool:
+    return re.fullmatch(r"<[|｜].*[|｜]>", text, re.DOTALL) is not None
 
 
 class _ThreadPool:

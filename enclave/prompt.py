@@ -17,7 +17,7 @@ from __future__ import annotations
 import codecs
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
@@ -67,8 +67,10 @@ class Segment:
 class ChatTemplate:
     """A compiled template. Construction raises TemplateError."""
 
-    def __init__(self, source: str, *, bos: str, eos: str) -> None:
-        """``bos`` and ``eos`` are the texts of the model's own tokens, which templates write out."""
+    def __init__(self, source: str, *, bos: str, eos: str, mark_starts: Set[str]) -> None:
+        """``bos`` and ``eos`` are the texts of the model's own tokens, which templates write out; ``mark_starts`` the
+        characters with which the texts of its special tokens begin.
+        """
         size = len(source.encode("utf-8", "surrogatepass"))
         if size > MAX_TEMPLATE_SIZE:
             raise TemplateError("the chat template is too large", expected=f"<= {MAX_TEMPLATE_SIZE} bytes", got=size)
@@ -81,7 +83,9 @@ class ChatTemplate:
         except (jinja2.TemplateError, RecursionError, ValueError) as error:
             raise TemplateError(f"the chat template does not compile ({type(error).__name__})") from error
         self._source = source
-        self._constants = {"bos_token": bos, "eos_token": eos, "add_generation_prompt": True}
+        self._mark_starts = re.compile(f"[{''.join(map(re.escape, sorted(mark_starts)))}]" if mark_starts else "$a")
+        # As llama.cpp's own server has it; templates without such a choice ignore enable_thinking.
+        self._constants = {"bos_token": bos, "eos_token": eos, "add_generation_prompt": True, "enable_thinking": True}
 
     def render(self, messages: Messages) -> list[Segment]:
         """The prompt that asks for the answer to ``messages``, cut into segments in order.
@@ -91,10 +95,13 @@ class ChatTemplate:
         """
         contents = [self._visible(role, content) for role, content in messages]
         marker = self._fresh_marker(contents)
-        wrapped = [f"{marker}{index:08x}<{content}{marker}{index:08x}>" for index, content in enumerate(contents)]
+        # A stray part of a content has no marker around it. With one inside every special token's text, it has none
+        # of those.
+        marked = [self._mark_starts.sub(lambda start: f"{start[0]}{marker}|", content) for content in contents]
+        wrapped = [f"{marker}{index:08x}<{content}{marker}{index:08x}>" for index, content in enumerate(marked)]
         conversation = [{"role": role, "content": text} for (role, _), text in zip(messages, wrapped, strict=True)]
         rendered = self._evaluate(conversation, marker, limit=sum(map(len, wrapped)) + MAX_OVERHEAD)
-        return _cut(rendered, marker, contents)
+        return _cut(rendered, marker, contents, marked)
 
     def _visible(self, role: str, content: str) -> str:
         """Templates of reasoning models drop an old answer's thinking by splitting it at ``</think>``, which would
@@ -134,8 +141,8 @@ class ChatTemplate:
         return "".join(pieces)
 
 
-def _cut(rendered: str, marker: str, contents: Sequence[str]) -> list[Segment]:
-    """Cuts at the markers, and insists that every content stands there exactly once and as it was."""
+def _cut(rendered: str, marker: str, contents: Sequence[str], marked: Sequence[str]) -> list[Segment]:
+    """Cuts at the markers, and insists that every content stands there exactly once and as it was marked."""
     segments: list[Segment] = []
     seen: set[int] = set()
     position = 0
@@ -146,20 +153,21 @@ def _cut(rendered: str, marker: str, contents: Sequence[str]) -> list[Segment]:
         if index in seen:
             raise TemplateError("the chat template repeats a message", expected="once", got=f"message {index} again")
         seen.add(index)
-        content = contents[index]
         closing = f"{marker}{index:08x}>"
-        end = opening.end() + len(content)
-        if not (rendered.startswith(content, opening.end()) and rendered.startswith(closing, end)):
+        end = opening.end() + len(marked[index])
+        if not (rendered.startswith(marked[index], opening.end()) and rendered.startswith(closing, end)):
             raise TemplateError(
                 "the chat template changes a message", expected="as it was sent", got=f"message {index} changed"
             )
         segments.append(Segment(rendered[position : opening.start()], trusted=True))
-        segments.append(Segment(content, trusted=False))
+        segments.append(Segment(contents[index], trusted=False))
         position = end + len(closing)
     segments.append(Segment(rendered[position:], trusted=True))
     missing = sorted(set(range(len(contents))) - seen)
     if missing:
-        raise InvalidRequest("the model's chat template has no place for a message", got=f"message {missing[0]}")
+        raise TemplateError(
+            "the chat template has no place for a message", got=f"message {missing[0]} is lost or changed"
+        )
     if any(marker in segment.text for segment in segments):
         raise TemplateError("the chat template takes a message apart")
     return [segment for segment in segments if segment.text]

@@ -17,7 +17,7 @@ from contextlib import suppress
 from attestation.errors import StrongroomError
 from enclave import confine
 from enclave.generation import EngineError, Finished, InvalidRequest, TextDelta
-from enclave.llama import Llama, Sampler
+from enclave.llama import Llama, Sampler, Tokenizer
 from enclave.pipe import (
     MAX_DELTA_CHARACTERS,
     MAX_TO_WORKER,
@@ -79,11 +79,11 @@ class Pipe:
 class Loop:
     """Receives, plans, decodes, answers; a cancellation is seen before every step."""
 
-    def __init__(self, pipe: Pipe, llama: Llama, template: ChatTemplate, template_source: str, queue: int) -> None:
+    def __init__(self, pipe: Pipe, llama: Llama, template: ChatTemplate, tokenizer: Tokenizer, queue: int) -> None:
         self._pipe = pipe
         self._llama = llama
         self._template = template
-        self._tokenizer = llama.tokenizer(template_source)
+        self._tokenizer = tokenizer
         self._scheduler = Scheduler(context=llama.context, chunk=llama.batch, queue=queue)
         self._arrived: deque[Generate] = deque()
         self._samplers: dict[int, Sampler] = {}
@@ -172,8 +172,9 @@ def main(arguments: list[str]) -> int:
         llama = Llama(f"/proc/self/fd/{weights_fd}", context=load.context, batch=load.batch, threads=load.threads)
         confine.set_dumpable(False)
         os.close(weights_fd)
-        template = ChatTemplate(load.template, bos=llama.bos, eos=llama.eos)
-        loop = Loop(pipe, llama, template, load.template, load.queue)
+        tokenizer = llama.tokenizer(load.template)
+        template = ChatTemplate(load.template, bos=llama.bos, eos=llama.eos, mark_starts=tokenizer.mark_starts)
+        loop = Loop(pipe, llama, template, tokenizer, load.queue)
         # 2. Whatever is made on first use is used once. A template may refuse a conversation; it may not fail on the
         # simplest.
         llama.warm_up()

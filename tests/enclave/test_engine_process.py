@@ -1,0 +1,346 @@
+"""The engine process seen from the server: how it is confined, and what its death, its silence and its lies cost."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import struct
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from pathlib import Path
+
+import llama_cpp
+import pytest
+
+from attestation.gguf import ModelError
+from attestation.manifest import ModelManifest
+from enclave.config import EngineSettings
+from enclave.engine import (
+    EngineFailed,
+    EngineRefused,
+    Finished,
+    GenerateRequest,
+    GenerationEvent,
+    InvalidRequest,
+    LlamaEngine,
+    TextDelta,
+    Unavailable,
+)
+from enclave.pipe import Ready
+from tests.enclave.conftest import sealed
+from tests.gguf_files import CHAT_TEMPLATE, TEXT, tiny_model
+
+UID = 64001
+ROOT = os.geteuid() == 0
+SETTINGS = EngineSettings(context=4096, batch=64, threads=1, queue=4, uid=UID)
+LONG = GenerateRequest((("user", "hello"),), temperature=0)
+SHORT = GenerateRequest((("user", "hello"),), temperature=0, max_tokens=3)
+
+
+class Events:
+    def __init__(self) -> None:
+        self.started: list[Ready] = []
+        self.exits = 0
+
+    def exited(self) -> None:
+        self.exits += 1
+
+
+@pytest.fixture
+def events() -> Events:
+    return Events()
+
+
+@pytest.fixture
+async def engine(tiny_weights: int, events: Events) -> AsyncIterator[LlamaEngine]:
+    engine = LlamaEngine(
+        tiny_weights, CHAT_TEMPLATE, SETTINGS, on_start=events.started.append, on_exit=events.exited, stall_seconds=2
+    )
+    await engine.start()
+    yield engine
+    await engine.close()
+
+
+async def finish(engine: LlamaEngine, request: GenerateRequest) -> Finished:
+    *_, finished = [event async for event in engine.generate(request)]
+    assert isinstance(finished, Finished)
+    return finished
+
+
+def status(pid: int) -> dict[str, list[str]]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {name: values.split() for name, _, values in (line.partition(":") for line in lines)}
+
+
+def pid_of(engine: LlamaEngine) -> int:
+    assert engine.pid is not None
+    return engine.pid
+
+
+# --- Confinement
+# -------------------------------------------------------------------------------------------------------
+
+
+async def test_the_process_has_given_up_what_it_can(engine: LlamaEngine, events: Events) -> None:
+    [ready] = events.started
+    pid = pid_of(engine)
+    fields = status(pid)
+    assert ready.own_user == ROOT
+    if ROOT:
+        assert fields["Uid"] == fields["Gid"] == [str(UID)] * 4
+        assert fields["Groups"] == []
+        assert fields["CapEff"] == fields["CapPrm"] == ["0" * 16]
+    assert fields["NoNewPrivs"] == ["1"]
+    if ready.seccomp:
+        assert fields["Seccomp"] == ["2"]
+    limits = Path(f"/proc/{pid}/limits").read_text().splitlines()
+    assert [line.split()[4:6] for line in limits if line.startswith("Max core file size")] == [["0", "0"]]
+    assert [line.split()[3:5] for line in limits if line.startswith("Max open files")] == [["1", "1"]]
+
+
+@pytest.mark.skipif(not ROOT, reason="only root may look into a process that is not dumpable")
+async def test_the_process_has_one_pipe_and_no_streams(engine: LlamaEngine) -> None:
+    pid = pid_of(engine)
+    descriptors = {int(entry.name): os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()}
+    assert [descriptors[number] for number in (0, 1, 2)] == ["/dev/null"] * 3
+    others = [target for number, target in descriptors.items() if number > 2]
+    assert sum(target.startswith("socket:") for target in others) == 1
+    assert all(target.startswith(("socket:", "/memfd:weights")) for target in others)
+    environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    assert {entry.partition(b"=")[0] for entry in environment if entry} == {b"LC_ALL", b"OPENBLAS_NUM_THREADS"}
+
+
+async def test_a_template_that_fails_for_the_first_time_behind_the_filter_is_a_typed_error(tiny_weights: int) -> None:
+    template = CHAT_TEMPLATE + "{% if messages|length > 1 %}{{ nothing.at.all }}{% endif %}"
+    engine = LlamaEngine(tiny_weights, template, SETTINGS)
+    await engine.start()
+    try:
+        pid = engine.pid
+        with pytest.raises(InvalidRequest, match="UndefinedError"):
+            await finish(engine, GenerateRequest((("user", "a"), ("user", "b"))))
+        assert (await finish(engine, SHORT)).completion_tokens == 3
+        assert engine.pid == pid
+    finally:
+        await engine.close()
+
+
+# --- Death, silence, lies
+# ------------------------------------------------------------------------------------------------
+
+
+async def test_a_process_killed_in_mid_answer_fails_what_was_in_flight_and_nothing_else(
+    engine: LlamaEngine, events: Events
+) -> None:
+    first = pid_of(engine)
+    async with aclosing(engine.generate(LONG)) as answer:
+        assert isinstance(await anext(answer), TextDelta)
+        waiting = asyncio.create_task(finish(engine, SHORT))
+        await asyncio.sleep(0)
+        os.kill(first, signal.SIGKILL)
+        with pytest.raises(EngineFailed) as caught:
+            while True:
+                await anext(answer)
+    assert caught.value.code == "engine_failed"
+    with pytest.raises(EngineFailed):
+        await waiting
+    assert (await finish(engine, SHORT)).completion_tokens == 3
+    assert engine.pid != first
+    assert events.exits == 1
+    assert len(events.started) == 2
+    assert not Path(f"/proc/{first}").exists()
+
+
+async def test_a_process_that_hangs_is_killed(engine: LlamaEngine) -> None:
+    first = pid_of(engine)
+    async with aclosing(engine.generate(LONG)) as answer:
+        await anext(answer)
+        os.kill(first, signal.SIGSTOP)
+        with pytest.raises(EngineFailed, match="silent"):
+            while True:
+                await anext(answer)
+    assert (await finish(engine, SHORT)).completion_tokens == 3
+    assert engine.pid != first
+
+
+async def test_the_process_dies_with_its_pipe(tiny_weights: int) -> None:
+    engine = LlamaEngine(tiny_weights, CHAT_TEMPLATE, SETTINGS)
+    await engine.start()
+    pid = pid_of(engine)
+    await engine.close()
+    assert engine.pid is None
+    assert not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        b"\xff\xff\xff\xff",
+        struct.pack(">I", 1) + b"\xa0",
+        struct.pack(">I", 4) + b"\xff\xff\xff\xff",
+        struct.pack(">I", 12) + b"\xa1\x64text\x82\x18\x63\x61x\xff",
+    ],
+    ids=["length", "empty map", "no CBOR", "an answer that nobody asked for"],
+)
+async def test_a_process_that_breaks_the_protocol_is_replaced(
+    engine: LlamaEngine, monkeypatch: pytest.MonkeyPatch, lie: bytes
+) -> None:
+    worker = engine._worker
+    assert worker is not None
+    async with aclosing(engine.generate(LONG)) as answer:
+        await anext(answer)
+        worker._stream.feed_data(lie * 100_000)  # as if it came from the process, wherever in its stream that hits
+        with pytest.raises(EngineFailed, match="protocol"):
+            while True:
+                await anext(answer)
+    assert (await finish(engine, SHORT)).completion_tokens == 3
+    assert engine._worker is not worker
+
+
+async def test_requests_do_not_wait_for_ever_for_a_process(tiny_weights: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = LlamaEngine(tiny_weights, CHAT_TEMPLATE, SETTINGS, wait_seconds=0.01)
+    await engine.start()
+    try:
+        first = pid_of(engine)
+        monkeypatch.setattr("enclave.engine.FIRST_PAUSE_SECONDS", 3600)
+        monkeypatch.setattr("enclave.engine.LAST_PAUSE_SECONDS", 3600)
+        os.kill(first, signal.SIGKILL)
+        with pytest.raises(EngineFailed):
+            while True:  # until its death is noticed
+                await finish(engine, SHORT)
+        with pytest.raises(Unavailable, match="in time"):
+            await finish(engine, SHORT)
+    finally:
+        await engine.close()
+
+
+async def test_after_too_many_failed_starts_no_other_is_tried(
+    tiny_weights: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = LlamaEngine(tiny_weights, CHAT_TEMPLATE, SETTINGS)
+    await engine.start()
+    try:
+        monkeypatch.setattr("enclave.engine.FIRST_PAUSE_SECONDS", 0)
+        monkeypatch.setattr(engine, "_template", "{% broken")
+        os.kill(pid_of(engine), signal.SIGKILL)
+        with pytest.raises(EngineFailed):
+            while True:
+                await finish(engine, SHORT)
+        with pytest.raises(Unavailable, match="cannot be started"):
+            await finish(engine, SHORT)
+    finally:
+        await engine.close()
+
+
+# --- Starts that fail
+# ----------------------------------------------------------------------------------------------------
+
+
+async def refused(data: bytes, *, template: str = CHAT_TEMPLATE, settings: EngineSettings = SETTINGS) -> Exception:
+    descriptor = sealed(data)
+    engine = LlamaEngine(descriptor, template, settings)
+    try:
+        with pytest.raises((ModelError, EngineRefused)) as caught:
+            await engine.start()
+    finally:
+        await engine.close()
+        os.close(descriptor)
+    assert engine.pid is None
+    return caught.value
+
+
+def _truncated() -> bytes:
+    return tiny_model().encode()[:-4096]
+
+
+def _lying_count() -> bytes:
+    data = bytearray(tiny_model().encode())
+    struct.pack_into("<Q", data, 16, 2**62)
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("broken", "code"), [(_truncated, "truncated_gguf"), (_lying_count, "malformed_gguf"), (lambda: b"PK", "not_gguf")]
+)
+async def test_llama_cpp_never_sees_a_broken_file(
+    broken: Callable[[], bytes], code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def launch(*_: object) -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr("enclave.engine._Worker.launch", launch)
+    error = await refused(broken())
+    assert isinstance(error, ModelError)
+    assert error.code == code
+
+
+async def test_a_sound_file_that_llama_cpp_refuses_is_a_typed_error() -> None:
+    model = tiny_model()
+    model.metadata[0] = ("general.architecture", TEXT, "no such architecture")
+    error = await refused(model.encode())
+    assert isinstance(error, EngineRefused)
+    assert error.code == "model_refused"
+
+
+async def test_a_file_on_which_llama_cpp_aborts_is_a_typed_error() -> None:
+    model = tiny_model()
+    model.metadata = [entry for entry in model.metadata if entry[0] != "tokenizer.ggml.tokens"]
+    assert isinstance(await refused(model.encode()), EngineRefused)
+
+
+async def test_a_context_longer_than_the_model_s_is_refused_with_both_numbers() -> None:
+    settings = EngineSettings(context=4096, batch=64, threads=1, queue=1, uid=UID)
+    error = await refused(tiny_model(context=1024).encode(), settings=settings)
+    assert isinstance(error, EngineRefused)
+    assert (error.code, error.expected, error.got) == ("context_exceeded", "<= 1024", "4096")
+
+
+async def test_a_template_that_is_none_is_a_typed_error() -> None:
+    error = await refused(tiny_model().encode(), template="{% for %}")
+    assert isinstance(error, EngineRefused)
+    assert error.code == "bad_template"
+
+
+# --- The real model
+# ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.model
+async def test_the_real_model_says_what_llama_cpp_says_and_survives_a_kill(smollm2: Path) -> None:
+    manifest = ModelManifest.from_gguf(smollm2)
+    descriptor = sealed(smollm2.read_bytes())
+    settings = EngineSettings(context=512, batch=128, threads=2, queue=1, uid=UID)
+    engine = LlamaEngine(descriptor, manifest.chat_template, settings)
+    question = "Tell me a long story about a fox and a river."
+    greedy = GenerateRequest((("user", question),), temperature=0, max_tokens=32)
+    try:
+        await engine.start()
+        events = [event async for event in engine.generate(greedy)]
+        sampled = GenerateRequest(
+            greedy.messages, temperature=0.8, top_k=40, top_p=0.9, min_p=0.05, seed=7, max_tokens=8
+        )
+        assert [event async for event in engine.generate(sampled)] == [
+            event async for event in engine.generate(sampled)
+        ]
+        async with aclosing(engine.generate(GenerateRequest(greedy.messages, temperature=0))) as answer:
+            await anext(answer)
+            os.kill(pid_of(engine), signal.SIGKILL)
+            with pytest.raises(EngineFailed):
+                while True:
+                    await anext(answer)
+        assert text_of([event async for event in engine.generate(greedy)]) == text_of(events)
+    finally:
+        await engine.close()
+        os.close(descriptor)
+    direct = llama_cpp.Llama(str(smollm2), n_ctx=512, n_batch=128, n_threads=2, flash_attn=True, verbose=False)
+    try:
+        reply = direct.create_chat_completion([{"role": "user", "content": question}], temperature=0.0, max_tokens=32)
+    finally:
+        direct.close()
+    assert isinstance(reply, dict)
+    assert text_of(events) == reply["choices"][0]["message"]["content"]
+    assert events[-1] == Finished("length", reply["usage"]["prompt_tokens"], 32)
+
+
+def text_of(events: Sequence[GenerationEvent]) -> str:
+    return "".join(event.text for event in events if isinstance(event, TextDelta))
