@@ -12,10 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-import socket
-import sys
 from collections.abc import AsyncGenerator, Callable
-from contextlib import suppress
 from dataclasses import replace
 from typing import Final, Protocol
 
@@ -35,24 +32,8 @@ from enclave.generation import (
     TextDelta,
     Unavailable,
 )
-from enclave.pipe import (
-    MAX_DELTA_CHARACTERS,
-    MAX_PROMPT_SIZE,
-    MAX_TO_SERVER,
-    Alive,
-    Cancel,
-    End,
-    Failed,
-    Generate,
-    Load,
-    PipeError,
-    Ready,
-    Refused,
-    Text,
-    ToServer,
-    read_to_server,
-)
-from vsockrpc.messages import MessageReader
+from enclave.pipe import MAX_PROMPT_SIZE, Load, Ready
+from enclave.process import EngineProcess
 
 __all__ = [
     "ContextExceeded",
@@ -86,9 +67,7 @@ MAX_PROMPT_BYTES_PER_TOKEN: Final = 32
 """Natural language has about 4. More is not tokenised, so that a prompt that cannot fit does not hold up those that
 do.
 """
-_CHUNK: Final = 64 << 10
 _CLOSED: Final = "the engine is closed"
-_ENDED: Final = "the engine process ended"
 
 
 class Engine(Protocol):
@@ -135,7 +114,7 @@ class LlamaEngine:
         self._on_exit = on_exit
         self._stall_seconds = stall_seconds
         self._wait_seconds = wait_seconds
-        self._worker: _Worker | None = None
+        self._worker: EngineProcess | None = None
         self._changed = asyncio.Condition()
         self._given_up = False
         """No process will come up any more."""
@@ -199,7 +178,7 @@ class LlamaEngine:
         with open(f"/proc/self/fd/{self._weights}", "rb") as file:
             read_header(file)
 
-    async def _spawn(self) -> _Worker:
+    async def _spawn(self) -> EngineProcess:
         """A process that is ready. Raises EngineRefused."""
         settings = self._settings
         load = Load(
@@ -211,7 +190,7 @@ class LlamaEngine:
             uid=settings.uid,
             parent=os.getpid(),
         )
-        worker = await _Worker.launch(self._weights, load, self._stall_seconds)
+        worker = await EngineProcess.launch(self._weights, load, self._stall_seconds)
         try:
             async with asyncio.timeout(START_SECONDS):
                 ready = await worker.ready()
@@ -225,7 +204,7 @@ class LlamaEngine:
         self._on_start(ready)
         return worker
 
-    async def _keep(self, worker: _Worker) -> None:
+    async def _keep(self, worker: EngineProcess) -> None:
         """Serves with one process after the other, until closed or until none comes up any more."""
         deaths = 0
         try:
@@ -245,7 +224,7 @@ class LlamaEngine:
             self._given_up = True
             await self._announce()
 
-    async def _spawn_again(self, deaths: int) -> _Worker:
+    async def _spawn_again(self, deaths: int) -> EngineProcess:
         """Raises EngineRefused after as many failures as are allowed."""
         failures = 0
         while True:
@@ -261,7 +240,7 @@ class LlamaEngine:
         async with self._changed:
             self._changed.notify_all()
 
-    async def _serving(self) -> _Worker:
+    async def _serving(self) -> EngineProcess:
         """The process that serves now or, within the time that a request waits, the next one. Raises Unavailable."""
         if self._worker is None:
             try:
@@ -272,200 +251,3 @@ class LlamaEngine:
         if self._worker is None:
             raise Unavailable("the engine is closed or cannot be started")
         return self._worker
-
-
-class _Answer:
-    """What came of one request so far, between the process that writes and the client who reads."""
-
-    def __init__(self, number: int, tokens: int) -> None:
-        self.number = number
-        self.tokens = tokens
-        """More cannot come."""
-        self._text: list[str] = []
-        self._room = (tokens + 1) * MAX_DELTA_CHARACTERS
-        self._end: Finished | EngineError | None = None
-        self._news = asyncio.Event()
-
-    @property
-    def ended(self) -> bool:
-        return self._end is not None
-
-    def add(self, text: str) -> None:
-        self._room -= len(text)
-        if self._room < 0:
-            raise PipeError("more text than tokens can make")
-        self._text.append(text)
-        self._news.set()
-
-    def finish(self, end: Finished | EngineError) -> None:
-        self._end = end
-        self._news.set()
-
-    async def __aiter__(self) -> AsyncGenerator[GenerationEvent, None]:
-        while True:
-            await self._news.wait()
-            self._news.clear()
-            text, end = "".join(self._text), self._end
-            self._text.clear()
-            if text:
-                yield TextDelta(text)
-            if isinstance(end, EngineError):
-                raise end
-            if end is not None:
-                yield end
-                return
-
-
-class _Worker:
-    """One engine process, from its start to its end."""
-
-    @classmethod
-    async def launch(cls, weights: int, load: Load, stall_seconds: float) -> _Worker:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with theirs:
-            ours.setblocking(False)
-            options = ["-I"] if sys.pycache_prefix is None else ["-I", "-X", f"pycache_prefix={sys.pycache_prefix}"]
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *options,
-                "-m",
-                "enclave.worker",
-                str(theirs.fileno()),
-                str(weights),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.DEVNULL,
-                stderr=asyncio.subprocess.DEVNULL,
-                # numpy, which llama_cpp imports, would start threads that nobody needs.
-                env={"LC_ALL": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"},
-                pass_fds=(theirs.fileno(), weights),
-            )
-        reader, writer = await asyncio.open_connection(sock=ours)
-        writer.write(load.encode())
-        return cls(process, reader, writer, load.context, stall_seconds)
-
-    def __init__(
-        self,
-        process: asyncio.subprocess.Process,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        context: int,
-        stall_seconds: float,
-    ) -> None:
-        self._process = process
-        self._stream = reader
-        self._writer = writer
-        self._context = context
-        self._stall_seconds = stall_seconds
-        self._messages = MessageReader(MAX_TO_SERVER)
-        self._answers: dict[int, _Answer] = {}
-        self._issued = 0
-        self.answered = False
-        """It has finished at least one answer."""
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    async def ready(self) -> Ready:
-        """Waits for the process to load. Raises EngineRefused."""
-        try:
-            while data := await self._stream.read(_CHUNK):
-                for message in read_to_server(self._messages, data):
-                    match message:
-                        case Ready():
-                            return message
-                        case Refused(code, text, expected, got):
-                            raise EngineRefused(code, text, expected=expected, got=got)
-                        case _:
-                            raise PipeError("it answered before it was ready")
-        except (PipeError, ConnectionError) as error:
-            raise EngineRefused("engine_failed", "the engine process broke its protocol", got=error) from error
-        status = await self._process.wait()
-        raise EngineRefused(
-            "engine_failed", "the engine process ended while it loaded the model", got=f"exit status {status}"
-        )
-
-    async def serve(self) -> str:
-        """Hands out what the process says, and returns why it no longer can; the process may still run then."""
-        try:
-            while data := await self._read():
-                for message in read_to_server(self._messages, data):
-                    self._take(message)
-        except PipeError:
-            return "the engine process broke its protocol"
-        except TimeoutError:
-            return "the engine process fell silent"
-        except ConnectionError:  # it ended with something of ours unread
-            return _ENDED
-        return _ENDED
-
-    async def _read(self) -> bytes:
-        """Raises TimeoutError when something is in work and nothing comes."""
-        while True:
-            try:
-                async with asyncio.timeout(self._stall_seconds):
-                    return await self._stream.read(_CHUNK)
-            except TimeoutError:
-                if self._answers:
-                    raise
-
-    def _take(self, message: ToServer) -> None:
-        match message:
-            case Alive():
-                return
-            case Text(number, text):
-                if (answer := self._answer(number)) is not None:
-                    answer.add(text)
-            case End(number, finished):
-                if (answer := self._answer(number)) is not None:
-                    if finished.prompt_tokens > self._context or finished.completion_tokens > answer.tokens:
-                        raise PipeError("more tokens than there can be")
-                    self._end(answer, finished)
-                    self.answered = True
-            case Failed(number, error):
-                if (answer := self._answer(number)) is not None:
-                    self._end(answer, error)
-            case Ready() | Refused():
-                raise PipeError("it was ready before")
-
-    def _answer(self, number: int) -> _Answer | None:
-        """None for a request that was withdrawn: its last words crossed the cancellation. Raises PipeError for one
-        that never was.
-        """
-        if number >= self._issued:
-            raise PipeError("an answer that nobody asked for", got=number)
-        return self._answers.get(number)
-
-    def _end(self, answer: _Answer, end: Finished | EngineError) -> None:
-        del self._answers[answer.number]
-        answer.finish(end)
-
-    async def submit(self, request: GenerateRequest) -> _Answer:
-        """Raises EngineFailed when the process just ended."""
-        try:
-            await self._writer.drain()  # cancellations may have piled up before a process that is slow to read
-        except ConnectionError as error:
-            raise EngineFailed(_ENDED) from error
-        if self._writer.is_closing():
-            raise EngineFailed(_ENDED)
-        answer = _Answer(self._issued, min(request.max_tokens or self._context, self._context))
-        self._issued += 1
-        self._answers[answer.number] = answer
-        self._writer.write(Generate(answer.number, request).encode())
-        return answer
-
-    def withdraw(self, answer: _Answer) -> None:
-        """The client is gone: if the answer is in work, it is not from the next decode step on."""
-        if self._answers.pop(answer.number, None) is not None and not self._writer.is_closing():
-            self._writer.write(Cancel(answer.number).encode())
-
-    async def end(self, reason: str) -> None:
-        """Ends the process, whatever it does, and waits until it is gone. Every answer in work fails for ``reason``."""
-        for answer in self._answers.values():
-            answer.finish(EngineFailed(reason))
-        self._answers.clear()
-        self._writer.close()
-        if self._process.returncode is None:
-            with suppress(ProcessLookupError):
-                self._process.kill()
-        await self._process.wait()

@@ -143,8 +143,7 @@ class Loop:
                     messages.append(End(step.request, output))
                 case PromptRead():
                     messages.append(Alive())
-        if messages:
-            self._pipe.send(*messages)
+        self._pipe.send(*(messages or [Alive()]))  # no step is silent: the server takes a long silence for a death
 
 
 def _texts(request: int, text: str) -> list[ToServer]:

@@ -6,8 +6,11 @@ import asyncio
 import os
 import signal
 import struct
+import subprocess
+import sys
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 
 import llama_cpp
@@ -172,6 +175,35 @@ async def test_the_process_dies_with_its_pipe(tiny_weights: int) -> None:
     assert not Path(f"/proc/{pid}").exists()
 
 
+SERVER = """
+import asyncio, os, signal, sys
+from enclave.config import EngineSettings
+from enclave.engine import LlamaEngine
+
+async def main():
+    weights = os.open(sys.argv[1], os.O_RDONLY)
+    engine = LlamaEngine(weights, sys.argv[2], EngineSettings(context=64, batch=16, threads=1, queue=1, uid=64001))
+    await engine.start()
+    print(engine.pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(main())
+"""
+
+
+def test_the_process_does_not_outlive_a_killed_server(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    path.write_bytes(tiny_model().encode())
+    tmp_path.chmod(0o755)
+    command = [sys.executable, "-c", SERVER, str(path), CHAT_TEMPLATE]
+    server = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+    assert server.returncode == -signal.SIGKILL
+    worker = Path(f"/proc/{int(server.stdout)}/stat")
+    with suppress(FileNotFoundError, ProcessLookupError):
+        while worker.read_text().rpartition(")")[2].split()[0] != "Z":  # it is somebody else's child now
+            time.sleep(0.01)
+
+
 @pytest.mark.parametrize(
     "lie",
     [
@@ -268,7 +300,7 @@ async def test_llama_cpp_never_sees_a_broken_file(
     async def launch(*_: object) -> None:
         raise AssertionError("a process was started")
 
-    monkeypatch.setattr("enclave.engine._Worker.launch", launch)
+    monkeypatch.setattr("enclave.engine.EngineProcess.launch", launch)
     error = await refused(broken())
     assert isinstance(error, ModelError)
     assert error.code == code
