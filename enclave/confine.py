@@ -19,6 +19,7 @@ from typing import Final
 # linux/prctl.h, linux/seccomp.h, linux/audit.h
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 1, 4, 38
 _SIGKILL = 9
+_LINUX_CAPABILITY_VERSION_3 = 0x20080522
 _SECCOMP_SET_MODE_FILTER, _SECCOMP_FILTER_FLAG_TSYNC = 1, 1
 _RET_ALLOW, _RET_KILL_PROCESS, _RET_EPERM = 0x7FFF0000, 0x80000000, 0x00050000 | errno.EPERM
 _PROT_EXEC = 4
@@ -120,19 +121,32 @@ def set_dumpable(dumpable: bool) -> None:
 
 
 def become(uid: int) -> bool:
-    """Becomes the user and group ``uid``, for good and with all capabilities lost; False where this process may not
-    change users.
+    """Becomes the user and group ``uid``, for good; False where this process may not, being not root, or root of a user
+    namespace without that user.
 
-    Raises OSError, also when the old user could be had back.
+    Raises OSError when only half of it was done, also when the old user could be had back.
     """
     if os.geteuid() != 0:
         return False
-    os.setgroups([])
-    os.setresgid(uid, uid, uid)
+    try:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.EINVAL):
+            return False
+        raise
     os.setresuid(uid, uid, uid)
     if os.getresuid() != (uid, uid, uid) or os.getresgid() != (uid, uid, uid) or os.getgroups():
         raise PermissionError("the user did not change")
     return True
+
+
+def drop_capabilities() -> None:
+    """Gives up every capability, which a root that could not change its user would keep. Raises OSError."""
+    header = struct.pack("<Ii", _LINUX_CAPABILITY_VERSION_3, 0)
+    if _libc.capset(ctypes.c_char_p(header), ctypes.c_char_p(bytes(24))) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def die_with(parent: int) -> None:

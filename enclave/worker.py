@@ -165,6 +165,7 @@ def main(arguments: list[str]) -> int:
         confine.close_all_but({pipe_fd, weights_fd})
         confine.forbid_core_dumps()
         own_user = confine.become(load.uid)
+        confine.drop_capabilities()
         confine.die_with(load.parent)
         confine.forbid_new_privileges()
         confine.set_dumpable(True)

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -130,6 +131,21 @@ def test_a_root_process_becomes_another_user_for_good() -> None:
     }
     assert isinstance(status, str)
     assert re.search(r"^CapPrm:\t0+$", status, re.MULTILINE)
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="util-linux's unshare is not here")
+def test_the_root_of_a_small_user_namespace_stays_who_it_is_and_says_so() -> None:
+    code = (
+        "from enclave import confine\n"
+        "print(confine.become(64001))\n"
+        "confine.drop_capabilities()\n"
+        "print(*(line.split()[1] for line in open('/proc/thread-self/status') if line.startswith(('CapEff', 'CapPrm'))))"
+    )
+    command = ["unshare", "--user", "--map-root-user", sys.executable, "-I", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0 and "unshare" in done.stderr:
+        pytest.skip("this system gives no user namespaces")
+    assert done.stdout == f"False\n{'0' * 16} {'0' * 16}\n", done.stderr
 
 
 def test_no_new_resources() -> None:
