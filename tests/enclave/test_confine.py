@@ -139,7 +139,8 @@ def test_the_root_of_a_small_user_namespace_stays_who_it_is_and_says_so() -> Non
         "from enclave import confine\n"
         "print(confine.become(64001))\n"
         "confine.drop_capabilities()\n"
-        "print(*(line.split()[1] for line in open('/proc/thread-self/status') if line.startswith(('CapEff', 'CapPrm'))))"
+        "lines = open('/proc/thread-self/status').read().splitlines()\n"
+        "print(*(line.split()[1] for line in lines if line.startswith(('CapEff', 'CapPrm'))))"
     )
     command = ["unshare", "--user", "--map-root-user", sys.executable, "-I", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
