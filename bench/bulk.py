@@ -17,9 +17,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 
+from bench import Row
 from vsockrpc.address import UnixAddress
 from vsockrpc.digest import HashingSink
 from vsockrpc.transport import IncomingCall, connect, serve
@@ -30,33 +30,29 @@ BLOCK = bytes(range(256)) * 4096
 MIB = 1 << 20
 
 
-def rows(size: int, runs: int) -> list[dict[str, object]]:
-    """``runs`` transfers of ``size`` bytes of each kind; medians, and the RPC's ratio to the plain copy (above 1 is faster)."""
+def rows(size: int = 1 << 30, runs: int = 5) -> list[Row]:
+    """``runs`` transfers of ``size`` bytes of each kind: medians, and the RPC's ratio to the plain copy, run by run (above 1 is faster)."""
     measured: dict[str, list[dict[str, float]]] = {"rpc": [], "plain": [], "bare": []}
     for _ in range(runs):
         for kind, results in measured.items():
             results.append(_run(kind, size))
     rate = {kind: median(size / MIB / result["seconds"] for result in results) for kind, results in measured.items()}
-    peak = {kind: max(result["peak_rss"] for result in results) for kind, results in measured.items()}
+    peak = max(result["peak_rss"] for result in measured["rpc"]) / MIB
     ratio = median(
         plain["seconds"] / rpc["seconds"] for plain, rpc in zip(measured["plain"], measured["rpc"], strict=True)
     )
-    names = {
-        "rpc": ("RPC, SHA-256 on a thread", "plain socket copy with SHA-256 in one loop", ratio),
-        "plain": ("plain socket copy with SHA-256 in one loop", None, None),
-        "bare": ("plain socket copy, nothing hashed", None, None),
-    }
     return [
-        {
-            "name": f"bulk {size // MIB} MiB over a Unix socket: {name}",
-            "against": against,
-            "value": round(rate[kind]),
-            "unit": "MiB/s",
-            "ratio": None if against_ratio is None else round(against_ratio, 3),
-            "receiver_peak_rss_mib": round(peak[kind] / MIB, 1),
-            "runs": runs,
-        }
-        for kind, (name, against, against_ratio) in names.items()
+        Row(
+            f"{size // MIB} MiB over the RPC on a Unix socket, SHA-256 as it arrives",
+            f"{rate['rpc']:.0f} MiB/s, receiver's peak {peak:.0f} MiB",
+            f"{rate['plain']:.0f} MiB/s (plain socket copy with SHA-256 in one loop)",
+            f"{ratio:.2f}",
+            ">= 1.0",
+            ratio >= 1.0,
+        ),
+        Row(
+            "the same bytes, nothing hashed", "", f"{rate['bare']:.0f} MiB/s (plain socket copy)", "", "for the record"
+        ),
     ]
 
 
@@ -172,8 +168,7 @@ def main() -> None:
         parser.error("--size is not a positive multiple of 1 MiB")
     if options.role is None:
         for row in rows(options.size, options.runs):
-            against = f"  ({row['ratio']} of: {row['against']})" if row["against"] else ""
-            print(f"{row['name']}: {row['value']} {row['unit']}, peak RSS {row['receiver_peak_rss_mib']} MiB{against}")
+            print(row)
         return
     kind, _, side = options.role.partition("-")
     if side == "receiver":

@@ -5,26 +5,27 @@ from __future__ import annotations
 import json
 import sys
 import time
+from typing import Any
+
+from llama_cpp import Llama
 
 from bench.house import model_file
 
 
 def main() -> None:
-    from llama_cpp import Llama
-
     threads, context = int(sys.argv[1]), int(sys.argv[2])
-    llama = Llama(str(model_file()), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False)
+    llama: Any = Llama(str(model_file()), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False)
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         job = json.loads(line)
         llama.reset()  # Llama reuses the longest common prefix: every prompt here is to be computed whole
-        asked = time.perf_counter()
-        times = []
         messages = [{"role": "user", "content": job["prompt"]}]
+        times: list[float] = []
+        asked = time.perf_counter()
         for chunk in llama.create_chat_completion(messages, stream=True, temperature=0, max_tokens=job["tokens"]):
             if chunk["choices"][0]["delta"].get("content"):
                 times.append(time.perf_counter())
-        rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
+        rate = (len(times) - 1) / (times[-1] - times[0])
         print(json.dumps({"first": times[0] - asked, "rate": rate}), flush=True)
 
 
