@@ -14,7 +14,7 @@ from bench.house import model_file
 
 def main() -> None:
     threads, context = int(sys.argv[1]), int(sys.argv[2])
-    llama: Any = Llama(str(model_file()), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False)
+    llama: Any = Llama(str(model_file()), n_ctx=context, n_threads=threads, n_threads_batch=threads, flash_attn=True, verbose=False)
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         job = json.loads(line)
