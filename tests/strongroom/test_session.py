@@ -1,0 +1,632 @@
+"""The session: what leaves, when, and what becomes of it when the proxy, the network or the clock is against it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from attestation.chain import Anchor
+from attestation.errors import AppraisalError, EvidenceError, StrongroomError
+from attestation.policy import AppraisalPolicy, Require
+from emulator.pki import DevelopmentRoot
+from enclave.engine import ContextExceeded, EngineFailed, Overloaded
+from strongroom import session as session_module
+from strongroom.session import ClearFault, RequestFailed, Session, Unreachable
+from tests.house import SETTINGS, Forged, House, ask, house, prompt
+from vsockrpc.http import EVIDENCE_PATH, EVIDENCE_TYPE, SEALED_PATH
+from vsockrpc.messages import Delta, Done, Start, encode_message
+from vsockrpc.sealed import ANSWER_SALT_SIZE, HEADER_SIZE, TAG_SIZE, SealedError
+
+RECORD = 512 + HEADER_SIZE + TAG_SIZE
+FAULT_TYPE = "application/json"
+
+
+@dataclass
+class Clocks:
+    """A client's two clocks, under a test's control."""
+
+    monotonic: float = 1000.0
+    skew: timedelta = field(default_factory=timedelta)
+
+    def read(self) -> float:
+        return self.monotonic
+
+    def now(self) -> datetime:
+        return datetime.now(UTC) + self.skew
+
+
+@contextlib.asynccontextmanager
+async def clocked(home: House, clocks: Clocks, policy: AppraisalPolicy | None = None) -> AsyncIterator[Session]:
+    async with Session(home.url, policy or home.policy, monotonic=clocks.read, now=clocks.now) as session:
+        yield session
+
+
+# --- How long a verdict is kept ------------------------------------------------------------------------------------
+
+
+async def test_an_answer_streams_from_start_to_done(session: Session) -> None:
+    answers = [answer async for answer in session.chat(prompt("what is said comes back"))]
+    assert answers[0] == Start("tiny")
+    assert "".join(answer.text for answer in answers if isinstance(answer, Delta)) == "what is said comes back"
+    assert isinstance(answers[-1], Done)
+    assert [type(answer) for answer in answers].count(Done) == 1
+
+
+async def test_a_result_is_reused_while_it_is_valid(home: House, session: Session) -> None:
+    for number in range(3):
+        assert (await ask(session, f"question {number}"))[0] == f"question {number}"
+    assert home.hostile.paths() == [EVIDENCE_PATH, SEALED_PATH, SEALED_PATH, SEALED_PATH]
+
+
+async def test_a_result_expires_on_the_monotonic_clock_and_not_before(home: House) -> None:
+    clocks = Clocks()
+    async with clocked(home, clocks) as session:
+        valid = (await session.verify()).valid_seconds
+        clocks.monotonic += valid - 1
+        first = await session.result()
+        clocks.monotonic += 2
+        second = await session.result()
+    assert first is not second
+    assert home.hostile.paths() == [EVIDENCE_PATH] * 2
+
+
+async def test_validity_counts_from_the_request_not_from_its_answer(home: House) -> None:
+    clocks = Clocks()
+    dawdled = 100.0
+
+    def dawdle(path: str, count: int) -> None:
+        clocks.monotonic += dawdled
+
+    home.hostile.on_request = dawdle
+    async with clocked(home, clocks) as session:
+        result = await session.verify()
+        clocks.monotonic += result.valid_seconds - dawdled
+        assert await session.result() is not result
+
+
+async def test_the_lifetime_of_a_key_bounds_its_result(tmp_path: Path) -> None:
+    settings = SETTINGS.replace("lifetime_seconds = 600", "lifetime_seconds = 7")
+    async with house(tmp_path, settings) as home, home.session() as session:
+        assert (await session.verify()).valid_seconds == 7
+
+
+async def test_many_who_need_a_result_at_once_share_one_verification(home: House, session: Session) -> None:
+    answers = await asyncio.gather(*(ask(session, f"question {number}") for number in range(40)))
+    assert [text for text, _ in answers] == [f"question {number}" for number in range(40)]
+    assert home.hostile.paths().count(EVIDENCE_PATH) == 1
+
+
+async def test_leaving_a_shared_verification_does_not_spoil_it_for_the_others(home: House, session: Session) -> None:
+    first = asyncio.ensure_future(session.result())
+    second = asyncio.ensure_future(session.result())
+    await asyncio.sleep(0)
+    first.cancel()
+    assert (await second).release == "test"
+    assert home.hostile.paths() == [EVIDENCE_PATH]
+
+
+async def test_a_new_verification_that_fails_leaves_no_old_result_behind(home: House, session: Session) -> None:
+    await session.verify()
+    home.hostile.on_request = lambda path, count: (503, FAULT_TYPE, b'{"fault": "unavailable"}')
+    with pytest.raises(ClearFault):
+        await session.verify()
+    with pytest.raises(ClearFault):
+        await ask(session, "secret")
+    assert SEALED_PATH not in home.hostile.paths()
+
+
+# --- Keys that come and go -----------------------------------------------------------------------------------------
+
+
+async def test_a_restarted_enclave_is_verified_anew(home: House, session: Session) -> None:
+    before = await session.verify()
+    await home.behind.restart()
+    assert (await ask(session, "hello"))[0] == "hello"
+    after = await session.result()
+    assert after.commitment.boot_id != before.commitment.boot_id
+    assert home.hostile.paths() == [EVIDENCE_PATH, SEALED_PATH, EVIDENCE_PATH, SEALED_PATH]
+
+
+async def test_a_restarted_enclave_that_the_policy_refuses_gets_nothing_more(home: House, session: Session) -> None:
+    await session.verify()
+    await home.behind.restart()
+    session.policy = replace(home.policy, model=Require((bytes(48),)))
+    with pytest.raises(AppraisalError) as caught:
+        await ask(session, "hello")
+    assert caught.value.code == "wrong_model"
+    assert home.engine.requests == []
+
+
+async def test_a_rotated_key_is_accepted_to_the_end_of_its_lifetime(home: House, session: Session) -> None:
+    skipped = 0.0
+    identity = home.behind.enclave.identity
+    real = identity.clock
+    identity.clock = lambda: real() + skipped
+    old = (await session.verify()).commitment.key_id
+    skipped = 301.0
+    assert (await ask(session, "with the old key"))[0] == "with the old key"
+    assert (await session.result()).commitment.key_id == old
+    skipped = 901.0
+    assert (await ask(session, "with a new key"))[0] == "with a new key"
+    assert (await session.result()).commitment.key_id != old
+    assert home.hostile.paths().count(EVIDENCE_PATH) == 2
+
+
+async def test_a_full_replay_set_costs_one_verification_and_no_prompt(tmp_path: Path) -> None:
+    settings = SETTINGS.replace("[channel]", "[channel]\nmax_requests = 2")
+    async with house(tmp_path, settings) as home, home.session() as session:
+        for number in range(5):
+            assert (await ask(session, f"question {number}"))[0] == f"question {number}"
+        assert home.hostile.paths().count(EVIDENCE_PATH) == 3
+        assert len(home.engine.requests) == 5
+
+
+# --- Forged clear faults -------------------------------------------------------------------------------------------
+
+
+async def test_unknown_key_leads_to_one_new_attempt_and_never_a_third(home: House, session: Session) -> None:
+    def refuse(path: str, count: int) -> Forged | None:
+        return (409, FAULT_TYPE, b'{"fault": "unknown_key"}') if path == SEALED_PATH else None
+
+    home.hostile.on_request = refuse
+    with pytest.raises(ClearFault) as caught:
+        await ask(session, "secret")
+    assert caught.value.code == "unknown_key"
+    assert home.hostile.paths() == [EVIDENCE_PATH, SEALED_PATH] * 2
+
+
+async def test_a_forged_unknown_key_changes_neither_verdict_nor_parameters(home: House, session: Session) -> None:
+    def refuse(path: str, count: int) -> Forged | None:
+        return (409, FAULT_TYPE, b'{"fault": "unknown_key"}') if path == SEALED_PATH and count == 1 else None
+
+    home.hostile.on_request = refuse
+    answers = [answer async for answer in session.chat(replace(prompt("hello"), max_tokens=7, seed=5))]
+    assert isinstance(answers[-1], Done)
+    [request] = home.engine.requests
+    assert (request.max_tokens, request.seed, request.temperature) == (7, 5, 0.0)
+    assert (await session.result()).release == "test"
+
+
+async def test_a_fault_forged_in_mid_work_never_runs_the_prompt_twice(home: House, session: Session) -> None:
+    home.hostile.forge_after = (409, FAULT_TYPE, b'{"fault": "unknown_key"}')
+    with pytest.raises(RequestFailed) as caught:
+        await ask(session, "pay 100 to Mallory")
+    assert caught.value.code == "duplicate_request"
+    assert [request.messages for request in home.engine.requests] == [(("user", "pay 100 to Mallory"),)]
+    assert home.hostile.paths() == [EVIDENCE_PATH, SEALED_PATH] * 2
+
+
+@pytest.mark.parametrize("fault", ["overloaded", "unavailable", "malformed"])
+async def test_other_clear_faults_end_a_request_at_once(home: House, session: Session, fault: str) -> None:
+    await session.verify()
+    home.hostile.on_request = lambda path, count: (503, FAULT_TYPE, json.dumps({"fault": fault}).encode())
+    with pytest.raises(ClearFault) as caught:
+        await ask(session, "secret")
+    assert (caught.value.code, caught.value.exit_code) == (fault, 4)
+    assert home.hostile.paths() == [EVIDENCE_PATH, SEALED_PATH]
+
+
+NOT_STRONGROOM = {
+    "html": (200, "text/html", b"<html>Please log in</html>"),
+    "html error": (502, "text/html", b"<html>Bad Gateway</html>"),
+    "redirect": (302, "text/plain", b""),
+    "another fault": (503, FAULT_TYPE, b'{"fault": "try_plaintext"}'),
+    "a fault that is no text": (503, FAULT_TYPE, b'{"fault": ["unknown_key"]}'),
+    "a fault that is no map": (503, FAULT_TYPE, b'["unknown_key"]'),
+    "nested": (503, FAULT_TYPE, b"[" * 4000),
+    "huge": (503, FAULT_TYPE, b'{"fault": "unknown_key", "x": "' + bytes(1 << 20) + b'"}'),
+    "not UTF-8": (503, FAULT_TYPE, b"\xff\xfe\xfd"),
+    "empty": (500, FAULT_TYPE, b""),
+    "no content": (204, FAULT_TYPE, b""),
+}
+
+
+@pytest.mark.parametrize("path", [EVIDENCE_PATH, SEALED_PATH])
+@pytest.mark.parametrize("answer", NOT_STRONGROOM.values(), ids=NOT_STRONGROOM.keys())
+async def test_what_is_no_proxy_is_said_to_be_none(home: House, session: Session, path: str, answer: Forged) -> None:
+    home.hostile.on_request = lambda where, count: answer if where == path else None
+    with pytest.raises(Unreachable) as caught:
+        await ask(session, "secret")
+    assert (caught.value.code, caught.value.exit_code) == ("not_strongroom", 4)
+
+
+async def test_evidence_that_is_too_large_is_not_read_to_its_end(home: House, session: Session) -> None:
+    home.hostile.on_request = lambda path, count: (200, EVIDENCE_TYPE, bytes(1 << 20))
+    with pytest.raises(Unreachable) as caught:
+        await session.verify()
+    assert caught.value.code == "not_strongroom"
+
+
+async def test_evidence_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch, home: House, session: Session) -> None:
+    never = asyncio.Event()
+
+    async def silent(*_: object) -> None:
+        await never.wait()
+
+    monkeypatch.setattr(session_module, "EVIDENCE_SECONDS", 0.01)
+    home.hostile.application = silent
+    with pytest.raises(Unreachable) as caught:
+        await session.verify()
+    never.set()
+    assert caught.value.got == "TimeoutError"
+
+
+async def test_nobody_at_the_address(tmp_path: Path) -> None:
+    async with house(tmp_path) as home:
+        url = home.url
+    async with Session(url, home.policy) as session:
+        with pytest.raises(Unreachable) as caught:
+            await session.verify()
+    assert (caught.value.code, caught.value.exit_code) == ("unreachable", 4)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["", "127.0.0.1:8080", "ftp://127.0.0.1", "http://", "http://[::1", "http://h:99999", "http://h:x", "unix:/x"],
+)
+async def test_what_is_no_url_is_the_callers_mistake(home: House, url: str) -> None:
+    with pytest.raises(Unreachable) as caught:
+        Session(url, home.policy)
+    assert (caught.value.code, caught.value.exit_code) == ("bad_url", 2)
+
+
+async def test_a_proxy_of_the_environment_is_not_asked_about_this_machine(
+    monkeypatch: pytest.MonkeyPatch, home: House
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    async with home.session() as session:
+        assert (await session.verify()).release == "test"
+
+
+# --- Nothing before the verdict ------------------------------------------------------------------------------------
+
+
+async def test_nothing_of_a_prompt_leaves_when_the_policy_refuses(home: House) -> None:
+    policy = replace(home.policy, configuration=Require((bytes(48),)))
+    async with Session(home.url, policy) as session:
+        for _ in range(2):
+            with pytest.raises(AppraisalError) as caught:
+                await ask(session, "CANARY")
+            assert caught.value.code == "wrong_configuration"
+    assert [method for method, _, _ in home.hostile.requests] == ["GET", "GET"]
+    assert all(body == b"" for _, _, body in home.hostile.requests)
+
+
+async def test_another_anchor_proves_nothing(home: House) -> None:
+    other = Anchor.emulated(DevelopmentRoot.generate(datetime.now(UTC)).certificate_der)
+    async with Session(home.url, replace(home.policy, anchor=other)) as session:
+        with pytest.raises(EvidenceError) as caught:
+            await ask(session, "CANARY")
+    assert caught.value.code == "untrusted_chain"
+    assert home.hostile.paths() == [EVIDENCE_PATH]
+
+
+async def test_what_passes_the_proxy_is_ciphertext_of_one_size(home: House, session: Session) -> None:
+    for text in ("CANARY", "CANARY " * 20):
+        assert (await ask(session, text))[0] == text
+    sizes = {len(body) for method, _, body in home.hostile.requests if method == "POST"}
+    assert len(sizes) == 1
+    seen = b"".join([body for _, _, body in home.hostile.requests] + [body for _, body in home.hostile.answers])
+    assert b"CANARY" not in seen
+
+
+async def test_old_evidence_does_not_answer_a_new_nonce(home: House, session: Session) -> None:
+    await session.verify()
+    old = bytes(home.hostile.answers[0][1])
+    home.hostile.on_answer = lambda path, body: old if path == EVIDENCE_PATH else body
+    with pytest.raises(EvidenceError) as caught:
+        await session.verify()
+    assert caught.value.code == "wrong_nonce"
+    with pytest.raises(EvidenceError):
+        await ask(session, "CANARY")
+    assert SEALED_PATH not in home.hostile.paths()
+
+
+async def test_altered_evidence_is_refused(home: House, session: Session) -> None:
+    for position in (0, 10, 2000, -1):
+
+        def alter(path: str, body: bytes, position: int = position) -> bytes:
+            altered = bytearray(body)
+            altered[position] ^= 1
+            return bytes(altered)
+
+        home.hostile.on_answer = alter
+        with pytest.raises(EvidenceError):
+            await session.verify()
+
+
+# --- Hostile answers -----------------------------------------------------------------------------------------------
+
+
+def _records(body: bytes) -> tuple[bytes, list[bytes]]:
+    salt, records = body[:ANSWER_SALT_SIZE], body[ANSWER_SALT_SIZE:]
+    return salt, [records[start : start + RECORD] for start in range(0, len(records), RECORD)]
+
+
+def tamper_content(body: bytes) -> bytes:
+    return body[:100] + bytes([body[100] ^ 1]) + body[101:]
+
+
+def tamper_salt(body: bytes) -> bytes:
+    return bytes([body[0] ^ 1]) + body[1:]
+
+
+def tamper_flag(body: bytes) -> bytes:
+    salt, [first, *rest] = _records(body)
+    return salt + b"\x01" + first[1:] + b"".join(rest)
+
+
+def drop_first(body: bytes) -> bytes:
+    salt, records = _records(body)
+    return salt + b"".join(records[1:])
+
+
+def drop_middle(body: bytes) -> bytes:
+    salt, [first, _, *rest] = _records(body)
+    return salt + first + b"".join(rest)
+
+
+def swap(body: bytes) -> bytes:
+    salt, [first, second, *rest] = _records(body)
+    return salt + second + first + b"".join(rest)
+
+
+def repeat(body: bytes) -> bytes:
+    salt, [first, *rest] = _records(body)
+    return salt + first + first + b"".join(rest)
+
+
+def append(body: bytes) -> bytes:
+    return body + _records(body)[1][0]
+
+
+def huge_record(body: bytes) -> bytes:
+    return body[:ANSWER_SALT_SIZE] + b"\x00\xff\xff\xff" + body[ANSWER_SALT_SIZE + 4 :]
+
+
+@pytest.mark.parametrize(
+    ("alter", "code"),
+    [
+        (tamper_content, "tampered_record"),
+        (tamper_salt, "tampered_record"),
+        (tamper_flag, "tampered_record"),
+        (drop_first, "tampered_record"),
+        (drop_middle, "tampered_record"),
+        (swap, "tampered_record"),
+        (repeat, "tampered_record"),
+        (append, "after_final"),
+        (huge_record, "malformed_record"),
+    ],
+)
+async def test_an_altered_answer_is_refused(
+    home: House, session: Session, alter: Callable[[bytes], bytes], code: str
+) -> None:
+    home.hostile.on_answer = lambda path, body: alter(body) if path == SEALED_PATH else body
+    with pytest.raises(SealedError) as caught:
+        await ask(session, "hello")
+    assert (caught.value.code, caught.value.exit_code) == (code, 3)
+
+
+async def test_an_answer_to_another_request_is_refused(home: House, session: Session) -> None:
+    await ask(session, "transfer 1")
+    old = bytes(home.hostile.answers[-1][1])
+    home.hostile.on_answer = lambda path, body: old
+    with pytest.raises(SealedError) as caught:
+        await ask(session, "transfer 1")
+    assert caught.value.code == "tampered_record"
+
+
+async def test_a_whole_answer_without_its_last_record_is_truncated(home: House, session: Session) -> None:
+    home.hostile.on_answer = lambda path, body: body[:-RECORD] if path == SEALED_PATH else body
+    with pytest.raises(SealedError) as caught:
+        await ask(session, "hello")
+    assert caught.value.code == "truncated"
+
+
+@pytest.mark.parametrize("size", [0, 1, ANSWER_SALT_SIZE, ANSWER_SALT_SIZE + 3, ANSWER_SALT_SIZE + RECORD])
+async def test_an_answer_that_breaks_off_is_truncated(home: House, session: Session, size: int) -> None:
+    home.hostile.break_after = size
+    with pytest.raises(SealedError) as caught:
+        await ask(session, "hello")
+    assert caught.value.code == "truncated"
+    home.hostile.break_after = None
+    assert (await ask(session, "hello"))[0] == "hello"
+
+
+async def test_an_enclave_that_dies_in_mid_answer_is_said_and_the_next_request_works(
+    home: House, session: Session
+) -> None:
+    held = home.engine.hold_after(PROMPT_AND_SOME)
+    asking = asyncio.ensure_future(ask(session, "a long answer of many small pieces"))
+    await held.wait()
+    home.behind.kill()
+    with pytest.raises(SealedError) as caught:
+        await asking
+    assert caught.value.code == "truncated"
+    await home.behind.restart()
+    assert (await ask(session, "hello"))[0] == "hello"
+
+
+# --- Failures inside the channel -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code"),
+    [
+        (ContextExceeded("the prompt is longer than the context", expected="<= 255", got=300), 2),
+        (Overloaded(expected="<= 64 waiting", got=65), 4),
+        (EngineFailed("the engine process ended"), 4),
+    ],
+)
+async def test_the_enclaves_own_failure_comes_whole(
+    home: House, session: Session, error: StrongroomError, exit_code: int
+) -> None:
+    home.engine.refuse = error
+    with pytest.raises(RequestFailed) as caught:
+        await ask(session, "hello")
+    failure = caught.value
+    assert (failure.code, failure.message, failure.expected, failure.got) == (
+        error.code,
+        error.message,
+        error.expected,
+        error.got,
+    )
+    assert failure.exit_code == exit_code
+
+
+async def test_a_defect_in_the_enclave_says_nothing_of_itself(home: House, session: Session) -> None:
+    home.engine.refuse = RuntimeError("CANARY")
+    with pytest.raises(RequestFailed) as caught:
+        await ask(session, "hello")
+    assert caught.value.code == "internal"
+    assert "CANARY" not in str(caught.value)
+
+
+async def test_a_failure_is_reported_with_all_that_came_before_it(home: House, session: Session) -> None:
+    steps = itertools.count()
+
+    async def gate() -> None:
+        if next(steps) == 12:
+            home.engine.fail()
+
+    home.engine.gate = gate
+    text = ""
+    with pytest.raises(RequestFailed) as caught:
+        async for answer in session.chat(prompt("a long answer of many small pieces")):
+            if isinstance(answer, Delta):
+                text += answer.text
+    assert caught.value.code == "engine_failed"
+    assert text
+    assert "a long answer of many small pieces".startswith(text)
+
+
+async def test_a_prompt_without_a_place_in_the_context_is_the_callers_to_shorten(session: Session) -> None:
+    with pytest.raises(RequestFailed) as caught:
+        await ask(session, "too long " * 60)
+    assert (caught.value.code, caught.value.exit_code) == ("context_exceeded", 2)
+
+
+# --- Answers of an enclave that breaks its own protocol ------------------------------------------------------------
+
+START, DELTA = Start("tiny").encode(), Delta("x").encode()
+DONE = Done("stop", 1, 1).encode()
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [],
+        [DELTA, DONE],
+        [DONE],
+        [START, START, DONE],
+        [START, DELTA],
+        [START, DONE, DELTA],
+        [START, DONE, DONE],
+        [START, encode_message({"model": {"name": "m", "context": 1, "manifest": bytes(48)}})],
+        [START, encode_message({"delta": 5}), DONE],
+        [START, encode_message({"unheard of": 1}), DONE],
+        [START, b"\x00\x00\x00\x01\xff", DONE],
+        [START, DONE, b"\x00\x00"],
+        [START, b"\xff\xff\xff\xff"],
+    ],
+)
+async def test_messages_out_of_order_or_form_are_a_broken_channel(
+    monkeypatch: pytest.MonkeyPatch, home: House, session: Session, messages: list[bytes]
+) -> None:
+    async def misbehave(server: object, request: object, answer: object) -> None:
+        for message in messages:
+            await answer.write(message)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr("enclave.server.Server._work", misbehave)
+    with pytest.raises(SealedError) as caught:
+        async for _ in session.chat(prompt("hello")):
+            pass
+    assert caught.value.code == "malformed"
+
+
+# --- Clocks --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("skew", "code"), [(timedelta(hours=2), "stale"), (timedelta(minutes=-10), "from_the_future")])
+async def test_a_clock_that_jumped_is_a_verdict_and_passes_with_it(home: House, skew: timedelta, code: str) -> None:
+    clocks = Clocks()
+    async with clocked(home, clocks) as session:
+        await session.verify()
+        clocks.skew = skew
+        assert (await ask(session, "hello"))[0] == "hello"  # the result in force does not depend on the wall clock
+        clocks.monotonic += 400
+        with pytest.raises(EvidenceError) as caught:
+            await ask(session, "hello")
+        assert caught.value.code in (code, "untrusted_chain")  # a jump that leaves the leaf's validity is found first
+        clocks.skew = timedelta()
+        assert (await ask(session, "hello"))[0] == "hello"
+
+
+@pytest.mark.parametrize("skew", [timedelta(seconds=100), timedelta(seconds=-100)])
+async def test_a_clock_within_the_leeway_serves(home: House, skew: timedelta) -> None:
+    async with clocked(home, Clocks(skew=skew)) as session:
+        assert (await ask(session, "hello"))[0] == "hello"
+
+
+# --- Leaving -------------------------------------------------------------------------------------------------------
+
+
+PROMPT_AND_SOME = 4
+"""Steps by which the prompt is read and a part of the answer said."""
+
+
+async def test_leaving_early_stops_the_enclaves_work(home: House, session: Session) -> None:
+    home.engine.hold_after(PROMPT_AND_SOME)
+    async with contextlib.aclosing(session.chat(prompt("a long answer of many small pieces"))) as answers:
+        async for answer in answers:
+            if isinstance(answer, Delta):
+                assert home.engine.in_work == 1
+                break
+    await home.engine.idle.wait()
+    home.engine.gate = None
+    assert home.engine.steps == PROMPT_AND_SOME
+
+
+async def test_cancelling_whoever_waits_stops_the_enclaves_work(home: House, session: Session) -> None:
+    held = home.engine.hold_after(0)
+    asking = asyncio.ensure_future(ask(session, "hello"))
+    await held.wait()
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    await home.engine.idle.wait()
+    assert home.engine.steps == 0
+
+
+# --- Between client and proxy --------------------------------------------------------------------------------------
+
+
+async def test_an_unused_session_closes(home: House) -> None:
+    async with home.session():
+        pass
+    assert home.hostile.requests == []
+
+
+async def test_a_session_that_closes_gives_up_its_verification(home: House, session: Session) -> None:
+    begun, never = asyncio.Event(), asyncio.Event()
+
+    async def silent(*_: object) -> None:
+        begun.set()
+        await never.wait()
+
+    home.hostile.application = silent
+    waiting = asyncio.ensure_future(session.result())
+    await begun.wait()
+    await session.close()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    never.set()
