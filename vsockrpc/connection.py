@@ -163,7 +163,7 @@ class Connection:
         something to send.
         """
         call = self._calls.get(number)
-        if call is None or self._is_quiet(call):
+        if call is None or self._is_quiet(call) or call.receiving is Half.CANCELLED:
             return False  # over, with its last bytes still being read
         if not 0 <= size <= call.unconsumed:
             raise LocalProtocolError(

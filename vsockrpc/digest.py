@@ -1,4 +1,4 @@
-"""Hashing on a thread while the next bytes arrive: a model of many GB comes this way, into the memory that it is loaded from."""
+"""Hashing on a thread while the next bytes arrive. A model of many GB comes this way."""
 
 from __future__ import annotations
 

@@ -345,12 +345,7 @@ def _is_plain(value: object, depth: int) -> bool:
         case list():
             return depth > 0 and all(_is_plain(item, depth - 1) for item in value)
         case dict():
-            if not depth:
-                return False
-            for key, item in value.items():
-                if type(key) is not str or not _is_plain(item, depth - 1):
-                    return False
-            return True
+            return depth > 0 and all(isinstance(key, str) and _is_plain(item, depth - 1) for key, item in value.items())
     return False
 
 

@@ -22,7 +22,7 @@ from vsockrpc.state import Role
 
 READ_SIZE = 262_144
 """Bytes asked of the socket at once."""
-STAGE_SIZE = 262_144
+STAGE_SIZE = 524_288
 """Bytes taken from the connection at once: what a small call can at most find in front of it, besides the socket's
 own buffer.
 """

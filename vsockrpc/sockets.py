@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from vsockrpc.address import VMADDR_CID_ANY, Address, TcpAddress, UnixAddress, VsockAddress
 from vsockrpc.errors import AddressError, ConnectionLost
 
+SEND_BUFFER = 1_048_576
+"""Bytes of a Unix socket's buffer, as far as the kernel allows; with its default of 208 KiB bulk transfers crawl."""
 BACKLOG = 128
 """Connections that the kernel may hold before they are accepted."""
 _RETRY = 0.005
@@ -41,6 +43,7 @@ async def dial_socket(address: Address) -> socket.socket:
 async def _dial(sock: socket.socket, target: tuple[object, ...]) -> socket.socket:
     with _closed_on_failure(sock):
         await asyncio.get_running_loop().sock_connect(sock, target)
+        prepare(sock)
     return sock
 
 
@@ -50,9 +53,10 @@ async def _dial_unix(path: str) -> socket.socket:
         while True:
             try:
                 sock.connect(path)
+                prepare(sock)
                 return sock
             except BlockingIOError:
-                # The backlog is full. Unlike with TCP nothing is under way then: asyncio's sock_connect would see success.
+                # The backlog is full, and unlike with TCP nothing is under way: sock_connect would see success.
                 await asyncio.sleep(_RETRY)
 
 
@@ -66,14 +70,15 @@ async def _dial_tcp(address: TcpAddress) -> socket.socket:
         except OSError as error:
             refused = error
             continue
-        prepare(sock)
         return sock
     raise refused or OSError("the name has no address")
 
 
 def prepare(sock: socket.socket) -> None:
-    """What an accepted or connected socket needs: small frames leave at once, and no call blocks."""
+    """What an accepted or connected socket needs: no call on it blocks, and small frames leave at once."""
     sock.setblocking(False)
+    if sock.family == socket.AF_UNIX:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 

@@ -1,4 +1,4 @@
-"""Where a call stands: what each side may send, and what that leads to. PROTOCOL.md section 5.2."""
+"""Where a call stands: what each side may send, and what that leads to. PROTOCOL.md section 5.1."""
 
 from __future__ import annotations
 

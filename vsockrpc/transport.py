@@ -1,4 +1,4 @@
-"""The RPC for asyncio: ``connect`` makes calls, ``serve`` answers them, over vsock, Unix and TCP. PROTOCOL.md section 5.
+"""The RPC for asyncio: ``connect`` makes calls, ``serve`` answers them. PROTOCOL.md section 5.
 
 A call ends in one of three ways: its data ends; ``Fault``; ``ConnectionLost``.
 """
