@@ -11,21 +11,17 @@ from __future__ import annotations
 
 import asyncio
 import os
-import secrets
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import replace
 from typing import Final, Protocol
 
 from attestation.gguf import read_header
 from enclave.config import EngineSettings
 from enclave.generation import (
-    MAX_SEED,
     ContextExceeded,
     EngineError,
     EngineFailed,
     EngineRefused,
     Finished,
-    GenerateRequest,
     GenerationEvent,
     InvalidRequest,
     Overloaded,
@@ -34,6 +30,7 @@ from enclave.generation import (
 )
 from enclave.pipe import MAX_PROMPT_SIZE, Load, Ready
 from enclave.process import EngineProcess
+from vsockrpc.messages import ChatRequest
 
 __all__ = [
     "ContextExceeded",
@@ -42,7 +39,6 @@ __all__ = [
     "EngineFailed",
     "EngineRefused",
     "Finished",
-    "GenerateRequest",
     "GenerationEvent",
     "InvalidRequest",
     "LlamaEngine",
@@ -76,9 +72,11 @@ class Engine(Protocol):
     async def start(self) -> None:
         """Returns when requests can be answered. Raises StrongroomError when they never will."""
 
-    def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerationEvent, None]:
+    def generate(self, request: ChatRequest) -> AsyncGenerator[GenerationEvent, None]:
         """The answer: any number of TextDelta, then one Finished. Text that came in the meantime comes as one
         TextDelta.
+
+        ``request`` is one that ``ChatRequest.decode`` returned, or could have: its bounds are checked there.
 
         Closing the iterator or cancelling the task that reads it stops the work within one decode step. Raises
         EngineError: InvalidRequest, ContextExceeded, Overloaded, Unavailable, EngineFailed.
@@ -145,16 +143,15 @@ class LlamaEngine:
             await worker.end(_CLOSED)
         await self._announce()
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerationEvent, None]:
-        size, bound = request.content_size, min(self._settings.context * MAX_PROMPT_BYTES_PER_TOKEN, MAX_PROMPT_SIZE)
+    async def generate(self, request: ChatRequest) -> AsyncGenerator[GenerationEvent, None]:
+        size = sum(len(message.content.encode("utf-8")) for message in request.messages)
+        bound = min(self._settings.context * MAX_PROMPT_BYTES_PER_TOKEN, MAX_PROMPT_SIZE)
         if size > bound:
             raise ContextExceeded(
                 "the prompt is too large for the context", expected=f"<= {bound} bytes", got=f"{size} bytes"
             )
         if self._requests > self._settings.queue:
             raise Overloaded(expected=f"<= {self._settings.queue} waiting", got=self._requests)
-        if request.seed is None:
-            request = replace(request, seed=secrets.randbelow(MAX_SEED + 1))
         self._requests += 1
         try:
             worker = await self._serving()

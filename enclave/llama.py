@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -15,8 +16,9 @@ from typing import Any, Final
 import llama_cpp
 
 from attestation.errors import StrongroomError
-from enclave.generation import GenerateRequest, InvalidRequest
+from enclave.generation import InvalidRequest
 from enclave.prompt import Segment
+from vsockrpc.messages import ChatMessage, ChatRequest
 
 POLL: Final = 1
 """How long a decoding thread spins for the next step before it sleeps (0..100). 1 is some milliseconds: longer than the
@@ -114,7 +116,7 @@ class Llama:
         DecodeFailed.
         """
         token = max(0, llama_cpp.llama_vocab_bos(self._vocabulary))
-        sampler = Sampler(GenerateRequest((("user", ""),), top_k=40, top_p=0.9, min_p=0.05, seed=0))
+        sampler = Sampler(ChatRequest((ChatMessage("user", ""),), top_k=40, top_p=0.9, min_p=0.05))
         self.decode([token] * min(self.batch, 8), 0, samples=False)
         self.decode([token], min(self.batch, 8), samples=True)
         self.sample(sampler)
@@ -179,16 +181,13 @@ class Llama:
 
 
 class Sampler:
-    """llama.cpp's chain for one request's parameters, whose bounds are GenerateRequest's."""
+    """llama.cpp's chain for one request's parameters, whose bounds are those of ``ChatRequest.decode``."""
 
-    def __init__(self, request: GenerateRequest) -> None:
-        """``request.seed`` must be set unless its temperature is 0."""
+    def __init__(self, request: ChatRequest) -> None:
         self.chain = _there(llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params()))
         if request.temperature == 0:
             self._add(llama_cpp.llama_sampler_init_greedy())
             return
-        if request.seed is None:
-            raise ValueError("sampling needs a seed")
         if request.top_k > 0:
             self._add(llama_cpp.llama_sampler_init_top_k(request.top_k))
         if request.top_p < 1:
@@ -196,7 +195,8 @@ class Sampler:
         if request.min_p > 0:
             self._add(llama_cpp.llama_sampler_init_min_p(request.min_p, 1))
         self._add(llama_cpp.llama_sampler_init_temp(request.temperature))
-        self._add(llama_cpp.llama_sampler_init_dist(request.seed))
+        seed = secrets.randbits(32) if request.seed is None else request.seed
+        self._add(llama_cpp.llama_sampler_init_dist(seed))
 
     def _add(self, link: Any) -> None:
         llama_cpp.llama_sampler_chain_add(self.chain, _there(link))

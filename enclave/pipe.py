@@ -8,20 +8,13 @@ it costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Final, TypeAlias
 
 from attestation.errors import StrongroomError
-from enclave.generation import (
-    ContextExceeded,
-    EngineError,
-    Finished,
-    GenerateRequest,
-    InvalidRequest,
-    Overloaded,
-)
-from vsockrpc.messages import FINISH_REASONS, MessageError, MessageReader, encode_message
+from enclave.generation import ContextExceeded, EngineError, Finished, InvalidRequest, Overloaded
+from vsockrpc.messages import FINISH_REASONS, ChatRequest, MessageError, MessageReader, encode_message
 
 MAX_TO_SERVER: Final = 16 << 10
 """Bytes of one message from the engine process."""
@@ -63,10 +56,10 @@ class Load:
 @dataclass(frozen=True, slots=True)
 class Generate:
     id: int
-    request: GenerateRequest
+    request: ChatRequest
 
     def encode(self) -> bytes:
-        return encode_message({"generate": [self.id, asdict(self.request)]})
+        return encode_message({"generate": [self.id, self.request.encode()]})
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +74,7 @@ ToWorker: TypeAlias = Load | Generate | Cancel
 
 
 def read_to_worker(reader: MessageReader, data: bytes) -> Iterator[ToWorker]:
-    """The messages that ``data`` completes. Raises PipeError, and InvalidRequest for a request out of its bounds."""
+    """The messages that ``data`` completes. Raises PipeError, never anything else."""
     for kind, body in _messages(reader, data):
         match kind, body:
             case "load", dict():
@@ -89,31 +82,20 @@ def read_to_worker(reader: MessageReader, data: bytes) -> Iterator[ToWorker]:
                 if body.keys() != {"template", *names} or not isinstance(body["template"], str):
                     raise PipeError("malformed load")
                 yield Load(body["template"], *(_uint(body[name], _MAX_ID) for name in names))
-            case "generate", [id_, dict() as fields]:
-                yield Generate(_uint(id_, _MAX_ID), _request(fields))
+            case "generate", [id_, request]:
+                yield Generate(_uint(id_, _MAX_ID), _request(request))
             case "cancel", id_:
                 yield Cancel(_uint(id_, _MAX_ID))
             case _:
                 raise PipeError("unknown message", got=kind)
 
 
-def _request(fields: Mapping[str, object]) -> GenerateRequest:
-    messages, stop = fields.get("messages"), fields.get("stop")
-    if not isinstance(messages, list) or not isinstance(stop, list):
-        raise PipeError("malformed request")
-    pairs = []
-    for entry in messages:
-        match entry:
-            case [str() as role, str() as content]:
-                pairs.append((role, content))
-            case _:
-                raise PipeError("malformed message of a request")
-    if not all(isinstance(text, str) for text in stop):
-        raise PipeError("malformed stop string")
+def _request(value: object) -> ChatRequest:
+    """The server has decoded it before: one that does not pass again is not a client's mistake."""
     try:
-        return GenerateRequest(**{**fields, "messages": tuple(pairs), "stop": tuple(stop)})  # type: ignore[arg-type]
-    except TypeError as error:  # an unknown field
-        raise PipeError("malformed request") from error
+        return ChatRequest.decode(value)
+    except MessageError as error:
+        raise PipeError(error.message, got=error.got) from error
 
 
 # --- To the server ---------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from enclave.generation import (
     EngineFailed,
     EngineRefused,
     Finished,
-    GenerateRequest,
     GenerationEvent,
     TextDelta,
 )
@@ -34,7 +33,7 @@ from enclave.pipe import (
     ToServer,
     read_to_server,
 )
-from vsockrpc.messages import MessageReader
+from vsockrpc.messages import ChatRequest, MessageReader
 
 _CHUNK: Final = 64 << 10
 _ENDED: Final = "the engine process ended"
@@ -206,7 +205,7 @@ class EngineProcess:
         del self._answers[answer.number]
         answer.finish(end)
 
-    async def submit(self, request: GenerateRequest) -> Answer:
+    async def submit(self, request: ChatRequest) -> Answer:
         """Raises EngineFailed when the process just ended."""
         try:
             await self._writer.drain()  # cancellations may have piled up before a process that is slow to read

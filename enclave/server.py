@@ -17,7 +17,7 @@ from attestation.commitment import Evidence, Purpose, UserData
 from attestation.errors import StrongroomError
 from attestation.verifier import NONCE_SIZE
 from enclave.boot import Enclave
-from enclave.generation import Finished, GenerateRequest, TextDelta
+from enclave.generation import Finished, TextDelta
 from enclave.identity import OfferedKey
 from enclave.log import TOTALS_INTERVAL_SECONDS, InternalError, NsmFailed, Phase
 from enclave.nsm import NsmError
@@ -230,7 +230,7 @@ class Server:
                         got=chat.model,
                     )
                 await answer.write(Start(manifest.name).encode())
-                async with contextlib.aclosing(engine.generate(_generate_request(chat))) as events:
+                async with contextlib.aclosing(engine.generate(chat)) as events:
                     async for event in events:
                         match event:
                             case TextDelta(text):
@@ -256,19 +256,6 @@ class Server:
     def _require_serving(self) -> None:
         if self._enclave.phase is not Phase.SERVING:
             raise Fault("unavailable", "the enclave is not serving")
-
-
-def _generate_request(chat: ChatRequest) -> GenerateRequest:
-    return GenerateRequest(
-        messages=tuple((message.role, message.content) for message in chat.messages),
-        max_tokens=chat.max_tokens,
-        temperature=chat.temperature,
-        top_p=chat.top_p,
-        top_k=chat.top_k,
-        min_p=chat.min_p,
-        seed=chat.seed,
-        stop=chat.stop,
-    )
 
 
 def longest_request(content: int) -> int:

@@ -115,7 +115,8 @@ class Loop:
     def _admit(self, message: Generate) -> None:
         request = message.request
         try:
-            tokens = self._tokenizer.tokens(self._template.render(request.messages))
+            conversation = [(entry.role, entry.content) for entry in request.messages]
+            tokens = self._tokenizer.tokens(self._template.render(conversation))
             if not tokens:
                 raise InvalidRequest("the prompt is empty", expected="at least 1 token", got=0)
             self._scheduler.admit(message.id, tokens, max_tokens=request.max_tokens, stop=request.stop)

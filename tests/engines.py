@@ -13,13 +13,13 @@ from enclave.engine import (
     EngineError,
     EngineFailed,
     Finished,
-    GenerateRequest,
     GenerationEvent,
     Overloaded,
     TextDelta,
     Unavailable,
 )
 from enclave.scheduler import PromptRead, Sampled, Scheduler, Step
+from vsockrpc.messages import ChatRequest
 
 TOKEN_SIZE = 3
 """Bytes of UTF-8 in a token: characters straddle them."""
@@ -80,15 +80,15 @@ class EchoEngine:
             self._scheduler.cancel(number)
             self._end(number, EngineFailed(reason))
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerationEvent, None]:
+    async def generate(self, request: ChatRequest) -> AsyncGenerator[GenerationEvent, None]:
         if self._loop is None:
             raise Unavailable("the engine is closed or was never started")
-        prompt = [byte for role, content in request.messages for byte in f"{role}:{content}\n".encode()]
+        prompt = [byte for entry in request.messages for byte in f"{entry.role}:{entry.content}\n".encode()]
         if len(self._answers) > self._queue:
             raise Overloaded(expected=f"<= {self._queue} waiting", got=len(self._answers))
         if len(prompt) >= self._context:
             raise ContextExceeded("the prompt is longer than the context", expected=self._context - 1, got=len(prompt))
-        number, echo = self._issued, request.messages[-1][1].encode()
+        number, echo = self._issued, request.messages[-1].content.encode()
         self._issued += 1
         self._scheduler.admit(number, prompt, max_tokens=request.max_tokens, stop=request.stop)
         answer = _Answer([echo[start : start + TOKEN_SIZE] for start in range(0, len(echo), TOKEN_SIZE)])

@@ -20,7 +20,7 @@ from attestation.manifest import ModelManifest
 from attestation.policy import AppraisalPolicy
 from enclave.boot import Enclave
 from enclave.config import EnclaveConfiguration
-from enclave.generation import GenerateRequest, GenerationEvent
+from enclave.generation import GenerationEvent
 from enclave.log import EventLog, Phase
 from enclave.server import Server
 from parent.modelstore import ModelStore
@@ -52,7 +52,7 @@ class HouseEngine(EchoEngine):
 
     def __init__(self) -> None:
         super().__init__(context=256, before_step=self._wait)
-        self.requests: list[GenerateRequest] = []
+        self.requests: list[ChatRequest] = []
         self.refuse: Exception | None = None
         self.gate: Callable[[], Awaitable[None]] | None = None
         self.idle = asyncio.Event()
@@ -62,7 +62,7 @@ class HouseEngine(EchoEngine):
         if self.gate is not None:
             await self.gate()
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerationEvent, None]:
+    async def generate(self, request: ChatRequest) -> AsyncGenerator[GenerationEvent, None]:
         self.requests.append(request)
         if self.refuse is not None:
             raise self.refuse

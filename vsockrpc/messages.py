@@ -175,17 +175,27 @@ class ChatMessage:
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """A chat completion, with OpenAI's names and meanings. ``None`` leaves the choice to the enclave."""
+    """A chat completion, with OpenAI's names and meanings. ``None`` leaves the choice to the enclave.
+
+    What :meth:`decode` returns is within every bound of PROTOCOL.md section 7. Construction checks nothing: whoever
+    is sent a request decodes it, the enclave and its engine process too.
+    """
 
     messages: tuple[ChatMessage, ...]
+    """In order; the last is what is answered."""
     model: str | None = None
     max_tokens: int | None = None
+    """Tokens of the answer at most."""
     temperature: float = 1.0
+    """0 always takes the likeliest token."""
     top_p: float = 1.0
+    """More than 0."""
     top_k: int = 0
+    """0 for all tokens."""
     min_p: float = 0.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    """The answer ends before the first of these."""
 
     def encode(self) -> dict[str, object]:
         body: dict[str, object] = {
@@ -226,6 +236,8 @@ class ChatRequest:
             seed=None if seed is None else _integer(seed, "seed", 0, 2**32 - 1),
             stop=tuple(_text(stop, f"stop[{index}]", MAX_STOP_CHARACTERS) for index, stop in enumerate(stops)),
         )
+        if request.top_p == 0:
+            raise MessageError("top_p is out of range", param="top_p", expected="more than 0", got=0)
         if "" in request.stop:
             raise MessageError("an empty stop string stops everything", param="stop", expected="text", got="''")
         return request

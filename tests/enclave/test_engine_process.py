@@ -23,7 +23,6 @@ from enclave.engine import (
     EngineFailed,
     EngineRefused,
     Finished,
-    GenerateRequest,
     GenerationEvent,
     InvalidRequest,
     LlamaEngine,
@@ -33,12 +32,13 @@ from enclave.engine import (
 from enclave.pipe import Ready
 from tests.enclave.conftest import sealed
 from tests.gguf_files import CHAT_TEMPLATE, TEXT, tiny_model
+from vsockrpc.messages import ChatMessage, ChatRequest
 
 UID = 64001
 ROOT = os.geteuid() == 0
 SETTINGS = EngineSettings(context=4096, batch=64, threads=1, queue=4, uid=UID)
-LONG = GenerateRequest((("user", "hello"),), temperature=0)
-SHORT = GenerateRequest((("user", "hello"),), temperature=0, max_tokens=3)
+LONG = ChatRequest((ChatMessage("user", "hello"),), temperature=0)
+SHORT = ChatRequest((ChatMessage("user", "hello"),), temperature=0, max_tokens=3)
 
 
 class Events:
@@ -65,7 +65,7 @@ async def engine(tiny_weights: int, events: Events) -> AsyncIterator[LlamaEngine
     await engine.close()
 
 
-async def finish(engine: LlamaEngine, request: GenerateRequest) -> Finished:
+async def finish(engine: LlamaEngine, request: ChatRequest) -> Finished:
     *_, finished = [event async for event in engine.generate(request)]
     assert isinstance(finished, Finished)
     return finished
@@ -121,7 +121,7 @@ async def test_a_template_that_fails_for_the_first_time_behind_the_filter_is_a_t
     try:
         pid = engine.pid
         with pytest.raises(InvalidRequest, match="UndefinedError"):
-            await finish(engine, GenerateRequest((("user", "a"), ("user", "b"))))
+            await finish(engine, ChatRequest((ChatMessage("user", "a"), ChatMessage("user", "b"))))
         assert (await finish(engine, SHORT)).completion_tokens == 3
         assert engine.pid == pid
     finally:
@@ -344,17 +344,15 @@ async def test_the_real_model_says_what_llama_cpp_says_and_survives_a_kill(smoll
     settings = EngineSettings(context=512, batch=128, threads=2, queue=1, uid=UID)
     engine = LlamaEngine(descriptor, manifest.chat_template, settings)
     question = "Tell me a long story about a fox and a river."
-    greedy = GenerateRequest((("user", question),), temperature=0, max_tokens=32)
+    greedy = ChatRequest((ChatMessage("user", question),), temperature=0, max_tokens=32)
     try:
         await engine.start()
         events = [event async for event in engine.generate(greedy)]
-        sampled = GenerateRequest(
-            greedy.messages, temperature=0.8, top_k=40, top_p=0.9, min_p=0.05, seed=7, max_tokens=8
-        )
+        sampled = ChatRequest(greedy.messages, temperature=0.8, top_k=40, top_p=0.9, min_p=0.05, seed=7, max_tokens=8)
         assert [event async for event in engine.generate(sampled)] == [
             event async for event in engine.generate(sampled)
         ]
-        async with aclosing(engine.generate(GenerateRequest(greedy.messages, temperature=0))) as answer:
+        async with aclosing(engine.generate(ChatRequest(greedy.messages, temperature=0))) as answer:
             await anext(answer)
             os.kill(pid_of(engine), signal.SIGKILL)
             with pytest.raises(EngineFailed):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enclave.generation import ContextExceeded, EngineError, Finished, GenerateRequest, InvalidRequest, Overloaded
+from enclave.generation import ContextExceeded, EngineError, Finished, InvalidRequest, Overloaded
 from enclave.pipe import (
     MAX_DELTA_CHARACTERS,
     MAX_TO_SERVER,
@@ -29,10 +29,11 @@ from enclave.pipe import (
     read_to_server,
     read_to_worker,
 )
-from vsockrpc.messages import MessageReader, encode_message
+from vsockrpc.messages import ChatMessage, ChatRequest, MessageReader, encode_message
 
-REQUEST = GenerateRequest(
-    (("system", "a"), ("user", "ü🌞")),
+REQUEST = ChatRequest(
+    (ChatMessage("system", "a"), ChatMessage("user", "ü🌞")),
+    model="tiny",
     max_tokens=5,
     temperature=0.5,
     top_p=0.9,
@@ -41,10 +42,11 @@ REQUEST = GenerateRequest(
     seed=2**32 - 1,
     stop=("x",),
 )
+BODY = {"messages": [{"role": "user", "content": "x"}]}
 TO_WORKER: list[ToWorker] = [
     Load("{{ x }}", 2048, 128, 2, 64, 64001, 4711),
     Generate(0, REQUEST),
-    Generate(2**63 - 1, GenerateRequest((("user", ""),))),
+    Generate(2**63 - 1, ChatRequest((ChatMessage("user", ""),))),
     Cancel(3),
 ]
 TO_SERVER: list[ToServer] = [
@@ -118,9 +120,10 @@ def test_what_the_worker_may_not_say(message: dict[str, object]) -> None:
         {"load": {**asdict(TO_WORKER[0]), "template": 1}},
         {"load": {**asdict(TO_WORKER[0]), "uid": -1}},
         {"generate": [0, {"messages": [], "stop": None}]},
-        {"generate": [0, {"messages": [["user"]], "stop": []}]},
-        {"generate": [0, {"messages": [["user", "x"]], "stop": [], "unknown": 1}]},
-        {"generate": [0, {"messages": [["user", "x"]], "stop": [1]}]},
+        {"generate": [0, {"messages": [{"role": "user"}], "stop": []}]},
+        {"generate": [0, {**BODY, "unknown": 1}]},
+        {"generate": [0, {**BODY, "stop": [1]}]},
+        {"generate": [-1, BODY]},
         {"generate": 0},
         {"cancel": "x"},
         {"alive": None},
@@ -132,9 +135,9 @@ def test_what_the_server_may_not_say(message: dict[str, object]) -> None:
 
 
 def test_bounds_are_checked_on_both_sides_of_the_pipe() -> None:
-    body = {"messages": [["user", "x"]], "stop": [], "temperature": 3.0}
-    with pytest.raises(InvalidRequest):
-        list(read_to_worker(MessageReader(MAX_TO_WORKER), encode_message({"generate": [0, body]})))
+    message = {"generate": [0, {**BODY, "temperature": 3.0}]}
+    with pytest.raises(PipeError, match="temperature is out of range"):
+        list(read_to_worker(MessageReader(MAX_TO_WORKER), encode_message(message)))
 
 
 @given(

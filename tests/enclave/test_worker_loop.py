@@ -11,7 +11,7 @@ from typing import cast
 
 import pytest
 
-from enclave.generation import ContextExceeded, EngineError, Finished, GenerateRequest, InvalidRequest, Overloaded
+from enclave.generation import ContextExceeded, EngineError, Finished, InvalidRequest, Overloaded
 from enclave.llama import Llama, Tokenizer
 from enclave.pipe import (
     MAX_TO_SERVER,
@@ -28,7 +28,7 @@ from enclave.pipe import (
 )
 from enclave.prompt import ChatTemplate, Segment
 from enclave.worker import Gone, Loop, Pipe
-from vsockrpc.messages import MessageReader
+from vsockrpc.messages import ChatMessage, ChatRequest, MessageReader
 
 TEMPLATE = "{{ messages[0].content }}"
 
@@ -120,7 +120,7 @@ def bench() -> Iterator[Bench]:
 
 
 def ask(number: int, content: str, max_tokens: int | None = None) -> Generate:
-    return Generate(number, GenerateRequest((("user", content),), temperature=0, max_tokens=max_tokens))
+    return Generate(number, ChatRequest((ChatMessage("user", content),), temperature=0, max_tokens=max_tokens))
 
 
 def test_an_answer_goes_out_token_by_token(bench: Bench) -> None:

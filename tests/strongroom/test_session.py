@@ -200,7 +200,7 @@ async def test_a_fault_forged_in_mid_work_never_runs_the_prompt_twice(home: Hous
     with pytest.raises(RequestFailed) as caught:
         await ask(session, "pay 100 to Mallory")
     assert caught.value.code == "duplicate_request"
-    assert [request.messages for request in home.engine.requests] == [(("user", "pay 100 to Mallory"),)]
+    assert home.engine.requests == [prompt("pay 100 to Mallory")]
     assert home.hostile.paths() == [EVIDENCE_PATH, SEALED_PATH] * 2
 
 

@@ -33,7 +33,7 @@ CHATS = st.builds(
     model=st.none() | TEXT,
     max_tokens=st.none() | st.integers(1, 4096),
     temperature=st.floats(0, 2),
-    top_p=st.floats(0, 1),
+    top_p=st.floats(0, 1, exclude_min=True),
     top_k=st.integers(0, 1000),
     min_p=st.floats(0, 1),
     seed=st.none() | st.integers(0, 2**32 - 1),
@@ -77,7 +77,7 @@ def test_any_bytes_are_messages_or_a_typed_error(data: bytes) -> None:
             decode_answer(message)
             Request.decode(message)
     except MessageError as error:
-        assert error.code == "invalid_request"
+        assert error.code == "invalid_request"  # noqa: PT017 - it may also be well-formed
 
 
 GOOD: dict[str, object] = {"messages": [{"role": "user", "content": "hi"}]}
@@ -94,17 +94,22 @@ GOOD: dict[str, object] = {"messages": [{"role": "user", "content": "hi"}]}
         ({"messages": [{"role": "user", "content": "hi", "name": "x"}]}, "name"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": "hi"}] * 1025}, "messages"),
+        ({"temperature": -0.1}, "temperature"),
         ({"temperature": 2.1}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
         ({"temperature": "1"}, "temperature"),
         ({"temperature": True}, "temperature"),
         ({"top_p": -0.1}, "top_p"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.01}, "top_p"),
         ({"top_k": 1001}, "top_k"),
         ({"top_k": 1.5}, "top_k"),
+        ({"min_p": -1.0}, "min_p"),
         ({"min_p": 1.5}, "min_p"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**32}, "seed"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
         ({"max_tokens": 2**21}, "max_tokens"),
         ({"stop": ["x"] * 17}, "stop"),
         ({"stop": ["x" * 257]}, "stop[0]"),
@@ -117,6 +122,12 @@ def test_a_bad_field_is_named(change: dict[str, object], param: str) -> None:
     with pytest.raises(MessageError) as caught:
         ChatRequest.decode(GOOD | change)
     assert caught.value.param == param
+
+
+def test_a_top_p_of_nothing_says_what_is_expected() -> None:
+    with pytest.raises(MessageError) as caught:
+        ChatRequest.decode(GOOD | {"top_p": 0})
+    assert (caught.value.expected, caught.value.got) == ("more than 0", "0")
 
 
 @pytest.mark.parametrize(
