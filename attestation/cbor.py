@@ -1,6 +1,7 @@
-"""A strict, bounded CBOR decoder (RFC 8949) for Evidence, and for nothing else.
+"""A strict, bounded CBOR decoder (RFC 8949) for what digests and signatures are over: Evidence and the model manifest,
+and nothing else.
 
-It knows what Evidence consists of: integers, byte and text strings, arrays, maps with integer or text keys, and null.
+It knows what they consist of: integers, byte and text strings, arrays, maps with integer or text keys, and null.
 Floats, booleans and further simple values have no place there and are refused, which also spares a reader Python's
 ``True == 1``. General-purpose decoders accept duplicate keys, indefinite lengths or trailing bytes; every one of those
 lets two readers of the same signed bytes see two different documents.

@@ -1,7 +1,7 @@
 """The model manifest: what is pinned when somebody pins a model. PROTOCOL.md section 4.
 
-It names every file with its size and SHA-384, and carries the chat template, so that the one digest over its bytes
-decides the weights and how a conversation becomes a prompt. The digest is committed to PCR16.
+It names the model's file with its size and SHA-384, and carries the chat template, so that the one digest over its
+bytes decides the weights and how a conversation becomes a prompt. The digest is committed to PCR16.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ MANIFEST_VERSION: Final = 1
 MAX_MANIFEST_SIZE: Final = 128 << 10
 MAX_TEMPLATE_SIZE: Final = 64 << 10
 """Bytes of a chat template in UTF-8."""
-MAX_FILES: Final = 64
 MAX_NAME_CHARACTERS: Final = 128
 MAX_FILE_SIZE: Final = 1 << 42
 _CODE: Final = "malformed_manifest"
@@ -62,6 +61,7 @@ class ModelManifest:
     name: str
     """What clients call the model."""
     files: tuple[ManifestFile, ...]
+    """Exactly one in this version, a GGUF file."""
     chat_template: str
     """A Jinja template, as in GGUF's ``tokenizer.chat_template``."""
     version: int = 1
@@ -69,10 +69,8 @@ class ModelManifest:
 
     def __post_init__(self) -> None:
         _require_name(self.name, "the model's name")
-        if not 0 < len(self.files) <= MAX_FILES:
-            raise ModelError(_CODE, "wrong number of files", expected=f"1..{MAX_FILES}", got=len(self.files))
-        if len({file.name for file in self.files}) != len(self.files):
-            raise ModelError(_CODE, "two files of one name", expected="each name once")
+        if len(self.files) != 1:
+            raise ModelError(_CODE, "wrong number of files", expected=1, got=len(self.files))
         if not 0 <= self.version < 1 << 63:
             raise ModelError(_CODE, "the version is out of range", expected="0..2^63-1", got=self.version)
         try:
@@ -122,7 +120,7 @@ class ModelManifest:
         top = Record(value, "manifest", required=keys, code=_CODE)
         top.literal("v", MANIFEST_VERSION)
         files = []
-        for entry in top.array("files")[: MAX_FILES + 1]:
+        for entry in top.array("files"):
             file = Record(entry, "manifest, files", required={"name", "size", "sha384"}, code=_CODE)
             name, size = file.text("name", MAX_NAME_CHARACTERS), file.integer("size", 1, MAX_FILE_SIZE)
             files.append(ManifestFile(name, size, file.octets("sha384", DIGEST_SIZE, DIGEST_SIZE)))

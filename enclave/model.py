@@ -69,13 +69,11 @@ async def receive_model(
 ) -> SealedModel:
     """Fetches the model whose manifest has the digest ``manifest`` (48 bytes).
 
-    Raises ModelRefused (``wrong_manifest``, ``wrong_model``, ``model_too_large``, ``not_enough_memory``,
-    ``several_files``), ModelError for a GGUF or a manifest that is broken, and StoreFailed.
+    Raises ModelRefused (``wrong_manifest``, ``wrong_model``, ``model_too_large``, ``not_enough_memory``), ModelError
+    for a GGUF or a manifest that is broken, and StoreFailed.
     """
     transfer = _Transfer(store, progress, patience or Patience())
     described = await transfer.manifest(manifest)
-    if len(described.files) != 1:
-        raise ModelRefused("several_files", "a model of several files", expected=1, got=len(described.files))
     [weights] = described.files
     if weights.size > max_bytes:
         raise ModelRefused(

@@ -50,7 +50,7 @@ def test_the_encoding_is_deterministic_and_the_digest_has_a_domain() -> None:
         {"files": [{"name": "..", "size": 1, "sha384": bytes(48)}]},
         {"files": [{"name": "a", "size": 0, "sha384": bytes(48)}]},
         {"files": [{"name": "a", "size": 1, "sha384": bytes(47)}]},
-        {"files": [{"name": "a", "size": 1, "sha384": bytes(48)}] * 2},
+        {"files": [{"name": str(index), "size": 1, "sha384": bytes(48)} for index in range(2)]},
         {"files": [{"name": str(index), "size": 1, "sha384": bytes(48)} for index in range(65)]},
         {"chat_template": ""},
         {"chat_template": b"bytes"},

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from hashlib import sha384
 from pathlib import Path
 
+import cbor2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -395,10 +396,13 @@ async def test_a_model_over_the_bound_is_not_asked_for(receiver: Receiver) -> No
 
 
 async def test_a_model_of_several_files_is_refused(receiver: Receiver) -> None:
-    files = tuple(ManifestFile(name, len(WEIGHTS), sha384(WEIGHTS).digest()) for name in ("a.gguf", "b.gguf"))
-    manifest = ModelManifest("split", files, "{{ messages }}")
-    error = await receiver.refusal(Store(deliver, manifest=manifest.encode()), digest=manifest.digest())
-    assert (error.code, error.expected, error.got) == ("several_files", "1", "2")
+    fields = cbor2.loads(manifest_of(WEIGHTS).encode())
+    fields["files"] += [{**fields["files"][0], "name": "second.gguf"}]
+    manifest = cbor2.dumps(fields, canonical=True)
+    store = Store(deliver, manifest=manifest)
+    error = await receiver.refusal(store, digest=h384(MANIFEST_LABEL, manifest))
+    assert (error.code, error.expected, error.got) == ("malformed_manifest", "1", "2")
+    assert store.offsets == []
 
 
 async def test_a_broken_file_with_the_right_digest_never_reaches_llama_cpp(receiver: Receiver) -> None:
