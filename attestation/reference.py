@@ -34,15 +34,18 @@ def once_extended(data: bytes) -> bytes:
 
 
 def configuration_digest(enclave_toml: bytes) -> bytes:
-    """The digest of a measured configuration, as committed to PCR17: over the file's bytes, so that no parser stands between."""
+    """The digest of a measured configuration, as committed to PCR17: over the file's bytes, so that no parser stands
+    between.
+    """
     return h384("strongroom/1 configuration", enclave_toml)
 
 
 @dataclass(frozen=True, slots=True)
 class PcrSet:
-    """The measurements of one image. They are only ever compared together: each alone says little (Trail of Bits, 2024-02).
+    """The measurements of one image.
 
-    Each value is 48 bytes; ``pcr8`` is None for an unsigned image.
+    They are only ever compared together: each alone says little (Trail of Bits, 2024-02). Each value is 48 bytes;
+    ``pcr8`` is None for an unsigned image.
     """
 
     pcr0: bytes

@@ -1,7 +1,8 @@
 """Bulk transfer: bytes over the RPC on a Unix socket between two processes, hashed as they arrive.
 
-It is held against a plain socket copy that hashes the same bytes in the same loop, in Python; a copy that hashes nothing stands beside them
-for the record. Every run has a receiver and a sender process of its own; the three kinds take turns.
+It is held against a plain socket copy that hashes the same bytes in the same loop, in Python; a copy that hashes
+nothing stands beside them for the record. Every run has a receiver and a sender process of its own; the three kinds
+take turns.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ MIB = 1 << 20
 
 
 def rows(size: int = 1 << 30, runs: int = 5) -> list[Row]:
-    """``runs`` transfers of ``size`` bytes of each kind: medians, and the RPC's ratio to the plain copy, run by run (above 1 is faster)."""
+    """``runs`` transfers of ``size`` bytes of each kind: medians, and the RPC's ratio to the plain copy, run by run
+    (above 1 is faster).
+    """
     measured: dict[str, list[dict[str, float]]] = {"rpc": [], "plain": [], "bare": []}
     for _ in range(runs):
         for kind, results in measured.items():

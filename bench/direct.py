@@ -1,4 +1,6 @@
-"""The peer of the path benchmark: llama-cpp-python's own ``Llama``, called directly in one process, told what to do over a pipe."""
+"""The peer of the path benchmark: llama-cpp-python's own ``Llama``, called directly in one process, told what to do
+over a pipe.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,14 @@ from bench.house import model_file
 
 def main() -> None:
     threads, context = int(sys.argv[1]), int(sys.argv[2])
-    llama: Any = Llama(str(model_file()), n_ctx=context, n_threads=threads, n_threads_batch=threads, flash_attn=True, verbose=False)
+    llama: Any = Llama(
+        str(model_file()),
+        n_ctx=context,
+        n_threads=threads,
+        n_threads_batch=threads,
+        flash_attn=True,
+        verbose=False,
+    )
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         job = json.loads(line)

@@ -1,7 +1,7 @@
 """The whole path (client, HTTP, proxy, RPC, sealed channel, engine process) against the same model in one process.
 
-Both sides get the same distinct prompts, greedy, with cold caches, alternately: A-B-B-A. The enclaves and the peer are loaded all the time and only
-one of them works at a time.
+Both sides get the same distinct prompts, greedy, with cold caches, alternately: A-B-B-A. The enclaves and the peer are
+loaded all the time and only one of them works at a time.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ CONTEXT = 1024
 TOKENS = 96
 THREADS = 2
 SUBJECTS = (
-    "tides", "bread", "glaciers", "violins", "bees", "bridges", "volcanoes", "paper", "chess", "coffee", "deserts", "lenses", "rivers", "clocks",
-    "forests", "salt", "kites", "magnets", "silk", "thunder",
+    "tides", "bread", "glaciers", "violins", "bees", "bridges", "volcanoes", "paper", "chess", "coffee",
+    "deserts", "lenses", "rivers", "clocks", "forests", "salt", "kites", "magnets", "silk", "thunder",
 )  # fmt: skip
 
 
@@ -42,7 +42,8 @@ class Timing:
 
 def prompt_of(number: int) -> str:
     subject = SUBJECTS[number % len(SUBJECTS)]
-    return f"Number {number}: write a long and detailed essay about {subject}. Begin with its history and do not stop early."
+    essay = f"write a long and detailed essay about {subject}. Begin with its history and do not stop early."
+    return f"Number {number}: {essay}"
 
 
 class Direct:

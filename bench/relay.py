@@ -1,7 +1,7 @@
 """The proxy as a relay, against socat: the same bytes from a Unix socket to a TCP client. For the record.
 
-socat copies bytes and knows nothing; the proxy frames them in HTTP, keeps calls apart on one connection, grants windows and counts. The enclave's side
-is a stand-in that sends zeros as the answer to a sealed call.
+socat copies bytes and knows nothing; the proxy frames them in HTTP, keeps calls apart on one connection, grants windows
+and counts. The enclave's side is a stand-in that sends zeros as the answer to a sealed call.
 """
 
 from __future__ import annotations

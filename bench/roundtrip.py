@@ -1,7 +1,8 @@
 """A sealed call without the model: what the path itself costs. Client, HTTP, proxy, RPC, HPKE, records, and back.
 
-The call is ``describe``: its answer is as small as one token. Its peer is a bare HTTP request through the same kind of server, answered in the
-proxy itself (``/healthz``), so that the difference is what attested sealing and the second hop add.
+The call is ``describe``: its answer is as small as one token. Its peer is a bare HTTP request through the same kind of
+server, answered in the proxy itself (``/healthz``), so that the difference is what attested sealing and the second hop
+add.
 """
 
 from __future__ import annotations

@@ -1,1 +1,3 @@
-"""Fuzz targets: every parser of foreign bytes either returns a value or raises its own typed error, never anything else."""
+"""Fuzz targets: every parser of foreign bytes either returns a value or raises its own typed error, never anything
+else.
+"""

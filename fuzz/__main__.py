@@ -4,8 +4,8 @@
     python -m fuzz --seconds 600 rpc      one target, ten minutes
     python -m fuzz --runs 5000            every target for 5,000 inputs, as CI does
 
-A target is a module ``fuzz/fuzz_NAME.py`` with ``one_input(data)``, which raises only on a bug, and ``seeds()``. An input that fails is
-written to ``build/fuzz/NAME``; give it to ``--reproduce``.
+A target is a module ``fuzz/fuzz_NAME.py`` with ``one_input(data)``, which raises only on a bug, and ``seeds()``. An
+input that fails is written to ``build/fuzz/NAME``; give it to ``--reproduce``.
 """
 
 from __future__ import annotations

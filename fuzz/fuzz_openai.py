@@ -24,7 +24,13 @@ def one_input(data: bytes) -> None:
 def seeds() -> list[bytes]:
     message = {"role": "user", "content": "hi"}
     full = {
-        "model": "m", "messages": [message, {"role": "developer", "content": [{"type": "text", "text": "x"}]}], "stop": "a",
-        "max_completion_tokens": 5, "temperature": 0.5, "stream": True, "stream_options": {"include_usage": True}, "n": 1,
-    }  # fmt: skip
+        "model": "m",
+        "messages": [message, {"role": "developer", "content": [{"type": "text", "text": "x"}]}],
+        "stop": "a",
+        "max_completion_tokens": 5,
+        "temperature": 0.5,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "n": 1,
+    }
     return [json.dumps(body).encode() for body in ({}, {"messages": [message]}, full)]

@@ -10,7 +10,9 @@ KEY = Secret(bytes(32))
 
 
 def one_input(data: bytes) -> None:
-    """The first byte chooses what the rest is: records as they arrive, what a peer with the key would put inside them, or an opening."""
+    """The first byte chooses what the rest is: records as they arrive, what a peer with the key would put inside them,
+    or an opening.
+    """
     kind, rest = data[:1], data[1:]
     try:
         if kind == b"r":

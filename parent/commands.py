@@ -109,7 +109,9 @@ def start(
 
 
 def start_in_background(arguments: list[str]) -> int:
-    """The same command in a session of its own; it lets go of the terminal once its enclave serves, and is left alone then."""
+    """The same command in a session of its own; it lets go of the terminal once its enclave serves, and is left alone
+    then.
+    """
     command = [sys.executable, "-m", "strongroom.cli", "start", *arguments, "--foreground", "--leave-terminal"]
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True)
     assert child.stdout is not None
@@ -136,7 +138,9 @@ def let_go_of_terminal(instance: Instance) -> None:
 
 
 def pinned_manifest(configuration: Path, model: Path) -> ModelManifest:
-    """The model's manifest, when it is the one that the configuration pins. The enclave checks it again, on what it receives."""
+    """The model's manifest, when it is the one that the configuration pins. The enclave checks it again, on what it
+    receives.
+    """
     pinned = LaunchConfiguration.load(configuration).manifest
     manifest = ModelManifest.from_gguf(model)
     got = f"sha384:{manifest.digest().hex()}"

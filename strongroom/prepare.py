@@ -1,6 +1,7 @@
 """Reference values from the files on disk, and the two texts that hold them: ``enclave.toml`` and ``policy.toml``.
 
-This runs before any enclave does and talks to none: what the policy pins is computed from what will be measured, never taken from Evidence.
+This runs before any enclave does and talks to none: what the policy pins is computed from what will be measured, never
+taken from Evidence.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class PrepareError(StrongroomError):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What ``strongroom init`` lets a person choose; the rest of ``enclave.toml`` has defaults that stand in PROTOCOL.md and in the file."""
+    """What ``strongroom init`` lets a person choose; the rest of ``enclave.toml`` has defaults that stand in
+    PROTOCOL.md and in the file.
+    """
 
     context: int = 2048
     threads: int = 0
@@ -41,7 +44,9 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A folder with ``enclave.toml``, ``policy.toml`` and the development root, and the manifest of the model they pin."""
+    """A folder with ``enclave.toml``, ``policy.toml`` and the development root, and the manifest of the model that they
+    pin.
+    """
 
     directory: Path
     manifest: ModelManifest
@@ -90,7 +95,8 @@ def prepare(model: Path, directory: Path, settings: Settings, *, progress: Calla
 
 def enclave_toml(manifest: ModelManifest, settings: Settings) -> str:
     return f"""\
-# The measured configuration of an emulated enclave. Its bytes are committed to PCR17: change one, and the policy refuses the enclave.
+# The measured configuration of an emulated enclave. Its bytes are committed to PCR17: change one, and the policy
+# refuses the enclave.
 version = 1
 
 [rpc]
@@ -113,7 +119,8 @@ rotation_seconds = 300          # a key is offered for so long
 lifetime_seconds = 600          # and accepted for so much longer
 
 [pacing]
-tick_ms = {settings.tick_ms}                    # an answer's records leave on this beat; 0 sends at once, and shows the cadence of tokens
+# An answer's records leave on this beat; 0 sends at once, and shows the cadence of tokens.
+tick_ms = {settings.tick_ms}
 record_bytes = 512
 bucket_records = 8
 """

@@ -1,4 +1,6 @@
-"""A genuine attestation for tests that need a result: the software NSM in this process, an identity, and the real verifier between them."""
+"""A genuine attestation for tests that need a result: the software NSM in this process, an identity, and the real
+verifier between them.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def software_nsm() -> Nsm:
 
 
 def policy_for(model: bytes, configuration: bytes, *, max_age_seconds: int = 300) -> AppraisalPolicy:
-    """What accepts the enclaves of this file. ``model`` and ``configuration`` are the digests behind PCR16 and PCR17."""
+    """What accepts the enclaves of this file. ``model`` and ``configuration`` are the digests behind PCR16 and
+    PCR17.
+    """
     return AppraisalPolicy(
         anchor=Anchor.emulated(_ROOT.certificate_der),
         max_age_seconds=max_age_seconds,

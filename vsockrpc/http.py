@@ -66,7 +66,8 @@ def parse_listen(text: str) -> TcpAddress:
 def listen_on(address: TcpAddress) -> socket.socket:
     """A listening socket; port 0 takes a free one. Raises ListenError ``cannot_listen``."""
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    # The protocol is named because asyncio sets TCP_NODELAY only where it is; without, an answer in two writes waits 40 ms for an ACK.
+    # The protocol is named because asyncio sets TCP_NODELAY only where it is; without, an answer in two writes waits
+    # 40 ms for an ACK.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -171,7 +172,9 @@ class HttpServer(uvicorn.Server):
 
 
 def _reporting_defects(application: ASGIApp) -> ASGIApp:
-    """Says on standard error where an exception came from that nobody raised on purpose; its text could hold anything."""
+    """Says on standard error where an exception came from that nobody raised on purpose; its text could hold
+    anything.
+    """
 
     async def reporting(scope: Scope, receive: Receive, send: Send) -> None:
         try:

@@ -1,8 +1,9 @@
 """The process launcher: an emulated enclave as its own processes on this host, supervised.
 
-It measures the files that it is about to run, as the hypervisor measures an image, gives the measurements to a software NSM, and starts the
-enclave beside it without network and under limits. What it starts is what it measured: bytecode comes from a cache of its own, never from
-beside the sources. An enclave whose NSM or server dies is booted again with a fresh NSM: registers do not survive.
+It measures the files that it is about to run, as the hypervisor measures an image, gives the measurements to a
+software NSM, and starts the enclave beside it without network and under limits. What it starts is what it measured:
+bytecode comes from a cache of its own, never from beside the sources. An enclave whose NSM or server dies is booted
+again with a fresh NSM: registers do not survive.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ class LaunchError(StrongroomError):
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What to start, and under which limits. ``memory`` is bytes of address space a process, ``cpus`` a count; 0 takes the defaults."""
+    """What to start, and under which limits. ``memory`` is bytes of address space a process, ``cpus`` a count; 0 takes
+    the defaults.
+    """
 
     instance: Instance
     manifest: ModelManifest
@@ -86,7 +89,9 @@ class Supervisor:
         )
 
     async def run(self) -> State:
-        """Runs until SIGTERM or SIGINT, or until a boot halts, and returns the state at the end: ``error`` says why it halted."""
+        """Runs until SIGTERM or SIGINT, or until a boot halts, and returns the state at the end: ``error`` says why it
+        halted.
+        """
         lock = self._instance.lock()
         stopping = asyncio.Event()
         loop = asyncio.get_running_loop()
@@ -137,7 +142,9 @@ class Supervisor:
             await asyncio.sleep(FIRST_PAUSE_SECONDS * 2**fruitless)
 
     async def _one_boot(self, measured: PcrSet) -> dict[str, str | None] | None:
-        """From a fresh NSM to the end of either process. Returns the reason when the boot halted, None when something died."""
+        """From a fresh NSM to the end of either process. Returns the reason when the boot halted, None when something
+        died.
+        """
         self._enter("STARTING")
         async with self._nsm(measured) as nsm, self._enclave() as enclave:
             self._state.network = await _network_of(enclave.pid)
@@ -208,7 +215,9 @@ class Supervisor:
                     await process.wait()
 
     async def _follow_events(self) -> dict[str, str | None]:
-        """Writes the enclave's events down as they come. Returns when the boot has halted; ends with ConnectionLost when the enclave dies."""
+        """Writes the enclave's events down as they come. Returns when the boot has halted; ends with ConnectionLost
+        when the enclave dies.
+        """
         address = UnixAddress(str(self._instance.directory / self._configuration.listen.path))
         deadline = time.monotonic() + LISTEN_SECONDS
         while True:
@@ -253,7 +262,9 @@ class Supervisor:
         self._on_change(self._state)
 
     def _write(self, write: Callable[[], object]) -> None:
-        """Writes into the operator's notebook. A full disk must not end an enclave that serves: it is said once, and the enclave goes on."""
+        """Writes into the operator's notebook. A full disk must not end an enclave that serves: it is said once, and
+        the enclave goes on.
+        """
         try:
             write()
         except OSError as error:
@@ -269,8 +280,9 @@ class Supervisor:
 
 
 def bytecode_cache(measured: PcrSet) -> Path:
-    """A folder for compiled bytecode that only these very files fill: Python compares a cache with its source by time and size alone. Those of
-    other measurements are removed."""
+    """A folder for compiled bytecode that only these very files fill: Python compares a cache with its source by time
+    and size alone. Those of other measurements are removed.
+    """
     caches = state_home() / "bytecode"
     ours = caches / measured.pcr0.hex()[:32]
     for other in caches.glob("*"):

@@ -1,4 +1,6 @@
-"""A whole house of real processes: the commands as a person types them, an emulated enclave with the real model, and a proxy."""
+"""A whole house of real processes: the commands as a person types them, an emulated enclave with the real model, and a
+proxy.
+"""
 
 from __future__ import annotations
 
@@ -45,9 +47,15 @@ class Home:
     def run(self, *arguments: str, expect: int = 0, stdin: str = "") -> subprocess.CompletedProcess[str]:
         """Runs a command to its end and checks its exit code; no command ever shows a traceback."""
         done = subprocess.run(
-            self.command(*arguments), env=self.environment, input=stdin, capture_output=True, text=True, timeout=PATIENCE_SECONDS,
-            cwd=self.folder, check=False,
-        )  # fmt: skip
+            self.command(*arguments),
+            env=self.environment,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_SECONDS,
+            cwd=self.folder,
+            check=False,
+        )
         assert "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
         assert done.returncode == expect, f"{arguments}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done

@@ -1,8 +1,8 @@
 """The central claim: neither the proxy nor the launcher ever holds a prompt or an answer.
 
-A canary goes through as prompt, and words come back as answer. Every byte on both sides of the proxy is recorded, the memory of the proxy and of the
-launcher's process is read as a core dump would hold it, and their logs and metrics are taken. Neither text is in any of it, in any usual encoding; the
-same search finds both in the client's own bytes.
+A canary goes through as prompt, and words come back as answer. Every byte on both sides of the proxy is recorded, the
+memory of the proxy and of the launcher's process is read as a core dump would hold it, and their logs and metrics are
+taken. Neither text is in any of it, in any usual encoding; the same search finds both in the client's own bytes.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def encodings(text: str) -> dict[str, bytes]:
         "reversed": plain[::-1],
     }
     for shift in range(3):
-        # Within a longer text, base64 groups begin at any of three offsets; the first and last group mix with neighbours.
+        # Within a longer text, base64 groups begin at any of three offsets; the first and last group mix with
+        # neighbours.
         for name, encode in (("base64", base64.b64encode), ("base64url", base64.urlsafe_b64encode)):
             found[f"{name}+{shift}"] = encode(b"\0" * shift + plain)[4 : -4 or None].rstrip(b"=")
     return found
@@ -105,7 +106,9 @@ def recorded_tcp(target: str) -> Iterator[tuple[str, Recorder]]:
 
 
 def memory_of(pid: int) -> bytes:
-    """What a core dump of the process would hold: every readable page. The kernel's own pages (vvar) are not readable and not the process's."""
+    """What a core dump of the process would hold: every readable page. The kernel's own pages (vvar) are not readable
+    and not the process's.
+    """
     pages = []
     with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
         for line in Path(f"/proc/{pid}/maps").read_text().splitlines():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.conftest import Home, Running, descendants, end, eventually, home_folder, start
+from tests.end_to_end.conftest import Home, Running, descendants, end, eventually, home_folder
 
 pytestmark = [pytest.mark.processes, pytest.mark.model]
 
@@ -233,7 +233,9 @@ def test_a_changed_configuration_is_refused(running: Running, model: Path) -> No
 
 
 def test_a_changed_file_of_the_enclave_is_refused(model: Path, tmp_path: Path) -> None:
-    """A copy of the code in an interpreter of its own; one comment is added to one file, and the policy made before refuses it."""
+    """A copy of the code in an interpreter of its own; one comment is added to one file, and the policy made before
+    refuses it.
+    """
     root = Path(__file__).parents[2]
     code = tmp_path / "code"
     for room in ("attestation", "vsockrpc", "enclave", "parent", "strongroom", "emulator"):

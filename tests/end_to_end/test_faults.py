@@ -25,7 +25,7 @@ def ask_and_strike(running: Running, strike: Callable[[], None], url: str | None
     assert process.stdout.read(1)
     strike()
     # The pipes are read to their ends together: a full one would stop the process.
-    out, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=120)
     assert "Traceback" not in err
     return process.returncode, err
 
@@ -126,7 +126,9 @@ def test_many_at_once(running: Running) -> None:
 
 
 def test_events_are_content_free(running: Running) -> None:
-    """Every field of every event that this house has written is a number, a digest, a name of a fixed set, or nothing."""
+    """Every field of every event that this house has written is a number, a digest, a name of a fixed set, or
+    nothing.
+    """
     for line in running.home.run("logs", "main").stdout.splitlines():
         event = json.loads(line)
         texts = {key: value for key, value in event.items() if isinstance(value, str) and key not in ("event", "phase")}

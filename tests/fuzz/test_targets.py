@@ -1,4 +1,6 @@
-"""Every fuzz target, for a bounded number of inputs: under atheris where there is a build of it for this Python, else over mutated seeds."""
+"""Every fuzz target, for a bounded number of inputs: under atheris where there is a build of it for this Python, else
+over mutated seeds.
+"""
 
 from __future__ import annotations
 
