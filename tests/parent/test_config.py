@@ -1,0 +1,90 @@
+"""What a launcher reads of an ``enclave.toml``, and that it reads the same as the enclave."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attestation.manifest import ManifestFile, ModelManifest
+from enclave.config import EnclaveConfiguration
+from parent.config import LaunchConfiguration, LaunchConfigurationError
+from strongroom.prepare import Settings, enclave_toml
+from vsockrpc.address import UnixAddress
+
+GOOD = """\
+version = 1
+[rpc]
+listen = "unix:rpc.sock"
+[nsm]
+address = "unix:nsm.sock"
+entropy = "host"
+[model]
+store = "unix:models.sock"
+manifest = "sha384:00"
+"""
+ADDRESSES = {"rpc.listen": "unix:rpc.sock", "nsm.address": "unix:nsm.sock", "model.store": "unix:models.sock"}
+
+
+def load(directory: Path, text: str | bytes) -> LaunchConfiguration:
+    path = directory / "enclave.toml"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return LaunchConfiguration.load(path)
+
+
+def refusal(directory: Path, text: str | bytes) -> LaunchConfigurationError:
+    with pytest.raises(LaunchConfigurationError) as caught:
+        load(directory, text)
+    assert (caught.value.code, caught.value.exit_code) == ("bad_configuration", 2)
+    return caught.value
+
+
+def test_the_sockets_are_those_beside_the_file(tmp_path: Path) -> None:
+    assert load(tmp_path, GOOD) == LaunchConfiguration(
+        UnixAddress("rpc.sock"), UnixAddress("nsm.sock"), UnixAddress("models.sock"), "sha384:00"
+    )
+
+
+def test_launcher_and_enclave_read_the_same_from_what_is_prepared(tmp_path: Path) -> None:
+    manifest = ModelManifest("tiny", (ManifestFile("tiny.gguf", 1, bytes(48)),), "{{ messages }}")
+    text = enclave_toml(manifest, Settings(context=512, threads=2, tick_ms=0))
+    launcher, enclave = load(tmp_path, text), EnclaveConfiguration.parse(text.encode())
+    assert launcher.listen == enclave.listen
+    assert str(launcher.nsm) == enclave.nsm
+    assert launcher.store == enclave.model_store
+    assert launcher.manifest == f"sha384:{enclave.manifest.hex()}"
+    assert enclave.manifest == manifest.digest()
+    assert (enclave.engine.context, enclave.engine.threads, enclave.pacing.tick_ms) == (512, 2, 0)
+
+
+@pytest.mark.parametrize("path", [*ADDRESSES, "model.manifest"])
+@pytest.mark.parametrize("value", [None, "5", "true", "[]"])
+def test_a_key_that_is_missing_or_no_text_is_named(tmp_path: Path, path: str, value: str | None) -> None:
+    _, key = path.split(".")
+    lines = GOOD.splitlines()
+    [index] = [number for number, line in enumerate(lines) if line.startswith(f"{key} ")]
+    lines[index] = "" if value is None else f"{key} = {value}"
+    assert refusal(tmp_path, "\n".join(lines)).message.startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("path", ADDRESSES)
+@pytest.mark.parametrize(
+    "value", ["unix:/tmp/rpc.sock", "unix:../rpc.sock", "unix:a/rpc.sock", "unix:", "vsock:3:5000", "tcp:localhost:1"]
+)
+def test_a_socket_that_is_not_in_the_folder_is_refused(tmp_path: Path, path: str, value: str) -> None:
+    error = refusal(tmp_path, GOOD.replace(ADDRESSES[path], value))
+    assert error.message.startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize(
+    "data", [b"\xff", b"version =", b"a = " + b"1" * 5000, b"a = " + b"[" * 5000, b"rpc = 1", b'rpc = "x"']
+)
+def test_a_file_that_is_none_is_refused_with_its_own_error(tmp_path: Path, data: bytes) -> None:
+    refusal(tmp_path, data)
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_configuration_or_a_typed_error(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    refusal(tmp_path_factory.getbasetemp(), data)
