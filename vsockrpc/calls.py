@@ -46,9 +46,9 @@ class Stream:
                 self._link.flush_soon()
             self._held = 0
         while not self._inbox:
-            self._raise_error()
             if self._ended:
                 raise StopAsyncIteration
+            self._raise_error()
             await self._changed()
         piece = self._inbox.popleft()
         self._held = len(piece)

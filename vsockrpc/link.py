@@ -50,6 +50,8 @@ class Link:
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[None] = self._loop.create_future()
+        self._ended: asyncio.Future[None] = self._loop.create_future()
+        self._deaf = False  # the other side takes no more bytes; some of its own may still be unread
         self._staged: deque[Buffer] = deque()
         self._flush_due = False
         self._writing = False
@@ -92,17 +94,26 @@ class Link:
             del self._waiting[waiter]
 
     async def close(self, code: str) -> None:
-        """Say GOAWAY with ``code``, write what is ready to go within ``Limits.drain`` seconds, and close."""
-        if self.lost is None:
-            self.connection.go_away(code)
-            self.flush_soon()
-            try:
-                async with asyncio.timeout(self._limits.drain):
-                    await self.until(lambda: not (self._staged or self.connection.wants_to_send))
-            except TimeoutError:
-                pass  # the other side does not read; it is told nothing more
-            finally:
-                self.lose("closed by this side")
+        """Say GOAWAY with ``code``, write what is ready to go, and close when the other side has closed too.
+
+        That takes at most ``Limits.drain`` seconds. To close at once would take from the other side what it
+        has not read yet, wherever some of its own bytes are still on their way here.
+        """
+        if self.lost is not None:
+            return
+        self.connection.go_away(code)
+        self.flush_soon()
+        try:
+            async with asyncio.timeout(self._limits.drain):
+                await self.until(lambda: self._deaf or not (self._staged or self.connection.wants_to_send))
+                if self.lost is None:
+                    self._deaf = True
+                    self._sock.shutdown(socket.SHUT_WR)
+                    await asyncio.shield(self._ended)
+        except (TimeoutError, OSError):
+            pass  # the other side does not read, or does not leave, or has left: there is nothing more to tell it
+        finally:
+            self.lose("closed by this side")
 
     def lose(self, why: str) -> None:
         """Close the socket. Only the first reason counts."""
@@ -120,6 +131,8 @@ class Link:
         if not self._ready.done():
             self._ready.set_exception(self.lost)
             self._ready.exception()  # retrieved: nobody need be waiting
+        if not self._ended.done():
+            self._ended.set_result(None)
         self._on_lost(self.lost)
 
     # --- Reading ---
@@ -162,7 +175,7 @@ class Link:
     def _flush(self) -> None:
         self._flush_due = False
         written = 0
-        while self.lost is None:
+        while self.lost is None and not self._deaf:
             if not self._staged:
                 self._staged.extend(self.connection.data_to_send(STAGE_SIZE))
                 if not self._staged:
@@ -178,9 +191,11 @@ class Link:
                 if self._blocked_since is None:
                     self._blocked_since = self._loop.time()
                 break
-            except OSError as error:
-                self.lose(f"writing failed: {error.strerror}")
-                return
+            except OSError:
+                self._deaf = True
+                self._staged.clear()
+                self._stop_writing()
+                break
             written += count
             self._blocked_since = None
             while count:

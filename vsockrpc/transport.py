@@ -65,6 +65,13 @@ class Client:
         """It takes no more calls: lost, closed, or the other side is going away."""
         return self._link.lost is not None or self._link.connection.going_away
 
+    @property
+    def open_calls(self) -> int:
+        """Calls that count against what the other side takes at once: also those given up here whose work it has
+        not stopped yet.
+        """
+        return self._link.connection.open_calls
+
     def call(self, method: str, meta: Meta, *, deadline: float | None = None) -> Call:
         """A call, to be entered with ``async with``. ``deadline``: seconds from then to the answer's end."""
         return Call(self._link, self._calls, method, meta, deadline)
