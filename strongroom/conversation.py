@@ -18,7 +18,7 @@ from attestation.policy import AppraisalPolicy
 from strongroom.commands import F, err, out, session_options
 from strongroom.render import printable, verdict_line, warn_of_labels
 from strongroom.session import Session
-from vsockrpc.messages import ChatMessage, ChatRequest, Delta, Done
+from vsockrpc.messages import MAX_SEED, ChatMessage, ChatRequest, Delta, Done
 
 _CONTROLS = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 """What moves a terminal's cursor, sets its title or its clipboard (ECMA-48's C0 and C1): no answer needs it."""
@@ -26,7 +26,7 @@ _CONTROLS = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(co
 
 def sampling_options(command: F) -> F:
     for option in (
-        click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Makes a sampled answer repeatable."),
+        click.option("--seed", type=click.IntRange(0, MAX_SEED), help="Makes a sampled answer repeatable."),
         click.option(
             "--temperature",
             type=click.FloatRange(0, 2),

@@ -22,6 +22,8 @@ MAX_CONTENT_CHARACTERS = 1024 * 1024
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_COMPLETION_TOKENS = 1 << 20
+MAX_SEED = 2**32 - 2
+"""llama.cpp takes the next one to mean "a random seed", which a person who names a seed does not want."""
 MAX_CODE_CHARACTERS = 64
 MAX_FAILURE_CHARACTERS = 4096
 """Of a failure's message, and of what was expected and got."""
@@ -233,7 +235,7 @@ class ChatRequest:
             top_p=_number(fields.get("top_p", 1.0), "top_p", 0, 1),
             top_k=_integer(fields.get("top_k", 0), "top_k", 0, 1000),
             min_p=_number(fields.get("min_p", 0.0), "min_p", 0, 1),
-            seed=None if seed is None else _integer(seed, "seed", 0, 2**32 - 1),
+            seed=None if seed is None else _integer(seed, "seed", 0, MAX_SEED),
             stop=tuple(_text(stop, f"stop[{index}]", MAX_STOP_CHARACTERS) for index, stop in enumerate(stops)),
         )
         if request.top_p == 0:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vsockrpc.messages import (
+    MAX_SEED,
     Answer,
     ChatMessage,
     ChatRequest,
@@ -36,7 +37,7 @@ CHATS = st.builds(
     top_p=st.floats(0, 1, exclude_min=True),
     top_k=st.integers(0, 1000),
     min_p=st.floats(0, 1),
-    seed=st.none() | st.integers(0, 2**32 - 1),
+    seed=st.none() | st.integers(0, MAX_SEED),
     stop=st.lists(TEXT.filter(bool), max_size=3).map(tuple),
 )
 REQUESTS = st.builds(Request, st.binary(min_size=16, max_size=16), CHATS | st.just(DescribeRequest()))
@@ -107,7 +108,7 @@ GOOD: dict[str, object] = {"messages": [{"role": "user", "content": "hi"}]}
         ({"min_p": -1.0}, "min_p"),
         ({"min_p": 1.5}, "min_p"),
         ({"seed": -1}, "seed"),
-        ({"seed": 2**32}, "seed"),
+        ({"seed": 2**32 - 1}, "seed"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": True}, "max_tokens"),
         ({"max_tokens": 2**21}, "max_tokens"),
