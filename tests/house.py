@@ -55,6 +55,7 @@ class HouseEngine(EchoEngine):
         self.requests: list[ChatRequest] = []
         self.refuse: Exception | None = None
         self.gate: Callable[[], Awaitable[None]] | None = None
+        self._going_on = asyncio.Event()
         self.idle = asyncio.Event()
         """Set when the last request in work has ended, however."""
 
@@ -76,16 +77,21 @@ class HouseEngine(EchoEngine):
                 self.idle.set()
 
     def hold_after(self, steps: int) -> asyncio.Event:
-        """Stops all work after so many more steps, for good; the event says that it has come to that."""
+        """Stops all work after so many more steps, until :meth:`go_on`; the event says that it has come to that."""
         held, limit = asyncio.Event(), self.steps + steps
+        self._going_on = asyncio.Event()
 
         async def hold() -> None:
             if self.steps >= limit:
                 held.set()
-                await asyncio.Event().wait()
+                await self._going_on.wait()
 
         self.gate = hold
         return held
+
+    def go_on(self) -> None:
+        self.gate = None
+        self._going_on.set()
 
 
 @dataclass

@@ -143,6 +143,7 @@ class HttpServer(uvicorn.Server):
         )
         super().__init__(configuration)
         self._accepting = asyncio.Event()
+        self._stopping = asyncio.Event()
 
     @contextlib.asynccontextmanager
     async def serving(self, listener: socket.socket) -> AsyncIterator[None]:
@@ -161,10 +162,14 @@ class HttpServer(uvicorn.Server):
         """Ends the serving; told so a second time, without grace."""
         self.force_exit = self.should_exit
         self.should_exit = True
+        self._stopping.set()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._accepting.set()
+
+    async def main_loop(self) -> None:
+        await self._stopping.wait()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

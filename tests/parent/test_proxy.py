@@ -17,7 +17,8 @@ from parent import proxy as proxy_module
 from parent.proxy import MAX_REQUEST_BYTES, EnclaveLink, Metrics, Proxy
 from tests.house import ask, house, served
 from vsockrpc import http as http_module
-from vsockrpc.address import Address, UnixAddress, VsockAddress
+from vsockrpc.address import Address, UnixAddress
+from vsockrpc.errors import AddressError
 from vsockrpc.frames import Meta
 from vsockrpc.http import (
     EVIDENCE_PATH,
@@ -319,10 +320,15 @@ async def test_in_front_of_nothing_everything_is_unavailable_until_an_enclave_ap
         assert (await metrics(client))["strongroom_proxy_connected"] == 1
 
 
-async def test_an_address_that_this_system_cannot_dial_is_unavailable() -> None:
-    async with proxied(VsockAddress(4242, 1)) as client:
-        assert (await _any(client, SEALED_PATH)).json() == {"fault": "unavailable"}
-        assert (await client.get("/healthz")).status_code == 503
+async def test_an_address_that_this_system_cannot_dial_is_unavailable(
+    monkeypatch: pytest.MonkeyPatch, client: httpx2.AsyncClient
+) -> None:
+    async def refuse(address: Address) -> None:
+        raise AddressError("this system has no vsock")
+
+    monkeypatch.setattr(proxy_module, "dial", refuse)
+    assert (await _any(client, SEALED_PATH)).json() == {"fault": "unavailable"}
+    assert (await client.get("/healthz")).status_code == 503
 
 
 async def test_whoever_waits_for_a_dial_shares_its_outcome(

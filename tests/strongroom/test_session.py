@@ -592,7 +592,7 @@ async def test_leaving_early_stops_the_enclaves_work(home: House, session: Sessi
                 assert home.engine.in_work == 1
                 break
     await home.engine.idle.wait()
-    home.engine.gate = None
+    home.engine.go_on()
     assert home.engine.steps == PROMPT_AND_SOME
 
 
