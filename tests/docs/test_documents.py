@@ -14,6 +14,8 @@ from attestation.checks import STEPS
 from attestation.errors import AppraisalError, EvidenceError, PolicyError, StrongroomError
 from attestation.measure import ENCLAVE_DEPENDENCIES
 from enclave.boot import PHASES
+from enclave.server import Server
+from parent.modelstore import ModelStore
 from strongroom import cli
 from vsockrpc.frames import FrameType
 from vsockrpc.http import STATUS_OF_FAULT
@@ -179,6 +181,15 @@ def test_the_frames_of_the_protocol() -> None:
     table = rows(section(read("PROTOCOL.md"), "5.1 Frames"))
     named = [(int(row[0]), row[1]) for row in table if row[0].isdecimal()]
     assert named == [(kind.value, kind.name) for kind in FrameType]
+
+
+def test_the_methods_of_the_protocol() -> None:
+    """There is no other: no shell, no file transfer, no model that the parent chooses."""
+    text = read("PROTOCOL.md")
+    enclave = {row[0].strip("`") for row in rows(section(text, "5.2 Methods of the enclave"))}
+    store = {row[0].strip("`") for row in rows(section(text, "5.3 Methods of the model store (the enclave calls it)"))}
+    assert set(Server.__new__(Server).handlers) == enclave
+    assert set(ModelStore.__new__(ModelStore).handlers) == store
 
 
 def test_the_clear_faults_of_the_protocol() -> None:
