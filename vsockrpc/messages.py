@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any, Literal, NoReturn, TypeAlias, cast
 
 import cbor2
@@ -86,18 +87,21 @@ sender's wish."""
 
 
 def _decode_map(body: bytes) -> dict[str, object]:
+    stream = BytesIO(body)
     try:
-        value = cbor2.loads(
-            body,
+        value = cbor2.CBORDecoder(
+            stream,
             tag_hook=_refuse_tag,
             semantic_decoders=_REFUSE_TAGS,
             max_depth=8,
             allow_indefinite=False,
             allow_duplicate_keys=False,
             strict_hashable_types=True,
-        )
+        ).decode()
     except (cbor2.CBORDecodeError, ValueError, RecursionError) as error:
         raise MessageError("a message is not valid CBOR", param="message") from error
+    if stream.tell() != len(body):
+        raise MessageError("bytes follow a message's map", param="message", expected=stream.tell(), got=len(body))
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise MessageError("a message is not a map with text keys", param="message")
     return cast(dict[str, object], value)

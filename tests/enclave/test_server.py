@@ -529,6 +529,7 @@ BAD: dict[str, bytes] = {
     "more than a message may have": b"\xff\xff\xff\xff",
     "two messages": message() + message(id=bytes(15) + b"\x01"),
     "bytes behind it": message() + b"\x00",
+    "bytes inside it, behind its map": (len(message()) - 3).to_bytes(4, "big") + message()[4:] + b"\x00",
     "no CBOR": b"\x00\x00\x00\x01\xff",
     "an array": b"\x00\x00\x00\x01\x80",
     "no id": message(id=None),
