@@ -34,7 +34,7 @@ from parent.registry import Instance, State, state_home
 from vsockrpc.address import UnixAddress
 from vsockrpc.transport import ConnectionLost, Fault, connect, serve
 
-FIRST_PAUSE_SECONDS = 0.5
+FIRST_PAUSE_SECONDS = 0.1
 MAX_FRUITLESS_BOOTS = 5
 """Boots in a row that end before they serve."""
 STOP_SECONDS = 10

@@ -1,0 +1,91 @@
+"""The process launcher's supervisor, over real processes but without a model that loads."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import py_compile
+import sys
+from pathlib import Path
+
+import pytest
+
+from attestation.manifest import ModelManifest
+from attestation.reference import PcrSet
+from parent.launch.process import MAX_FRUITLESS_BOOTS, Launch, Supervisor, bytecode_cache
+from parent.registry import Registry, State
+from strongroom.prepare import Settings, enclave_toml
+from tests.gguf_files import tiny_model
+
+pytestmark = pytest.mark.processes
+
+
+@pytest.fixture
+def launch(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Launch:
+    """A tiny model with its configuration, in a home with a path short enough for sockets."""
+    home = tmp_path_factory.mktemp("h")
+    monkeypatch.setenv("STRONGROOM_HOME", str(home))
+    model = home / "tiny.gguf"
+    model.write_bytes(tiny_model().encode())
+    manifest = ModelManifest.from_gguf(model)
+    instance = Registry.of_user().create("t")
+    instance.configuration.write_text(enclave_toml(manifest, Settings(context=64, threads=1)))
+    return Launch(instance, manifest, model)
+
+
+def supervise(launch: Launch) -> tuple[State, list[str]]:
+    """Runs a supervisor to its end; returns the last state and the phases on the way."""
+    phases: list[str] = []
+    supervisor = Supervisor(launch, on_change=lambda state: phases.append(state.phase), on_event=lambda event: None)
+    return asyncio.run(supervisor.run()), phases
+
+
+def test_an_enclave_that_never_comes_up_is_given_up(launch: Launch) -> None:
+    starved = Launch(launch.instance, launch.manifest, launch.model, memory=32 << 20)
+    state, phases = supervise(starved)
+    assert state.phase == "FAILED"
+    assert state.error is not None
+    assert state.error["code"] == "does_not_come_up"
+    assert phases.count("STARTING") == MAX_FRUITLESS_BOOTS
+
+
+def test_a_configuration_that_the_enclave_refuses_ends_at_once(launch: Launch) -> None:
+    with launch.instance.configuration.open("a") as file:
+        file.write("[surprise]\nkey = 1\n")
+    state, phases = supervise(launch)
+    assert state.error is not None
+    assert state.error["code"] == "bad_configuration"
+    assert "surprise" in str(state.error["message"])
+    assert phases.count("STARTING") == 1
+
+
+def test_bytecode_beside_the_sources_is_never_run(tmp_path: Path) -> None:
+    """The measurement covers sources: a poisoned cache beside one must not be what runs."""
+    module = tmp_path / "victim.py"
+    module.write_text("print('poison')\n")
+    cached = Path(py_compile.compile(str(module), doraise=True))
+    written = module.stat()
+    module.write_text(
+        "print('source')\n"
+    )  # as long as the poison, and made to look as old: Python would believe the cache
+    os.utime(module, ns=(written.st_atime_ns, written.st_mtime_ns))
+    assert cached.exists()
+
+    async def said(*options: str) -> bytes:
+        code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import victim"
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-I", *options, "-c", code, stdout=asyncio.subprocess.PIPE
+        )
+        return (await process.communicate())[0]
+
+    assert asyncio.run(said()) == b"poison\n"
+    assert asyncio.run(said("-X", f"pycache_prefix={tmp_path / 'cache'}")) == b"source\n"
+
+
+def test_each_measurement_has_a_bytecode_cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STRONGROOM_HOME", str(tmp_path))
+    first, second = (bytecode_cache(PcrSet(bytes([value]) * 48, bytes(48), bytes(48))) for value in (1, 2))
+    assert first != second
+    first.mkdir(parents=True)
+    assert bytecode_cache(PcrSet(b"\x02" * 48, bytes(48), bytes(48))) == second
+    assert not first.exists()
