@@ -24,6 +24,7 @@ from enclave.engine import EngineFailed, Overloaded
 from enclave.identity import MAX_KEYS
 from enclave.log import EventLog, Phase, Totals
 from enclave.nsm import Nsm, NsmUnavailable, Transport
+from enclave.pacing import PacedAnswer
 from enclave.server import EVIDENCE_QUEUE, BoundedWorker, Server, longest_request
 from tests.attested import Attested, software_nsm
 from tests.house import EnclaveHouse, enclave_house
@@ -692,6 +693,16 @@ async def test_a_client_that_leaves_before_its_request_is_whole(client: Person) 
     await client.verified()
     assert client.totals == Totals(evidence=3, requests=1, cancelled=1)
     assert client.house.engine.requests == []
+
+
+async def test_an_answer_that_is_not_taken_counts_as_given_up(client: Person, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def not_taken(*_: object) -> bool:
+        raise Fault("deadline_exceeded", "the answer was not taken in time")
+
+    monkeypatch.setattr(PacedAnswer, "run", not_taken)
+    with clear_fault("deadline_exceeded"):
+        await client.ask(chat())
+    assert client.totals == Totals(evidence=1, requests=1, cancelled=1)
 
 
 # --- Time ---------------------------------------------------------------------------------------------------------
