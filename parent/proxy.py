@@ -1,7 +1,7 @@
 """The parent's proxy: HTTP outside, RPC inside, bytes only. PROTOCOL.md section 8.
 
-One request becomes one call. No body is parsed, stored or logged; what is counted is in the metrics below and nowhere else. It is the conveyor: a
-client believes nothing that it says.
+One request becomes one call. No body is parsed, stored or logged; what is counted is in the metrics below and nowhere
+else. It is the conveyor: a client believes nothing that it says.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ async def _answer_defect(request: Request, error: Exception) -> Response:
 
 
 class SealedEndpoint:
-    """``POST /v1/sealed``: the body goes in as it comes, the answer goes out as it comes, and whichever side leaves ends the other."""
+    """``POST /v1/sealed``: the body goes in and the answer goes out as they come; whichever side leaves ends the other."""
 
     def __init__(self, proxy: Proxy) -> None:
         self._proxy = proxy
@@ -200,7 +200,7 @@ class SealedEndpoint:
                 response = clear_fault(error)
                 status = response.status_code
                 await response(scope, receive, send)
-            # Else the answer is left without its end: the HTTP framing breaks, and the client's final record is missing.
+            # Else the answer is left without its end: the HTTP framing breaks, and the final record is missing.
         except ClientDisconnect:
             pass
         finally:

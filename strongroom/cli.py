@@ -27,7 +27,7 @@ COMMANDS = {
 }
 USAGE, UNAVAILABLE, INTERRUPTED, TERMINATED = 2, 4, 130, 143
 WRONG_FILE = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
-"""What a person named that is not there, not theirs or not of its kind; other trouble of the system's is not their doing."""
+"""What a person named that is not there, not theirs or not of its kind. Other trouble is not their doing."""
 
 
 class LazyGroup(click.Group):
@@ -68,6 +68,8 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _terminated)
     try:
         code = strongroom.main(standalone_mode=False)
+    except Terminated:
+        sys.exit(TERMINATED)
     except SystemExit:  # by click or rich, when whoever read our output has gone: their 1 would be a verdict here
         sys.exit(INTERRUPTED)
     except click.ClickException as error:
@@ -79,8 +81,6 @@ def main() -> NoReturn:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         sys.exit(INTERRUPTED)
-    except Terminated:
-        sys.exit(TERMINATED)
     except StrongroomError as error:
         report(error.as_json(), str(error), as_json)
         sys.exit(error.exit_code)
@@ -91,8 +91,11 @@ def main() -> NoReturn:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-class Terminated(BaseException):
-    """SIGTERM came. It ends a command as Ctrl-C does: through its ``finally`` blocks, so that nothing it started stays behind."""
+class Terminated(SystemExit):
+    """SIGTERM came. It ends a command as Ctrl-C does: through its ``finally`` blocks, so that nothing stays behind.
+
+    It is a SystemExit because that is what an event loop lets through from wherever it was raised.
+    """
 
 
 def _terminated(number: int, frame: object) -> NoReturn:

@@ -90,23 +90,14 @@ class Spoken:
 
 
 def write_now(text: str) -> None:
-    """To standard output as it comes; a terminal is spared the control characters, whatever the model was made to say."""
+    """To standard output as it comes. A terminal is spared control characters, whatever the model was made to say."""
     sys.stdout.write(text.translate(_CONTROLS) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
-def require_text(text: str) -> str:
-    """Raises BadParameter for what was no UTF-8 on the command line, or no text in the terminal."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise click.BadParameter("this is not text in UTF-8") from error
-    return text
-
-
 @contextlib.contextmanager
 def open_session(url: str, policy: Path) -> Iterator[tuple[asyncio.Runner, Session]]:
-    """A session, and the runner that every use of it goes through: what waits for a person waits outside the event loop."""
+    """A session, and the runner that every use of it goes through: waiting for a person is outside the event loop."""
     with asyncio.Runner() as runner:
         session = Session(url, AppraisalPolicy.load(policy))
         try:
@@ -125,10 +116,12 @@ class Sampling:
     seed: int | None
 
     def request(self, *messages: ChatMessage) -> ChatRequest:
+        """Raises MessageError for what no enclave would accept."""
         beginning = (ChatMessage("system", self.system),) if self.system else ()
-        return ChatRequest(
+        request = ChatRequest(
             (*beginning, *messages), max_tokens=self.max_tokens, temperature=self.temperature, seed=self.seed
         )
+        return ChatRequest.decode(request.encode())
 
 
 @click.command()
@@ -155,7 +148,7 @@ def ask(
       strongroom ask "Why is the sky blue?" --policy policy.toml
       git diff | strongroom ask - --system "Review this change."
     """
-    text = _standard_input() if prompt == "-" else require_text(prompt)
+    text = _standard_input() if prompt == "-" else prompt
     request = Sampling(system, max_tokens, temperature, seed).request(ChatMessage("user", text))
     spoken = Spoken((lambda piece: None) if as_json else write_now)
     with open_session(url, policy) as (runner, session):
@@ -170,7 +163,7 @@ def ask(
 
 def _standard_input() -> str:
     try:
-        return require_text(sys.stdin.read())
+        return sys.stdin.read()
     except UnicodeDecodeError as error:
         raise click.BadParameter("standard input is not text in UTF-8") from error
 
@@ -223,8 +216,8 @@ def _read_line(prompt: str) -> str | None:
     """A line of input, None at its end."""
     while True:
         try:
-            return require_text(input(prompt))
+            return input(prompt)
         except EOFError:
             return None
-        except (UnicodeDecodeError, click.BadParameter):
+        except UnicodeDecodeError:
             click.echo("strongroom: this is not text in UTF-8", err=True)

@@ -1,7 +1,7 @@
-"""``strongroom serve``: an OpenAI endpoint on this machine, for any OpenAI client. Behind it stands a verified session.
+"""``strongroom serve``: an OpenAI endpoint on this machine, for any OpenAI client. Behind it is a verified session.
 
-It is open to programs of this machine and to nobody else: it checks Host (DNS rebinding), Origin and content type (posts
-from web pages), sends no CORS headers, and takes a bearer token when told to.
+It is open to programs of this machine and to nobody else: it checks Host (DNS rebinding), Origin and content type
+(posts from web pages), sends no CORS headers, and takes a bearer token when told to.
 """
 
 from __future__ import annotations

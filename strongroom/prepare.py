@@ -61,26 +61,40 @@ class Prepared:
 
 
 def prepare(model: Path, directory: Path, settings: Settings, *, progress: Callable[[str], None]) -> Prepared:
-    """Writes the files into ``directory``, which must not hold them yet. Raises PrepareError, ModelError, OSError."""
-    for name in (ENCLAVE_TOML, POLICY_TOML, ROOT_DER):
-        if (directory / name).exists():
-            raise PrepareError("file_exists", f"{directory / name} exists already; nothing was changed", got=name)
+    """Writes the files into ``directory``, which must not hold them yet: all of them, or none.
+
+    Raises PrepareError, ModelError, OSError.
+    """
+    paths = [directory / name for name in (ENCLAVE_TOML, POLICY_TOML, ROOT_DER)]
+    for path in paths:
+        if path.exists():
+            raise PrepareError("file_exists", f"{path} exists already; nothing was changed", got=path.name)
     progress("hashing the model")
     manifest = ModelManifest.from_gguf(model)
-    prepared = Prepared(directory, manifest)
     directory.mkdir(parents=True, exist_ok=True)
-    prepared.configuration.write_text(enclave_toml(manifest, settings))
+    prepared = Prepared(directory, manifest)
+    try:
+        _write(prepared, settings, progress)
+    except BaseException:
+        for path in paths:
+            path.unlink(missing_ok=True)
+        raise
+    return prepared
+
+
+def _write(prepared: Prepared, settings: Settings, progress: Callable[[str], None]) -> None:
+    prepared.configuration.write_text(enclave_toml(prepared.manifest, settings))
     progress("measuring the enclave's code and configuration")
     image = measure_process_image(Path(sys.executable), prepared.configuration)
     root = ensure_development_root().certificate_der
-    (directory / ROOT_DER).write_bytes(root)
+    (prepared.directory / ROOT_DER).write_bytes(root)
     policy = AppraisalPolicy(
         anchor=Anchor.emulated(root),
         max_age_seconds=300,
         leeway_seconds=120,
         accept_debug=None,
         releases=(Release("files of this machine", image),),
-        model=Require((manifest.digest(),)),
+        model=Require((prepared.manifest.digest(),)),
         configuration=Require((configuration_digest(prepared.configuration.read_bytes()),)),
         pcrs={
             PCR_ROLE: Ignore("an emulated parent has no role"),
@@ -90,7 +104,6 @@ def prepare(model: Path, directory: Path, settings: Settings, *, progress: Calla
         module_id=Ignore("the module id is another one at each boot"),
     )
     prepared.policy.write_text(policy.emit(root=ROOT_DER))
-    return prepared
 
 
 def enclave_toml(manifest: ModelManifest, settings: Settings) -> str:

@@ -21,7 +21,7 @@ from rich.text import Text
 
 from attestation.errors import StrongroomError
 from strongroom.commands import err, model_or_installed, out
-from strongroom.conversation import Sampling, Spoken, open_session, require_text, sampling_options, talk, write_now
+from strongroom.conversation import Sampling, Spoken, open_session, sampling_options, talk, write_now
 from strongroom.prepare import Prepared, Settings, prepare
 from strongroom.render import show_verdict, verdict_line, warn_of_labels
 from vsockrpc.messages import ChatMessage
@@ -71,17 +71,16 @@ def run(
       strongroom run
     """
     model = model_or_installed(model)
+    sampling = Sampling(system, max_tokens, temperature, seed)
     if prompt is not None:
-        require_text(prompt)
+        sampling.request(ChatMessage("user", prompt))  # a prompt that nobody would accept is said before the wait
     folder = Path(tempfile.mkdtemp(prefix="strongroom-"))
     try:
-        err.print(
-            f"Reference values for {model.name}, from the files on this disk, before any enclave runs", style="bold"
-        )
+        err.print(f"Reference values for {model.name}, from the files on this disk, before any enclave", style="bold")
         prepared = prepare(model, folder, Settings(context=context, threads=threads), progress=_tell)
         err.print("Enclave", style="bold")
         with _enclave(prepared, model) as name, _proxy(name) as url:
-            _converse(url, prepared, prompt, Sampling(system, max_tokens, temperature, seed))
+            _converse(url, prepared, prompt, sampling)
     finally:
         shutil.rmtree(folder)
 

@@ -41,7 +41,7 @@ def serve(url: str, policy: Path, listen: str, token_file: Path | None, as_json:
     Example:
       strongroom serve --policy policy.toml &
       curl http://127.0.0.1:11434/v1/chat/completions -H 'Content-Type: application/json' \\
-        -d '{"model": "SmolLM2 135M Instruct", "messages": [{"role": "user", "content": "Hello"}]}'
+        -d '{"messages": [{"role": "user", "content": "Hello"}]}'
     """
     address = parse_listen(listen)
     token = Secret(token_file.read_bytes().strip()) if token_file else None

@@ -1,8 +1,8 @@
 """A client's session with an enclave: challenge, verify, appraise, seal, stream.
 
-Nothing leaves this process for the enclave before :func:`attestation.verifier.verify` has returned a result, and what leaves is sealed to the key
-that the result vouches for. A result is kept for as long as it says, on the monotonic clock; an enclave that restarts or rotates its key is verified
-anew.
+Nothing leaves this process for the enclave before :func:`attestation.verifier.verify` has returned a result, and what
+leaves is sealed to the key that the result vouches for. A result is kept for as long as it says, on the monotonic
+clock; an enclave that restarts or rotates its key is verified anew.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ SILENCE_SECONDS = 300.0
 
 
 class Unreachable(StrongroomError):
-    """Nobody answers at the address (``unreachable``), not with this protocol (``not_strongroom``), or it is no address (``bad_url``)."""
+    """Nobody answers at the address (``unreachable``), or not with this protocol (``not_strongroom``), or it is no
+    address (``bad_url``).
+    """
 
     @property
     def exit_code(self) -> int:  # type: ignore[override]
@@ -144,7 +146,10 @@ class Session:
         return await self.result()
 
     async def result(self, *, instead_of: AttestationResult | None = None) -> AttestationResult:
-        """The result in force: the last one while it is valid and not ``instead_of``, else a new one. Raises as :meth:`verify`."""
+        """The result in force: the last one while it is valid and not ``instead_of``, else a new one.
+
+        Raises as :meth:`verify`.
+        """
         kept = self._verified
         if kept is not None and kept.result is not instead_of and self._monotonic() < kept.until:
             return kept.result
@@ -183,8 +188,9 @@ class Session:
     async def chat(self, request: ChatRequest) -> AsyncGenerator[Answer]:
         """Sends a prompt and yields Start, Delta and Done as they arrive.
 
-        Read it to its end: what follows Done is padding, and leaving before it shows the answer's length. Raises RequestFailed when the
-        enclave says so, SealedError when the answer was tampered with or cut short, and what :meth:`verify` raises.
+        Read it to its end: what follows Done is padding, and leaving before it shows the answer's length. Raises
+        RequestFailed when the enclave says so, SealedError when the answer was tampered with or cut short, Unreachable
+        or ClearFault when there was none, and what :meth:`verify` raises.
         """
         started = False
         async with contextlib.aclosing(self._exchange(_new_request(request))) as answers:
@@ -206,7 +212,9 @@ class Session:
         return description
 
     async def _exchange(self, request: Request) -> AsyncGenerator[Answer]:
-        """One attempt, and after a clear ``unknown_key`` one more with the same request id: an enclave that has begun on it refuses the second."""
+        """One attempt, and after a clear ``unknown_key`` one more with the same request id: an enclave that has begun
+        on it refuses the second.
+        """
         content = request.encode()
         result, attempts = await self.result(), 0
         while True:
@@ -236,7 +244,7 @@ class Session:
                             raise SealedError("malformed", "the answer goes on after its end")
                         ended = isinstance(answer, Done | Description | Failure)
                         if isinstance(answer, Failure):
-                            failure = answer  # the padding behind it is read too: an observer learns nothing from when we leave
+                            failure = answer  # the padding behind it is read too: nobody learns from when we leave
                         else:
                             yield answer
         except httpx2.HTTPError as error:
@@ -294,7 +302,7 @@ async def _fault_of(response: httpx2.Response) -> ClearFault | Unreachable:
 
 
 FAULT_TEXTS = {
-    "unknown_key": "the enclave does not accept the key that it was verified with (it restarted, or the proxy reaches another one)",
+    "unknown_key": "the enclave does not know the key that it was verified with: it restarted, or is another one",
     "overloaded": "the enclave has too much to do; try again",
     "unavailable": "the proxy reaches no enclave that serves; is one running?",
     "malformed": "the request was refused as malformed",

@@ -39,6 +39,8 @@ FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length")
 class MessageError(StrongroomError):
     """A message that is not one of those in PROTOCOL.md section 7. ``param`` names the field."""
 
+    exit_code = 2
+
     def __init__(self, message: str, *, param: str, expected: object | None = None, got: object | None = None) -> None:
         super().__init__("invalid_request", message, expected=expected, got=got)
         self.param = param

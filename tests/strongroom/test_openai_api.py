@@ -22,7 +22,7 @@ from strongroom.openai_api import (
     parse_completion_request,
 )
 from strongroom.session import ClearFault, RequestFailed, Unreachable
-from vsockrpc.messages import ChatMessage, ChatRequest, Done
+from vsockrpc.messages import MAX_SEED, ChatMessage, ChatRequest, Done
 from vsockrpc.sealed import SealedError
 
 HELLO = {"role": "user", "content": "hello"}
@@ -135,7 +135,7 @@ def test_delivery() -> None:
         ({"top_p": 1.1}, None, "top_p"),
         ({"top_k": -1}, None, "top_k"),
         ({"seed": -1}, None, "seed"),
-        ({"seed": 2**32}, None, "seed"),
+        ({"seed": MAX_SEED + 1}, None, "seed"),
         ({"stop": ""}, None, "stop"),
         ({"stop": [1]}, None, "stop[0]"),
         ({"stop": ["x"] * 17}, None, "stop"),
