@@ -219,7 +219,8 @@ class Connection:
     def receive_data(self, data: Buffer) -> list[Event]:
         """What ``data``, the next bytes of the stream, brings. Empty data is the stream's end.
 
-        The data of DataReceived events are slices of ``data``. Raises RemoteProtocolError.
+        The data of DataReceived events are slices of ``data``. A call that one event speaks of may be over by a later
+        event of the same list, so act on the list as a whole. Raises RemoteProtocolError.
         """
         if self._failure is not None:
             raise self._failure

@@ -268,7 +268,7 @@ class _Peer:
         """The handler has stopped: only now is the caller told, so that ``max_calls`` bounds the work, not only the
         talk.
         """
-        server, connection = self._server, self.link.connection
+        server = self._server
         server.running.discard(task)
         if timer is not None:
             timer.cancel()
@@ -277,7 +277,7 @@ class _Peer:
         bug = _bug_in(error)
         if bug is not None:
             server.on_error(bug)
-        if self.link.lost is not None or connection.sent_end(number):
+        if self.link.lost is not None or (error is None and not task.cancelled()):
             return
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
@@ -291,6 +291,8 @@ class _Peer:
             self._fault(number, Fault("unavailable", "the work was stopped"))
 
     def _fault(self, number: int, fault: Fault) -> None:
+        if self.link.connection.sent_end(number):
+            return
         try:
             self.link.connection.send_fault(number, fault.code, fault.message)
         except LocalProtocolError as error:  # a handler made up a code that the wire has no form for
