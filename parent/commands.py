@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -103,9 +104,15 @@ def start(
 
         state = asyncio.run(Supervisor(launch, on_change=changed, on_event=progress.event).run())
     if state.error is not None:
-        error = state.error
-        raise LaunchError(str(error["code"]), str(error["message"]), expected=error["expected"], got=error["got"])
+        raise launch_error(state.error)
     return 0
+
+
+def launch_error(reason: Mapping[str, str | None]) -> LaunchError:
+    """What a state says of its end."""
+    return LaunchError(
+        str(reason["code"]), str(reason["message"]), expected=reason.get("expected"), got=reason.get("got")
+    )
 
 
 def start_in_background(arguments: list[str]) -> int:
@@ -178,7 +185,7 @@ def ps(as_json: bool) -> None:
     for row, reason in zip(rows, reasons, strict=True):
         click.echo("  ".join(cell.ljust(size) for cell, size in zip(row, sizes, strict=True)).rstrip())
         if reason is not None:
-            click.echo(f"  {reason['message']} [{reason['code']}]")
+            click.echo(f"  {launch_error(reason)}")
 
 
 @click.command()

@@ -178,7 +178,7 @@ async def _answer_defect(request: Request, error: Exception) -> Response:
 
 
 class SealedEndpoint:
-    """``POST /v1/sealed``: the body goes in and the answer goes out as they come; whichever side leaves ends the other."""
+    """``POST /v1/sealed``: body and answer pass as they come, and whichever side leaves ends the other."""
 
     def __init__(self, proxy: Proxy) -> None:
         self._proxy = proxy

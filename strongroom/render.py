@@ -109,4 +109,4 @@ def verdict_line(result: AttestationResult) -> Text:
 def warn_of_labels(console: Console, result: AttestationResult) -> None:
     """What must be said whenever a result is used: that the enclave is emulated, or in debug mode."""
     for label in sorted(result.labels):
-        console.print(Text(WARNINGS[label], "bold yellow"))
+        console.print(Text(WARNINGS[label], "bold yellow"), soft_wrap=True)
