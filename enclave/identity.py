@@ -87,8 +87,8 @@ class Identity:
         prompt run twice.
         """
         self._drop_expired()
-        begun = [key.requests_begun, *(other.requests_begun for other in self._keys.values())]
-        if any(request_id in ids for ids in (*begun, *(ids for _, ids in self._outlived))):
+        begun = (*(other.requests_begun for other in self._keys.values()), *(ids for _, ids in self._outlived))
+        if any(request_id in ids for ids in begun):
             raise SealedError("duplicate_request", "this request has been begun before")
         key.requests_begun.add(request_id)
 

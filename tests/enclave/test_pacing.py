@@ -359,9 +359,11 @@ def test_a_client_that_leaves_stops_the_work() -> None:
         answering = asyncio.ensure_future(exchange.answer.run(work))
         await working.wait()
         answering.cancel()
+        left = asyncio.get_running_loop().time()
         with pytest.raises(asyncio.CancelledError):
             await answering
         assert stopped.is_set()
+        assert asyncio.get_running_loop().time() == left
         sent = len(exchange.wire.records)
         await asyncio.sleep(100 * TICK)
         assert len(exchange.wire.records) == sent
@@ -384,9 +386,11 @@ def test_work_that_waits_for_room_is_stopped_too() -> None:
         answering = asyncio.ensure_future(exchange.answer.run(work))
         await asyncio.sleep(1)
         answering.cancel()
+        left = asyncio.get_running_loop().time()
         with pytest.raises(asyncio.CancelledError):
             await answering
         assert stopped.is_set()
+        assert asyncio.get_running_loop().time() == left
 
     run(scenario())
 
@@ -408,6 +412,7 @@ def test_a_lost_connection_ends_the_work_and_is_said_as_it_is() -> None:
         with pytest.raises(ConnectionLost):
             await exchange.answer.run(work)
         assert stopped.is_set()
+        assert asyncio.get_running_loop().time() == TICK
 
     run(scenario())
 
