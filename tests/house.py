@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -54,6 +54,8 @@ class HouseEngine(EchoEngine):
         super().__init__(context=256, before_step=self._wait)
         self.requests: list[ChatRequest] = []
         self.refuse: Exception | None = None
+        self.say: str | None = None
+        """What it answers with, instead of what it was asked."""
         self.gate: Callable[[], Awaitable[None]] | None = None
         self._going_on = asyncio.Event()
         self.idle = asyncio.Event()
@@ -67,6 +69,8 @@ class HouseEngine(EchoEngine):
         self.requests.append(request)
         if self.refuse is not None:
             raise self.refuse
+        if self.say is not None:
+            request = replace(request, messages=(ChatMessage("user", self.say),))
         self.idle.clear()
         try:
             async with contextlib.aclosing(super().generate(request)) as events:
