@@ -23,12 +23,13 @@ from statistics import median
 from bench import Row
 from vsockrpc.address import UnixAddress
 from vsockrpc.digest import HashingSink
-from vsockrpc.transport import IncomingCall, connect, serve
+from vsockrpc.transport import IncomingCall, Limits, connect, serve
 
 ALGORITHM = "sha256"
 BLOCK = bytes(range(256)) * 4096
 """One MiB, which the sender repeats."""
 MIB = 1 << 20
+BULK = Limits(window=4 * MIB)
 
 
 def rows(size: int = 1 << 30, runs: int = 5) -> list[Row]:
@@ -72,7 +73,7 @@ def _run(kind: str, size: int) -> dict[str, float]:
 
 def _receive_rpc(path: str, size: int) -> tuple[float, str]:
     async def receive() -> tuple[float, str]:
-        async with connect(UnixAddress(path)) as client:
+        async with connect(UnixAddress(path), limits=BULK) as client:
             begin = time.perf_counter()
             with HashingSink(ALGORITHM) as sink:
                 async with client.call("bulk", {"size": size}) as call:
