@@ -11,6 +11,7 @@ import sys
 import termios
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +46,14 @@ class Keyboard:
             self._changed.clear()
             assert self.process.returncode is None, self.screen
             await self._changed.wait()
+
+    async def rests(self) -> None:
+        """Waits until the program waits. A person is not so fast as to press a key between prompt and read, where
+        Python's ``readline`` would miss a signal.
+        """
+        stat = Path(f"/proc/{self.process.pid}/stat")
+        while stat.read_text().rpartition(")")[2].split()[0] != "S":  # noqa: ASYNC110 - nobody tells us
+            await asyncio.sleep(0)
 
     def press(self, keys: bytes) -> None:
         os.write(self.master, keys)
@@ -115,6 +124,7 @@ async def test_ctrl_d_ends(keyboard: Keyboard) -> None:
 
 
 async def test_ctrl_c_at_the_prompt_ends_at_once(keyboard: Keyboard) -> None:
+    await keyboard.rests()
     keyboard.press(CTRL_C)
     assert await keyboard.ends() == 130
     assert "Traceback" not in keyboard.screen
@@ -123,6 +133,7 @@ async def test_ctrl_c_at_the_prompt_ends_at_once(keyboard: Keyboard) -> None:
 async def test_ctrl_c_with_half_a_line_typed_ends_at_once(home: House, keyboard: Keyboard) -> None:
     keyboard.press(b"half a li")
     await keyboard.sees("half a li")
+    await keyboard.rests()
     keyboard.press(CTRL_C)
     assert await keyboard.ends() == 130
     assert home.engine.requests == []
@@ -155,6 +166,7 @@ async def test_ctrl_c_after_a_stopped_answer_ends_at_the_prompt(home: House, key
     keyboard.press(CTRL_C)
     await keyboard.sees("(stopped)")
     await keyboard.sees("> ", 2)
+    await keyboard.rests()
     keyboard.press(CTRL_C)
     assert await keyboard.ends() == 130
 
