@@ -354,6 +354,19 @@ async def test_whoever_waits_for_a_dial_shares_its_outcome(
     assert dials == 1
 
 
+async def test_closing_gives_up_a_dial(monkeypatch: pytest.MonkeyPatch, address: UnixAddress) -> None:
+    async def silent(address: Address) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(proxy_module, "dial", silent)
+    link = EnclaveLink(address, Metrics())
+    waiting = asyncio.ensure_future(link.client())
+    await asyncio.sleep(0)
+    await link.close()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+
+
 async def test_an_enclave_killed_in_mid_answer_breaks_the_answer_and_the_next_works(tmp_path: Path) -> None:
     async with house(tmp_path) as home, home.session() as session:
         await session.verify()

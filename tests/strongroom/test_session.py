@@ -20,7 +20,7 @@ from emulator.pki import DevelopmentRoot
 from enclave.engine import ContextExceeded, EngineFailed, Overloaded
 from strongroom import session as session_module
 from strongroom.session import ClearFault, RequestFailed, Session, Unreachable
-from tests.house import SETTINGS, Forged, House, ask, house, prompt
+from tests.house import SETTINGS, Forged, House, ask, house, prompt, served
 from vsockrpc.http import EVIDENCE_PATH, EVIDENCE_TYPE, SEALED_PATH
 from vsockrpc.messages import Delta, Done, Start, encode_message
 from vsockrpc.sealed import ANSWER_SALT_SIZE, HEADER_SIZE, TAG_SIZE, SealedError
@@ -442,6 +442,28 @@ async def test_an_answer_that_breaks_off_is_truncated(home: House, session: Sess
     assert (await ask(session, "hello"))[0] == "hello"
 
 
+async def test_padding_that_breaks_off_is_truncated_too(home: House, session: Session) -> None:
+    """Whoever waits for the end of an answer must not take its last words for it."""
+    answers = []
+    home.hostile.break_after = ANSWER_SALT_SIZE + 3 * RECORD
+    with pytest.raises(SealedError) as caught:
+        async for answer in session.chat(prompt("hello")):
+            answers.append(answer)
+    assert caught.value.code == "truncated"
+    assert isinstance(answers[-1], Done)
+
+
+async def test_a_proxy_that_went_away_after_the_verdict(home: House) -> None:
+    async with contextlib.AsyncExitStack() as leaving:
+        url = await leaving.enter_async_context(served(home.proxy.application()))
+        async with Session(url, home.policy) as session:
+            await session.verify()
+            await leaving.aclose()
+            with pytest.raises(Unreachable) as caught:
+                await ask(session, "hello")
+    assert caught.value.code == "unreachable"
+
+
 async def test_an_enclave_that_dies_in_mid_answer_is_said_and_the_next_request_works(
     home: House, session: Session
 ) -> None:
@@ -550,6 +572,23 @@ async def test_messages_out_of_order_or_form_are_a_broken_channel(
     with pytest.raises(SealedError) as caught:
         async for _ in session.chat(prompt("hello")):
             pass
+    assert caught.value.code == "malformed"
+
+
+async def test_a_description_is_what_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, home: House, session: Session
+) -> None:
+    description = await session.describe()
+    assert (description.name, description.context) == ("tiny", 256)
+    assert description.manifest == home.behind.manifest.digest()
+
+    async def misbehave(server: object, request: object, answer: object) -> None:
+        for message in (START, DONE):
+            await answer.write(message)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr("enclave.server.Server._work", misbehave)
+    with pytest.raises(SealedError) as caught:
+        await session.describe()
     assert caught.value.code == "malformed"
 
 
