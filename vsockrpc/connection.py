@@ -39,6 +39,8 @@ class Connection:
     def __init__(self, role: Role, limits: Limits | None = None) -> None:
         self.role = role
         self.limits = limits or Limits()
+        self._allowed_here = TRANSITIONS[role]
+        self._allowed_there = TRANSITIONS[role.other]
         self._reader = FrameReader(self.limits.max_frame)
         self._outbox = Outbox(frames.hello(self.limits))
         self._events: list[Event] = []
@@ -395,13 +397,12 @@ class Connection:
         return call
 
     def _next_half(self, call: Call, header: Header) -> Half:
-        peer = self.role.other
-        half = TRANSITIONS[peer].get((call.receiving, header.type))
+        half = self._allowed_there.get((call.receiving, header.type))
         if half is None:
             raise RemoteProtocolError(
                 "unexpected_frame",
-                f"{header.type.name} for call {call.number} from the {peer.value}",
-                expected=", ".join(kind.name for state, kind in TRANSITIONS[peer] if state is call.receiving)
+                f"{header.type.name} for call {call.number} from the {self.role.other.value}",
+                expected=", ".join(kind.name for state, kind in self._allowed_there if state is call.receiving)
                 or "nothing",
                 got=header.type.name,
             )
@@ -461,7 +462,7 @@ class Connection:
             call is None
             or call.closing
             or call.receiving is Half.CANCELLED
-            or (call.sending, kind) not in TRANSITIONS[self.role]
+            or (call.sending, kind) not in self._allowed_here
         ):
             raise LocalProtocolError("unexpected_frame", f"{kind.name} for call {number}, which is not at that point")
         return call

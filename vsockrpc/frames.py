@@ -224,7 +224,7 @@ def go_away(code: str) -> bytes:
 
 
 def _encode(value: Meta) -> bytes:
-    if not _is_plain(value, MAX_DEPTH):
+    if not _is_plain(value):
         raise LocalProtocolError("malformed_payload", "a value that control payloads have no form for")
     try:
         encoded = cbor2.dumps(value, canonical=True)
@@ -328,7 +328,7 @@ def _decode(kind: str, payload: bytes, keys: set[str]) -> dict[str, object]:
         _malformed(kind, "not CBOR as section 5.1 allows it")
     if not isinstance(value, dict) or value.keys() != keys:
         _malformed(kind, f"not a map of exactly {', '.join(sorted(keys))}")
-    if not _is_plain(value, MAX_DEPTH):
+    if not _is_plain(value):
         _malformed(kind, "holds a value that is no integer, boolean, null, string, array or map with text keys")
     # Encoding again settles what the decoder lets pass: long heads, unsorted keys, bytes behind the value.
     if cbor2.dumps(value, canonical=True) != payload:
@@ -336,17 +336,30 @@ def _decode(kind: str, payload: bytes, keys: set[str]) -> dict[str, object]:
     return value
 
 
-def _is_plain(value: object, depth: int) -> bool:
-    match value:
-        case None | bool() | str() | bytes():
-            return True
-        case int():
-            return -(1 << 64) <= value < 1 << 64
-        case list():
-            return depth > 0 and all(_is_plain(item, depth - 1) for item in value)
-        case dict():
-            return depth > 0 and all(isinstance(key, str) and _is_plain(item, depth - 1) for key, item in value.items())
-    return False
+_SCALARS = frozenset({type(None), bool, str, bytes})
+
+
+def _is_plain(value: object) -> bool:
+    """Of the types that ``Meta`` allows, in range, at most MAX_DEPTH deep. Level by level: it runs for every call."""
+    level: list[Any] = [value]
+    for depth in range(MAX_DEPTH + 1):
+        inner: list[Any] = []
+        for item in level:
+            kind = type(item)
+            if kind in _SCALARS or (kind is int and -(1 << 64) <= item < 1 << 64):
+                continue
+            if depth == MAX_DEPTH:
+                return False
+            if kind is dict and set(map(type, item)) <= {str}:
+                inner += item.values()
+            elif kind is list:
+                inner += item
+            else:
+                return False
+        if not inner:
+            break
+        level = inner
+    return True
 
 
 def _uint(kind: str, fields: Mapping[str, object], name: str, low: int, high: int) -> int:

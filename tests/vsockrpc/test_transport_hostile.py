@@ -26,10 +26,6 @@ def data(call: int, payload: bytes, *, end: bool = False) -> bytes:
     return frames.header(FrameType.DATA, call, len(payload), end=end) + payload
 
 
-def unexpected(error: BaseException) -> None:
-    raise AssertionError("a handler failed") from error
-
-
 class Wire:
     """The other end of a connection, by hand."""
 
@@ -100,8 +96,10 @@ class Handlers:
 async def serving(folder: Path, limits: Limits = LIMITS) -> AsyncIterator[tuple[Server, Handlers]]:
     handlers = Handlers()
     methods = {"wait": handlers.wait, "endless": handlers.endless, "echo": handlers.echo}
-    async with serve(UnixAddress(str(folder / "s")), methods, on_error=unexpected, limits=limits) as server:
+    errors: list[BaseException] = []
+    async with serve(UnixAddress(str(folder / "s")), methods, on_error=errors.append, limits=limits) as server:
         yield server, handlers
+    assert errors == []
 
 
 @contextmanager
