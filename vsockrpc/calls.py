@@ -29,6 +29,7 @@ class Stream:
         self._inbox: deque[memoryview | bytearray] = deque()
         self._held = 0
         self._ended = False
+        self._torn = False  # a send was given up half-way: what follows must not make the data look whole
         self.error: StrongroomError | None = None
         """Why the call is over, when it did not end cleanly."""
         self._waiting: list[asyncio.Future[None]] = []
@@ -70,9 +71,12 @@ class Stream:
         """Send data, the last if ``end``. Returns when at most ``Limits.send_buffer`` bytes wait to be written.
 
         ``bytes`` are sent from where they are; what can change is copied. Raises Fault or ConnectionLost; Fault
-        ``deadline_exceeded`` also when the other side takes nothing for ``Limits.stall`` seconds.
+        ``deadline_exceeded`` also when the other side takes nothing for ``Limits.stall`` seconds. A call whose ``send``
+        did not return can only be given up.
         """
         connection = self._link.connection
+        if self._torn:
+            raise LocalProtocolError("torn", "data of this call was cut short, so it can have no end")
         fixed = isinstance(data, bytes)
         view = memoryview(data).cast("B")
         while True:
@@ -88,7 +92,9 @@ class Stream:
                 self._link.flush_soon()
             if not view:
                 return
+            self._torn = True
             await self._progress()
+            self._torn = False
 
     def deliver(self, event: Event) -> None:
         """For the connection's owner: what has come for this call."""
@@ -245,8 +251,8 @@ class IncomingCall(Stream):
         self._link.flush_soon()
 
     async def send(self, data: Buffer, *, end: bool = False) -> None:
-        self._closed = end
         await super().send(data, end=end)
+        self._closed = end
 
     async def end(self) -> None:
         """The answer is complete."""

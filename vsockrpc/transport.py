@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from attestation.errors import StrongroomError
 from vsockrpc import frames
@@ -40,7 +40,7 @@ __all__ = [
     "serve",
 ]
 
-Handler: TypeAlias = Callable[[IncomingCall], Coroutine[Any, Any, None]]
+Handler: TypeAlias = Callable[[IncomingCall], Awaitable[None]]
 OnError: TypeAlias = Callable[[BaseException], None]
 
 _ACCEPT_BATCH = 16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -447,6 +448,39 @@ async def test_a_receiver_that_takes_nothing_ends_the_call_and_no_other(address:
             await call.read(1 << 30)
         assert caught.value.code == "deadline_exceeded"
         assert await ask(client, b"x") == b"x"
+
+
+async def test_a_send_that_was_cut_short_is_never_given_an_end(address: Address) -> None:
+    """Else a truncated body or answer would look complete."""
+    errors: list[BaseException] = []
+    bodies: list[bytes] = []
+
+    async def careless(call: IncomingCall) -> None:
+        await call.reply({})
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.02):
+                await call.send(bytes(64 * MIB))
+
+    async def collect(call: IncomingCall) -> None:
+        await until(lambda: cut.is_set())
+        bodies.append(await call.read(64 * MIB))
+
+    cut = asyncio.Event()
+    async with both(address, {"careless": careless, "collect": collect}, errors=errors) as (client, server):
+        async with client.call("careless", {}) as call:
+            await until(lambda: not server.running)
+            with pytest.raises(Fault) as caught:
+                await call.read(64 * MIB)
+        assert caught.value.code == "internal"
+        assert [type(error) for error in errors] == [LocalProtocolError]
+        async with client.call("collect", {}) as call:
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.02):
+                    await call.send(bytes(64 * MIB), end=True)
+            with pytest.raises(LocalProtocolError):
+                await call.send(b"", end=True)
+            cut.set()
+    assert bodies == []
 
 
 # --- Connections that end -------------------------------------------------------------------------
