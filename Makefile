@@ -1,10 +1,11 @@
 PROMPT ?= Why is the sky blue? Answer in two sentences.
+export PROMPT
 PY := .venv/bin/python
 
 .PHONY: demo test setup lint types imports unit fuzz bench vectors clean
 
 demo: setup  ## One question through an emulated enclave, verified and sealed
-	@.venv/bin/strongroom run --prompt "$(PROMPT)"
+	@.venv/bin/strongroom run --prompt "$$PROMPT"
 
 test: setup lint types imports unit  ## Every check and every test
 

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -83,11 +83,10 @@ def start(
         arguments = ["--config", str(configuration), "--model", str(model), "--name", name]
         arguments += ["--memory-gib", str(memory_gib)] if memory_gib else []
         arguments += ["--cpus", str(cpus)] if cpus else []
-        arguments += ["--json"] if as_json else []
-        return start_in_background(arguments)
+        return start_in_background(arguments + (["--json"] if as_json else []), as_json=as_json)
     with BootProgress(err, quiet=as_json) as progress:
         progress.phase("HASHING")
-        manifest = pinned_manifest(configuration, model)
+        manifest = pinned_manifest(configuration, model, progress.hashing)
         instance = Registry.of_user().create(name)
         shutil.copyfile(configuration, instance.configuration)
         memory = int((memory_gib or 0) * (1 << 30))
@@ -115,7 +114,7 @@ def launch_error(reason: Mapping[str, str | None]) -> LaunchError:
     )
 
 
-def start_in_background(arguments: list[str]) -> int:
+def start_in_background(arguments: list[str], *, as_json: bool) -> int:
     """The same command in a session of its own; it lets go of the terminal once its enclave serves, and is left alone
     then.
     """
@@ -124,12 +123,13 @@ def start_in_background(arguments: list[str]) -> int:
     assert child.stdout is not None
     try:
         said = child.stdout.read()
-    except KeyboardInterrupt:
+    except BaseException:  # Ctrl-C and SIGTERM among them: the enclave ends with the command that was starting it
         child.terminate()
         child.wait()
         raise
     click.echo(said.decode(), nl=False)
-    return 0 if said else child.wait()
+    serves = said and not (as_json and "error" in json.loads(said))
+    return 0 if serves else child.wait()
 
 
 def show_started(state: State, as_json: bool) -> None:
@@ -144,12 +144,12 @@ def let_go_of_terminal(instance: Instance) -> None:
     os.close(log)
 
 
-def pinned_manifest(configuration: Path, model: Path) -> ModelManifest:
+def pinned_manifest(configuration: Path, model: Path, progress: Callable[[int, int], None]) -> ModelManifest:
     """The model's manifest, when it is the one that the configuration pins. The enclave checks it again, on what it
     receives.
     """
     pinned = LaunchConfiguration.load(configuration).manifest
-    manifest = ModelManifest.from_gguf(model)
+    manifest = ModelManifest.from_gguf(model, progress=progress)
     got = f"sha384:{manifest.digest().hex()}"
     if got != pinned:
         raise LaunchConfigurationError("model.manifest", f"{model.name} is another model", expected=pinned, got=got)

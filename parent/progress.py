@@ -29,7 +29,7 @@ class BootProgress:
         self._quiet = quiet
         columns = (TextColumn("  {task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
         self._bar = Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)
-        self._weights: TaskID | None = None
+        self._task: TaskID | None = None
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -44,9 +44,20 @@ class BootProgress:
         if not self._quiet and phase in PHASES:
             self._console.print(f"  [dim]{phase:<16}[/dim] {PHASES[phase]}")
 
+    def hashing(self, done: int, total: int) -> None:
+        """So many of the model's bytes have been hashed."""
+        self._show("hashing the model's file", done, total)
+
     def event(self, event: dict[str, Any]) -> None:
         """An event of the enclave's own: the weights' arrival. (Its phases come through :meth:`phase`.)"""
         if event["event"] == "weights":
-            if self._weights is None:
-                self._weights = self._bar.add_task("weights into sealed memory", total=event["total"])
-            self._bar.update(self._weights, completed=event["received"])
+            self._show("weights into sealed memory", event["received"], event["total"])
+
+    def _show(self, what: str, done: int, total: int) -> None:
+        """One bar at a time; it goes when it is full."""
+        if self._task is None:
+            self._task = self._bar.add_task(what, total=total)
+        self._bar.update(self._task, completed=done)
+        if done >= total:
+            self._bar.remove_task(self._task)
+            self._task = None

@@ -33,10 +33,10 @@ from vsockrpc.http import (
 )
 from vsockrpc.transport import Call, Client, ConnectionLost, Fault, dial
 
-MAX_REQUEST_BYTES = 8 << 20
+MAX_REQUEST_BYTES = 9 << 20
 """A sealed request in its records; the enclave's own limit is lower."""
-BODY_SECONDS = 60
-"""How long a request's body may be silent."""
+BODY_SECONDS = 120
+"""How long a request's body may take to arrive, all of it: a client that drips it holds one of the enclave's calls."""
 EVIDENCE_SECONDS = 30
 SEALED_SECONDS = 3600
 NONCE_DIGITS = 64
@@ -61,14 +61,17 @@ class Metrics:
 
 
 class EnclaveLink:
-    """The one connection to the enclave, made when it is needed and again when it was lost."""
+    """A connection to the enclave, made when it is needed and again when it was lost."""
 
     def __init__(self, address: Address, metrics: Metrics) -> None:
         self._address = address
         self._metrics = metrics
         self._client: Client | None = None
         self._dialling: asyncio.Future[Client] | None = None
-        metrics.connected.set_function(lambda: float(self._client is not None and not self._client.closed))
+
+    @property
+    def connected(self) -> bool:
+        return self._client is not None and not self._client.closed
 
     async def client(self) -> Client:
         """Raises Fault ``unavailable`` when no enclave answers at the address."""
@@ -109,13 +112,17 @@ class Proxy:
 
     def __init__(self, enclave: Address) -> None:
         self.metrics = Metrics()
-        self._link = EnclaveLink(enclave, self.metrics)
+        self._sealed_link = EnclaveLink(enclave, self.metrics)
+        # What shows that the enclave is there has a connection of its own: sealed calls cannot use up its calls.
+        self._evidence_link = EnclaveLink(enclave, self.metrics)
+        self.metrics.connected.set_function(lambda: self._sealed_link.connected or self._evidence_link.connected)
 
     def application(self) -> Starlette:
         @contextlib.asynccontextmanager
         async def lifespan(application: Starlette) -> AsyncIterator[None]:
             yield
-            await self._link.close()
+            await self._sealed_link.close()
+            await self._evidence_link.close()
 
         return Starlette(
             routes=[
@@ -141,7 +148,7 @@ class Proxy:
     async def evidence(self, request: Request) -> Response:
         try:
             nonce = _octets(request.query_params.get("nonce"), NONCE_DIGITS)
-            client = await self._link.client()
+            client = await self._evidence_link.client()
             async with client.call("evidence", {"nonce": nonce}, deadline=EVIDENCE_SECONDS) as call:
                 await call.send(b"", end=True)
                 await call.reply()
@@ -153,7 +160,7 @@ class Proxy:
 
     async def health(self, request: Request) -> Response:
         try:
-            await self._link.client()
+            await self._evidence_link.client()
         except Fault:
             return JSONResponse({"status": "unavailable"}, 503)
         return JSONResponse({"status": "ok"})
@@ -162,7 +169,7 @@ class Proxy:
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def sealed_call(self, key_id: bytes) -> Call:
-        client = await self._link.client()
+        client = await self._sealed_link.client()
         return client.call("sealed", {"key_id": key_id}, deadline=SEALED_SECONDS)
 
 
@@ -213,13 +220,16 @@ class SealedEndpoint:
 
     async def _convey_request(self, request: Request, call: Call) -> None:
         conveyed = 0
-        chunks = aiter(request.stream())
-        while (chunk := await _next_of(chunks)) is not None:
-            conveyed += len(chunk)
-            if conveyed > MAX_REQUEST_BYTES:
-                raise Fault("malformed", "the request is too large")
-            if chunk:
-                await call.send(chunk)
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for chunk in request.stream():
+                    conveyed += len(chunk)
+                    if conveyed > MAX_REQUEST_BYTES:
+                        raise Fault("malformed", "the request is too large")
+                    if chunk:
+                        await call.send(chunk)
+        except TimeoutError:
+            raise Fault("malformed", "the request's body does not come") from None
         await call.send(b"", end=True)
         self._metrics.bytes.labels("in").inc(conveyed)
 
@@ -237,11 +247,3 @@ def _octets(digits: str | None, count: int) -> bytes:
     if digits is None or len(digits) != count or not _HEXADECIMAL.fullmatch(digits):
         raise Fault("malformed", f"expected {count} hexadecimal digits")
     return bytes.fromhex(digits)
-
-
-async def _next_of(chunks: AsyncIterator[bytes]) -> bytes | None:
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            return await anext(chunks, None)
-    except TimeoutError:
-        raise Fault("malformed", "the request's body does not come") from None

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import signal
 import sys
+import traceback
+from pathlib import Path
 from typing import NoReturn
 
 import click
@@ -25,7 +28,7 @@ COMMANDS = {
     "chat": "strongroom.conversation:chat",
     "serve": "strongroom.serving:serve",
 }
-USAGE, UNAVAILABLE, INTERRUPTED, TERMINATED = 2, 4, 130, 143
+USAGE, UNAVAILABLE, DEFECT, INTERRUPTED, TERMINATED = 2, 4, 70, 130, 143
 WRONG_FILE = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 """What a person named that is not there, not theirs or not of its kind. Other trouble is not their doing."""
 
@@ -66,8 +69,11 @@ def main() -> NoReturn:
     """Runs a command and turns every error that was raised on purpose into one clear text and an exit code."""
     as_json = "--json" in sys.argv[1:]
     signal.signal(signal.SIGTERM, _terminated)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character is no reason to fail
     try:
-        code = strongroom.main(standalone_mode=False)
+        code = strongroom.main(prog_name="strongroom", standalone_mode=False)
     except Terminated:
         sys.exit(TERMINATED)
     except SystemExit:  # by click or rich, when whoever read our output has gone: their 1 would be a verdict here
@@ -88,6 +94,11 @@ def main() -> NoReturn:
         text = f"{error.strerror}: {error.filename}" if error.filename else str(error)
         report(_as_json("system_error", text), text, as_json)
         sys.exit(USAGE if isinstance(error, WRONG_FILE) else UNAVAILABLE)
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        text = f"a defect of this program: {type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}"
+        report(_as_json("defect", text), text, as_json)
+        sys.exit(DEFECT)
     sys.exit(code if isinstance(code, int) else 0)
 
 

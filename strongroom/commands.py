@@ -15,7 +15,7 @@ from attestation.errors import AppraisalError, EvidenceError
 from attestation.policy import AppraisalPolicy
 from attestation.verifier import AttestationResult
 from strongroom.prepare import PrepareError, Settings, installed_model, prepare
-from strongroom.render import open_console, printable, show_verdict, verdict_line, warn_of_labels
+from strongroom.render import hashing_bar, open_console, printable, show_verdict, verdict_line, warn_of_labels
 from strongroom.session import Session
 
 DEFAULT_URL = "http://127.0.0.1:8080"
@@ -37,6 +37,25 @@ def session_options(command: F) -> F:
     )(command)  # fmt: skip
 
 
+def engine_options(command: F) -> F:
+    """``--context`` and ``--threads``, for every command that writes an ``enclave.toml``."""
+    threads = click.option(
+        "--threads",
+        type=click.IntRange(0, 256),
+        default=0,
+        show_default=True,
+        help="Threads that decode; 0: one for each CPU.",
+    )
+    context = click.option(
+        "--context",
+        type=click.IntRange(64, 1 << 20),
+        default=2048,
+        show_default=True,
+        help="Tokens, prompt and answer together.",
+    )
+    return context(threads(command))
+
+
 # --- init ---------------------------------------------------------------------------------------------------------
 
 
@@ -53,20 +72,7 @@ def session_options(command: F) -> F:
     show_default=True,
     help="Where the files go.",
 )
-@click.option(
-    "--context",
-    type=click.IntRange(64, 1 << 20),
-    default=2048,
-    show_default=True,
-    help="Tokens, prompt and answer together.",
-)
-@click.option(
-    "--threads",
-    type=click.IntRange(0, 256),
-    default=0,
-    show_default=True,
-    help="Threads that decode; 0: one for each CPU.",
-)
+@engine_options
 @click.option(
     "--tick-ms",
     type=click.IntRange(0, 10_000),
@@ -87,7 +93,8 @@ def init(model: Path | None, directory: Path, context: int, threads: int, tick_m
       strongroom start --config demo/enclave.toml --model SmolLM2.gguf --name demo
     """
     settings = Settings(context=context, threads=threads, tick_ms=tick_ms)
-    prepared = prepare(model_or_installed(model), directory, settings, progress=err.print)
+    with hashing_bar(err) as hashing:
+        prepared = prepare(model_or_installed(model), directory, settings, progress=err.print, hashing=hashing)
     if as_json:
         body = {
             "enclave": str(prepared.configuration),

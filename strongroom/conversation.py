@@ -15,6 +15,7 @@ import click
 
 from attestation.errors import StrongroomError
 from attestation.policy import AppraisalPolicy
+from attestation.verifier import AttestationResult
 from strongroom.commands import F, err, out, session_options
 from strongroom.render import printable, verdict_line, warn_of_labels
 from strongroom.session import Session
@@ -78,7 +79,8 @@ class Spoken:
         if ended > first and done.completion_tokens > 1:
             self.tokens_per_second = (done.completion_tokens - 1) / (ended - first)
 
-    def as_json(self) -> dict[str, object]:
+    def as_json(self, result: AttestationResult) -> dict[str, object]:
+        """The answer, and what vouched for who gave it."""
         assert self.done is not None
         return {
             "text": self.text,
@@ -86,6 +88,8 @@ class Spoken:
             "usage": {"prompt_tokens": self.done.prompt_tokens, "completion_tokens": self.done.completion_tokens},
             "seconds_to_first_token": round(self.seconds_to_first, 4),
             "tokens_per_second": round(self.tokens_per_second, 2),
+            "model": f"sha384:{result.commitment.model.hex()}",
+            "labels": sorted(result.labels),
         }
 
 
@@ -156,7 +160,7 @@ def ask(
         warn_of_labels(err, result)
         runner.run(spoken.listen(session, request))
     if as_json:
-        click.echo(json.dumps(spoken.as_json() | {"labels": sorted(result.labels)}))
+        click.echo(json.dumps(spoken.as_json(result)))
     else:
         click.echo()
 

@@ -28,12 +28,14 @@ from strongroom.openai_api import (
     model_of,
     parse_completion_request,
 )
-from strongroom.session import Session
+from strongroom.session import RequestFailed, Session
 from vsockrpc.http import unless_client_leaves
 from vsockrpc.messages import Answer, Delta, Done, Start
 from vsockrpc.secret import Secret
 
 MAX_BODY_BYTES = 4 << 20
+NO_RETRY = "x-should-retry"
+"""OpenAI's own header: its clients do not try again when it says ``false``."""
 
 
 class Gateway:
@@ -190,8 +192,11 @@ def _error_response(error: ApiError, headers: Mapping[str, str] | None = None) -
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, StrongroomError)
-    api_error = api_error_of(error)
-    return _error_response(api_error, {"Retry-After": "1"} if api_error.status in (429, 503) else None)
+    # Only the enclave itself can say that nothing has run. OpenAI's clients try again by themselves after 429 and 5xx:
+    # each time would be a new request, and a parent that forges faults could have one prompt run three times.
+    if isinstance(error, RequestFailed) and error.code == "overloaded":
+        return _error_response(api_error_of(error), {"Retry-After": "1"})
+    return _error_response(api_error_of(error), {NO_RETRY: "false"})
 
 
 async def _answer_wrong_route(request: Request, error: Exception) -> Response:
@@ -201,7 +206,8 @@ async def _answer_wrong_route(request: Request, error: Exception) -> Response:
 
 
 async def _answer_defect(request: Request, error: Exception) -> Response:
-    return _error_response(ApiError(500, "internal", "this server failed at this request", kind="server_error"))
+    failure = ApiError(500, "internal", "this server failed at this request", kind="server_error")
+    return _error_response(failure, {NO_RETRY: "false"})
 
 
 async def _answer_nobody(request: Request, error: Exception) -> Response:

@@ -60,8 +60,17 @@ class Prepared:
         return self.directory / POLICY_TOML
 
 
-def prepare(model: Path, directory: Path, settings: Settings, *, progress: Callable[[str], None]) -> Prepared:
+def prepare(
+    model: Path,
+    directory: Path,
+    settings: Settings,
+    *,
+    progress: Callable[[str], None],
+    hashing: Callable[[int, int], None] | None = None,
+) -> Prepared:
     """Writes the files into ``directory``, which must not hold them yet: all of them, or none.
+
+    ``progress`` is told of each step, ``hashing`` how many of the model's bytes are done, and of how many.
 
     Raises PrepareError, ModelError, OSError.
     """
@@ -70,7 +79,7 @@ def prepare(model: Path, directory: Path, settings: Settings, *, progress: Calla
         if path.exists():
             raise PrepareError("file_exists", f"{path} exists already; nothing was changed", got=path.name)
     progress("hashing the model")
-    manifest = ModelManifest.from_gguf(model)
+    manifest = ModelManifest.from_gguf(model, progress=hashing)
     directory.mkdir(parents=True, exist_ok=True)
     prepared = Prepared(directory, manifest)
     try:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.text import Text
 
 from attestation.checks import Check, Status
@@ -35,6 +37,15 @@ def open_console(*, stderr: bool = False) -> Console:
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = WIDTH_WITHOUT_TERMINAL
     return console
+
+
+@contextlib.contextmanager
+def hashing_bar(console: Console) -> Iterator[Callable[[int, int], None]]:
+    """Shows, on a terminal, how much of a model's file has been hashed."""
+    columns = (TextColumn("  {task.description}"), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("model", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def show_verdict(console: Console, checks: Iterable[Check], *, whole: bool = False) -> None:

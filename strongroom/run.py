@@ -20,10 +20,11 @@ import click
 from rich.text import Text
 
 from attestation.errors import StrongroomError
-from strongroom.commands import err, model_or_installed, out
+from attestation.verifier import AttestationResult
+from strongroom.commands import engine_options, err, model_or_installed, out
 from strongroom.conversation import Sampling, Spoken, open_session, sampling_options, talk, write_now
 from strongroom.prepare import Prepared, Settings, prepare
-from strongroom.render import show_verdict, verdict_line, warn_of_labels
+from strongroom.render import hashing_bar, show_verdict, verdict_line, warn_of_labels
 from vsockrpc.messages import ChatMessage
 
 STOP_SECONDS = 30
@@ -37,20 +38,8 @@ class RunError(StrongroomError):
 @click.argument("model", required=False, type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--prompt", help="Ask this and end. Without it, a conversation.")
 @sampling_options
-@click.option(
-    "--context",
-    type=click.IntRange(64, 1 << 20),
-    default=2048,
-    show_default=True,
-    help="Tokens, prompt and answer together.",
-)
-@click.option(
-    "--threads",
-    type=click.IntRange(0, 256),
-    default=0,
-    show_default=True,
-    help="Threads that decode; 0: one for each CPU.",
-)
+@engine_options
+@click.option("--json", "as_json", is_flag=True, help="With --prompt: one JSON object when the answer is whole.")
 def run(
     model: Path | None,
     prompt: str | None,
@@ -60,6 +49,7 @@ def run(
     seed: int | None,
     context: int,
     threads: int,
+    as_json: bool,
 ) -> None:
     """Start an emulated enclave with MODEL, verify it, ask or chat, and stop it again.
 
@@ -70,40 +60,59 @@ def run(
       strongroom run SmolLM2.gguf --prompt "Why is the sky blue?"
       strongroom run
     """
+    if as_json and prompt is None:
+        raise click.UsageError("--json goes with --prompt")
     model = model_or_installed(model)
     sampling = Sampling(system, max_tokens, temperature, seed)
     if prompt is not None:
         sampling.request(ChatMessage("user", prompt))  # a prompt that nobody would accept is said before the wait
     folder = Path(tempfile.mkdtemp(prefix="strongroom-"))
     try:
-        err.print(f"Reference values for {model.name}, from the files on this disk, before any enclave", style="bold")
-        prepared = prepare(model, folder, Settings(context=context, threads=threads), progress=_tell)
+        title = f"Reference values for {model.name}, from the files on this disk, before any enclave runs"
+        err.print(title, style="bold")
+        with hashing_bar(err) as hashing:
+            settings = Settings(context=context, threads=threads)
+            prepared = prepare(model, folder, settings, progress=_tell, hashing=hashing)
         err.print("Enclave", style="bold")
         with _enclave(prepared, model) as name, _proxy(name) as url:
-            _converse(url, prepared, prompt, sampling)
+            if prompt is None:
+                _talk(url, prepared, sampling)
+            else:
+                _ask(url, prepared, prompt, sampling, as_json)
     finally:
         shutil.rmtree(folder)
 
 
-def _converse(url: str, prepared: Prepared, prompt: str | None, sampling: Sampling) -> None:
+def _talk(url: str, prepared: Prepared, sampling: Sampling) -> None:
+    with open_session(url, prepared.policy) as (runner, session):
+        _show_verdict(runner.run(session.verify()))
+        talk(runner, session, sampling)
+
+
+def _ask(url: str, prepared: Prepared, prompt: str, sampling: Sampling, as_json: bool) -> None:
+    spoken = Spoken((lambda piece: None) if as_json else write_now)
     with open_session(url, prepared.policy) as (runner, session):
         result = runner.run(session.verify())
-        out.print("Verdict, every check of PROTOCOL.md section 3", style="bold")
-        show_verdict(out, result.checks)
-        out.print(verdict_line(result))
-        warn_of_labels(out, result)
-        out.print()
-        if prompt is None:
-            talk(runner, session, sampling)
-            return
-        out.print(Text(prompt, "bold"))
-        spoken = Spoken(write_now)
+        if not as_json:
+            _show_verdict(result)
+            out.print(Text(prompt, "bold"))
         runner.run(spoken.listen(session, sampling.request(ChatMessage("user", prompt))))
-        assert spoken.done is not None
-        digest = f"sha384:{prepared.manifest.digest().hex()}"
-        out.print(f"\n\nmodel        {prepared.manifest.name}  {digest}", soft_wrap=True)
-        out.print(f"first token  {spoken.seconds_to_first * 1000:.0f} ms, with the pacing tick")
-        out.print(f"speed        {spoken.tokens_per_second:.1f} tokens/s over {spoken.done.completion_tokens} tokens")
+    if as_json:
+        click.echo(json.dumps(spoken.as_json(result)))
+        return
+    assert spoken.done is not None
+    digest = f"sha384:{prepared.manifest.digest().hex()}"
+    out.print(f"\n\nmodel        {prepared.manifest.name}  {digest}", soft_wrap=True)
+    out.print(f"first token  {spoken.seconds_to_first * 1000:.0f} ms, with the pacing tick")
+    out.print(f"speed        {spoken.tokens_per_second:.1f} tokens/s over {spoken.done.completion_tokens} tokens")
+
+
+def _show_verdict(result: AttestationResult) -> None:
+    out.print("Verdict, every check of PROTOCOL.md section 3", style="bold")
+    show_verdict(out, result.checks)
+    out.print(verdict_line(result))
+    warn_of_labels(out, result)
+    out.print()
 
 
 @contextlib.contextmanager

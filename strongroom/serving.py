@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from strongroom.commands import err, session_options
 from strongroom.gateway import Gateway
 from strongroom.render import verdict_line, warn_of_labels
 from strongroom.session import Session
-from vsockrpc.http import listen_on, parse_listen, serve_http
+from vsockrpc.http import is_loopback, listen_on, parse_listen, serve_http
 from vsockrpc.secret import Secret
 
 EVERY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104 - compared with, and served only to who has the token
@@ -47,7 +46,7 @@ def serve(url: str, policy: Path, listen: str, token_file: Path | None, as_json:
     token = Secret(token_file.read_bytes().strip()) if token_file else None
     if token is not None and not len(token):
         raise click.BadParameter(f"{token_file} is empty", param_hint="--token-file")
-    if token is None and not _is_loopback(address.host):
+    if token is None and not is_loopback(address.host):
         raise click.UsageError(f"{address.host} is not loopback: name a --token-file that clients must know")
 
     async def run() -> None:
@@ -78,14 +77,7 @@ def _names_of(host: str, port: int) -> frozenset[str] | None:
     """
     if host in EVERY_ADDRESS:
         return None
-    names = {host, "localhost", "127.0.0.1", "::1"} if _is_loopback(host) else {host}
+    names = {host, "localhost", "127.0.0.1", "::1"} if is_loopback(host) else {host}
     bracketed = {f"[{name}]" if ":" in name else name for name in names}
     without_port = bracketed if port == HTTP_PORT else frozenset[str]()
     return frozenset(name.lower() for name in (*without_port, *(f"{name}:{port}" for name in bracketed)))
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import json
 import secrets
 import time
@@ -33,6 +32,7 @@ from vsockrpc.http import (
     SEALED_PATH,
     SEALED_TYPE,
     STATUS_OF_FAULT,
+    is_loopback,
 )
 from vsockrpc.messages import (
     REQUEST_ID_SIZE,
@@ -48,13 +48,12 @@ from vsockrpc.messages import (
     Start,
     decode_answer,
 )
-from vsockrpc.sealed import SealedError, SealedRequest, Truncated, seal_request
+from vsockrpc.sealed import AnswerOpener, SealedError, SealedRequest, Truncated, seal_request
 
 MAX_FAULT_BYTES = 4096
 CONNECT_SECONDS = 10.0
 EVIDENCE_SECONDS = 60.0
 """For Evidence as a whole, however it drips. The proxy gives an enclave half of it."""
-MAX_ATTEMPTS = 2
 """Of one request: the second only after a clear ``unknown_key`` and a new verification (section 6.3)."""
 SILENCE_SECONDS = 300.0
 """How long an answer may be silent. With pacing on, an enclave never is."""
@@ -72,6 +71,13 @@ class Unreachable(StrongroomError):
 
 class ClearFault(StrongroomError):
     """A refusal in clear. Anybody on the way can forge one: it changes no verdict and no parameter."""
+
+
+class EnclaveRestarted(StrongroomError):
+    """Another boot answers than the one that the request was sealed to.
+
+    That one has been verified, and the next request is sealed to it.
+    """
 
 
 class RequestFailed(StrongroomError):
@@ -110,6 +116,7 @@ class Session:
         """Raises Unreachable ``bad_url``."""
         self.url = url.rstrip("/")
         self.policy = policy
+        self._silence_seconds = silence_seconds
         self._monotonic = monotonic
         self._now = now
         self._verified: _Verified | None = None
@@ -117,7 +124,7 @@ class Session:
         self._http = httpx2.AsyncClient(
             base_url=self.url,
             timeout=httpx2.Timeout(silence_seconds, connect=CONNECT_SECONDS),
-            trust_env=not _is_loopback(_host_of(self.url)),
+            trust_env=not is_loopback(_host_of(self.url)),
             limits=httpx2.Limits(max_connections=None),
             headers={"Accept-Encoding": "identity"},  # sealed bytes do not compress, and nobody on the way should try
         )
@@ -212,22 +219,31 @@ class Session:
         return description
 
     async def _exchange(self, request: Request) -> AsyncGenerator[Answer]:
-        """One attempt, and after a clear ``unknown_key`` one more with the same request id: an enclave that has begun
-        on it refuses the second.
+        """One attempt, and after a clear ``unknown_key`` one more with the same request id.
+
+        Anybody can forge that fault after the enclave has begun, so there is a second attempt only where the enclave
+        would refuse to run it as well: within one boot, and while that boot remembers the id.
         """
         content = request.encode()
-        result, attempts = await self.result(), 0
-        while True:
-            attempts += 1
-            try:
-                async with contextlib.aclosing(self._attempt(seal_request(result, content))) as answers:
-                    async for answer in answers:
-                        yield answer
-                return
-            except ClearFault as fault:
-                if fault.code != "unknown_key" or attempts == MAX_ATTEMPTS:
-                    raise
-            result = await self.result(instead_of=result)
+        result, begun = await self.result(), self._monotonic()
+        try:
+            async with contextlib.aclosing(self._attempt(seal_request(result, content))) as answers:
+                async for answer in answers:
+                    yield answer
+            return
+        except ClearFault as fault:
+            if fault.code != "unknown_key" or self._monotonic() - begun > result.commitment.lifetime:
+                raise
+        renewed = await self.result(instead_of=result)
+        if renewed.commitment.boot_id != result.commitment.boot_id:
+            raise EnclaveRestarted(
+                "enclave_restarted",
+                "the enclave was booted anew and has been verified; whether the one before has begun on this request "
+                "nobody can tell: ask again if it may run twice",
+            )
+        async with contextlib.aclosing(self._attempt(seal_request(renewed, content))) as answers:
+            async for answer in answers:
+                yield answer
 
     async def _attempt(self, sealed: SealedRequest) -> AsyncGenerator[Answer]:
         headers = {"Content-Type": SEALED_TYPE, KEY_ID_HEADER: sealed.key_id.hex()}
@@ -238,7 +254,7 @@ class Session:
             async with self._http.stream("POST", SEALED_PATH, content=sealed.body, headers=headers) as response:
                 await _require(response, SEALED_TYPE)
                 begun = True
-                async for chunk in response.aiter_raw():
+                async for chunk in self._while_records_come(response, sealed.answer):
                     for answer in _decoded(messages, sealed.answer.feed(chunk)):
                         if ended:
                             raise SealedError("malformed", "the answer goes on after its end")
@@ -251,12 +267,33 @@ class Session:
             if not begun:
                 raise self._unreachable(error) from error
             if not ended:
+                self._verified = None  # most likely another boot answers next: it is verified before it is spoken to
                 raise Truncated("the answer broke off: the enclave, the proxy or the network went away") from error
         if failure is not None:
             raise RequestFailed(failure.code, failure.message, expected=failure.expected, got=failure.got)
         sealed.answer.finish()
         if not ended or messages.buffered:
             raise SealedError("malformed", "the answer has no end")
+
+    async def _while_records_come(self, response: httpx2.Response, answer: AnswerOpener) -> AsyncGenerator[bytes]:
+        """The response's bytes. A peer that drips them is as silent as one that sends none: whole records count.
+
+        Raises Truncated.
+        """
+        loop = asyncio.get_running_loop()
+        opened, due = 0, loop.time() + self._silence_seconds
+        async with contextlib.aclosing(response.aiter_raw()) as chunks:
+            while True:
+                try:
+                    async with asyncio.timeout_at(due):
+                        chunk = await anext(chunks, None)
+                except TimeoutError as error:
+                    raise Truncated(f"no record of the answer came for {self._silence_seconds:g} s") from error
+                if chunk is None:
+                    return
+                yield chunk
+                if answer.opened > opened:
+                    opened, due = answer.opened, loop.time() + self._silence_seconds
 
     def _unreachable(self, error: Exception) -> Unreachable:
         return Unreachable(
@@ -327,11 +364,3 @@ def _host_of(url: str) -> str:
     except ValueError:  # brackets without an IPv6 address, or a port out of range
         pass
     raise Unreachable("bad_url", "this is no address of a proxy", expected="http://HOST:PORT", got=ascii(url)[:128])
-
-
-def _is_loopback(host: str) -> bool:
-    """Environment variables that name an HTTP proxy do not concern this machine itself."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

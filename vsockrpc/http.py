@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import signal
 import socket
 import sys
@@ -61,6 +62,14 @@ def parse_listen(text: str) -> TcpAddress:
         raise ListenError("bad_address", error.message, expected="HOST:PORT", got=text) from error
     assert isinstance(address, TcpAddress)
     return address
+
+
+def is_loopback(host: str) -> bool:
+    """Whether ``host``, an address or ``localhost``, is this machine itself."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def listen_on(address: TcpAddress) -> socket.socket:

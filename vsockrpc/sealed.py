@@ -203,8 +203,9 @@ class RecordOpener:
     def __init__(self, key: Secret) -> None:
         self._aead = AESGCM(key.expose())
         self._buffer = bytearray()
-        self._counter = 0
         self._failed = False
+        self.opened = 0
+        """Records opened so far."""
         self.finished = False
         """True once the final record has been opened: only then is the content whole."""
 
@@ -230,7 +231,7 @@ class RecordOpener:
         """Call at the end of the stream. Raises Truncated unless the final record was seen."""
         if not self.finished:
             raise Truncated("the stream ended before its final record", expected="a final record",
-                got=f"{self._counter} records and {len(self._buffer)} bytes",
+                got=f"{self.opened} records and {len(self._buffer)} bytes",
             )  # fmt: skip
 
     def _next_record(self) -> tuple[bytes, bytes] | None:
@@ -258,17 +259,17 @@ class RecordOpener:
     def _open(self, header: bytes, ciphertext: bytes) -> bytes:
         flag = header[0]
         try:
-            plaintext = self._aead.decrypt(_nonce(self._counter, flag), ciphertext, header)
+            plaintext = self._aead.decrypt(_nonce(self.opened, flag), ciphertext, header)
         except InvalidTag as error:
             raise SealedError(
                 "tampered_record",
-                f"record {self._counter} does not open: tampered with, out of order, or of another channel",
+                f"record {self.opened} does not open: tampered with, out of order, or of another channel",
             ) from error
-        self._counter += 1
+        self.opened += 1
         self.finished = flag == _FINAL
         length = int.from_bytes(plaintext[:LENGTH_PREFIX_SIZE], "big")
         if length > len(plaintext) - LENGTH_PREFIX_SIZE or plaintext[LENGTH_PREFIX_SIZE + length :].strip(b"\x00"):
-            raise SealedError("malformed_record", f"record {self._counter - 1} is padded wrongly")
+            raise SealedError("malformed_record", f"record {self.opened - 1} is padded wrongly")
         return plaintext[LENGTH_PREFIX_SIZE : LENGTH_PREFIX_SIZE + length]
 
 
@@ -283,6 +284,11 @@ class AnswerOpener:
     @property
     def finished(self) -> bool:
         return self._records is not None and self._records.finished
+
+    @property
+    def opened(self) -> int:
+        """Records opened so far."""
+        return 0 if self._records is None else self._records.opened
 
     def feed(self, data: bytes) -> bytes:
         """The content of every record that is now complete. Raises as :meth:`RecordOpener.feed`."""

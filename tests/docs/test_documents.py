@@ -147,7 +147,7 @@ def test_exit_codes() -> None:
     codes = {int(row[0]) for row in rows(read("README.md")) if row[0].isdecimal()}
     raised = {error.exit_code for error in (AppraisalError, PolicyError, EvidenceError, StrongroomError)}
     assert raised == {AppraisalError.exit_code, cli.USAGE, EvidenceError.exit_code, cli.UNAVAILABLE}
-    assert codes == {0, cli.INTERRUPTED, cli.TERMINATED} | raised
+    assert codes == {0, cli.DEFECT, cli.INTERRUPTED, cli.TERMINATED} | raised
 
 
 def test_make_targets_exist() -> None:

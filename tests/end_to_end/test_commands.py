@@ -207,6 +207,10 @@ def test_a_model_that_is_not_the_pinned_one(running: Running, model: Path, tmp_p
     )
     assert "expected sha384:" in done.stderr
     assert "got sha384:" in done.stderr
+    said = running.home.json(
+        "start", "--config", str(running.files / "enclave.toml"), "--model", str(other), "--name", "other", expect=2
+    )
+    assert said["error"]["code"] == "bad_configuration"
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model", b"GGUF\x03\x00\x00\x00" + b"\xff" * 16])
@@ -273,7 +277,9 @@ def left_behind(folder: Path) -> list[str]:
 def test_run_answers_and_leaves_nothing(model: Path) -> None:
     with home_folder() as folder:
         home = Home(folder)
-        done = home.run("run", str(model), "--prompt", "Why is the sky blue?", "--max-tokens", "16", "--threads", "2")
+        run = ("run", str(model), "--prompt", "Why is the sky blue?", "--max-tokens", "16", "--threads", "2")
+        assert home.json(*run)["model"].startswith("sha384:")
+        done = home.run(*run)
         assert "sky" in done.stdout.lower()
         assert "ACCEPTED" in done.stdout
         assert "tokens/s" in done.stdout
@@ -301,7 +307,8 @@ def test_run_interrupted_leaves_nothing(model: Path, number: signal.Signals) -> 
             assert home.json("ps") == []
 
 
-def test_start_interrupted_leaves_nothing(model: Path) -> None:
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_start_interrupted_leaves_nothing(model: Path, number: signal.Signals, expected: int) -> None:
     with home_folder() as folder:
         home = Home(folder)
         home.run("init", "--directory", str(folder / "files"), "--model", str(model))
@@ -309,8 +316,8 @@ def test_start_interrupted_leaves_nothing(model: Path) -> None:
         assert process.stderr is not None
         while "CONFIGURED" not in process.stderr.readline():
             assert process.poll() is None
-        code, _, err = end(process, signal.SIGINT)
-        assert code == 130
+        code, _, err = end(process, number)
+        assert code == expected
         assert "Traceback" not in err
         eventually(lambda: left_behind(folder) == [], "everything ends")
 

@@ -43,7 +43,6 @@ def test_llama_killed_in_mid_answer(running: Running) -> None:
     works(running)
     assert running.process("enclave.worker") != before
     assert running.home.state("main")["restarts"] == 0  # the enclave itself lived on
-    assert '"event":"engine_exited"' in running.home.run("logs", "main").stdout
 
 
 @pytest.mark.parametrize(("what", "said"), [("enclave", "truncated"), ("emulator.nsm", "engine_failed")])
@@ -89,7 +88,7 @@ def test_a_gateway_outlives_its_enclave(running: Running) -> None:
     import openai
 
     serving, said = running.home.ready("serve", *running.session, "--listen", "127.0.0.1:0")
-    client = openai.OpenAI(base_url=f"http://{said['listening']}/v1", api_key="none", max_retries=0)
+    client = openai.OpenAI(base_url=f"http://{said['listening']}/v1", api_key="none")
     [model] = client.models.list().data
 
     def ask() -> str | None:
@@ -103,6 +102,8 @@ def test_a_gateway_outlives_its_enclave(running: Running) -> None:
         os.kill(running.process("enclave"), signal.SIGKILL)
         eventually(lambda: running.home.state("main")["restarts"] > restarts, "the supervisor boots it again")
         running.wait_until_serving()
+        with pytest.raises(openai.InternalServerError, match="booted anew"):
+            ask()  # sealed to the boot before: said, and not sent again by anybody
         assert ask()
     assert end(serving)[0] == 0
 

@@ -19,9 +19,9 @@ from strongroom import gateway as gateway_module
 from strongroom.gateway import MAX_BODY_BYTES, Gateway
 from strongroom.serving import _names_of
 from strongroom.session import Session
-from tests.house import House
+from tests.house import MODEL_NAME, House
 from vsockrpc.address import TcpAddress
-from vsockrpc.http import SEALED_PATH, HttpServer, listen_on
+from vsockrpc.http import SEALED_PATH, STATUS_OF_FAULT, HttpServer, listen_on
 from vsockrpc.secret import Secret
 
 TOKEN = "a-token-that-nobody-guesses"
@@ -571,3 +571,17 @@ async def test_many_at_once(client: openai.AsyncOpenAI) -> None:
 
     answers = await asyncio.gather(*(ask(number) for number in range(32)))
     assert answers == [f"question {number}" for number in range(32)]
+
+
+# --- One prompt, one run ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["overloaded", "unavailable", "unknown_key"])
+async def test_a_forged_fault_does_not_make_a_client_ask_again(port: int, home: House, fault: str) -> None:
+    """OpenAI's clients try again after 429 and 5xx by themselves, each time as a new request: they are told not to."""
+    home.hostile.forge_after = (STATUS_OF_FAULT[fault], "application/json", json.dumps({"fault": fault}).encode())
+    async with openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="unused", max_retries=3) as eager:
+        with pytest.raises(openai.APIStatusError) as caught:
+            await eager.chat.completions.create(model=MODEL_NAME, messages=[{"role": "user", "content": "once"}])
+    assert caught.value.response.headers["x-should-retry"] == "false"
+    assert len(home.engine.requests) == 1

@@ -19,7 +19,7 @@ from attestation.policy import AppraisalPolicy, Require
 from emulator.pki import DevelopmentRoot
 from enclave.engine import ContextExceeded, EngineFailed, Overloaded
 from strongroom import session as session_module
-from strongroom.session import ClearFault, RequestFailed, Session, Unreachable
+from strongroom.session import ClearFault, EnclaveRestarted, RequestFailed, Session, Unreachable
 from tests.house import SETTINGS, Forged, House, ask, house, prompt, served
 from vsockrpc.http import EVIDENCE_PATH, EVIDENCE_TYPE, SEALED_PATH
 from vsockrpc.messages import Delta, Done, Start, encode_message
@@ -129,6 +129,9 @@ async def test_a_new_verification_that_fails_leaves_no_old_result_behind(home: H
 async def test_a_restarted_enclave_is_verified_anew(home: House, session: Session) -> None:
     before = await session.verify()
     await home.behind.restart()
+    with pytest.raises(EnclaveRestarted):  # whether the boot before has begun on it, nobody can tell
+        await ask(session, "hello")
+    assert home.hostile.paths() == [EVIDENCE_PATH, SEALED_PATH, EVIDENCE_PATH]
     assert (await ask(session, "hello"))[0] == "hello"
     after = await session.result()
     assert after.commitment.boot_id != before.commitment.boot_id
