@@ -112,6 +112,12 @@ def _decode_map(body: bytes) -> dict[str, object]:
 # --- Fields --------------------------------------------------------------------------------------------------------
 
 
+def _shown(value: object) -> str:
+    """What an error says of a value that should have been a text. A whole structure as text costs as much as it is
+    large."""
+    return value[:64] if isinstance(value, str) else type(value).__name__
+
+
 def _fields(
     value: object, *, param: str, required: set[str], optional: frozenset[str] = frozenset()
 ) -> dict[str, object]:
@@ -119,9 +125,8 @@ def _fields(
         raise MessageError(f"{param} is not a map", param=param, expected="map", got=type(value).__name__)
     for key in value:
         if key not in required and key not in optional:
-            raise MessageError(
-                f"unknown field {key!r}", param=str(key), expected=", ".join(sorted(required | optional))
-            )
+            name = _shown(key)
+            raise MessageError(f"unknown field {name!r}", param=name, expected=", ".join(sorted(required | optional)))
     for key in sorted(required):
         if key not in value:
             raise MessageError(f"missing field {key!r}", param=key, expected="present", got="absent")
@@ -177,7 +182,7 @@ class ChatMessage:
         fields = _fields(value, param=param, required={"role", "content"})
         role = fields["role"]
         if role not in ROLES:
-            raise MessageError("unknown role", param=f"{param}.role", expected=" | ".join(ROLES), got=role)
+            raise MessageError("unknown role", param=f"{param}.role", expected=" | ".join(ROLES), got=_shown(role))
         return cls(role, _text(fields["content"], f"{param}.content", MAX_CONTENT_CHARACTERS))
 
 
@@ -289,7 +294,7 @@ class Request:
             case "describe":
                 return cls(identity, DescribeRequest.decode(fields["body"]))
             case other:
-                raise MessageError("unknown method", param="method", expected="chat | describe", got=repr(other)[:64])
+                raise MessageError("unknown method", param="method", expected="chat | describe", got=_shown(other))
 
 
 # --- Answers -------------------------------------------------------------------------------------------------------

@@ -186,3 +186,26 @@ def test_a_length_is_bounded_before_it_is_waited_for() -> None:
 def test_a_bad_answer_is_refused(message: dict[str, object]) -> None:
     with pytest.raises(MessageError):
         decode_answer(one_message(encode_message(message)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "got"),
+    [
+        ({"method": [[]] * 100_000, "body": {}}, "list"),
+        ({"method": "m" * 100_000, "body": {}}, "m" * 64),
+        ({"method": "chat", "body": {"messages": [{"role": [[]] * 100_000, "content": ""}]}}, "list"),
+        ({"method": "chat", "body": {"messages": [{"role": "r" * 100_000, "content": ""}]}}, "r" * 64),
+    ],
+)
+def test_an_error_never_makes_a_text_of_a_foreign_structure(fields: dict[str, object], got: str) -> None:
+    with pytest.raises(MessageError) as caught:
+        Request.decode({"v": 1, "id": bytes(16), **fields})
+    assert caught.value.got == got
+
+
+@pytest.mark.parametrize("key", ["k" * 100_000, ((),) * 100_000])
+def test_an_unknown_field_is_named_in_a_few_characters(key: object) -> None:
+    with pytest.raises(MessageError) as caught:
+        Request.decode({"v": 1, "id": bytes(16), "method": "describe", "body": {key: 1}})
+    assert len(caught.value.message) < 100
+    assert len(caught.value.param) <= 64
