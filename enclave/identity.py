@@ -80,13 +80,16 @@ class Identity:
 
     def begin(self, key: OfferedKey, request_id: bytes) -> None:
         """Notes that work on a request begins. Raises SealedError ``duplicate_request`` when it has begun before, under
-        whatever key.
+        whatever key, and ``key_expired`` when its key is accepted no more.
 
         A client whose first attempt met ``unknown_key`` (which anybody can forge) tries again under the next key. So
         ids outlive their key, by as long as such an attempt could be made and held back: else the conveyor has a
-        prompt run twice.
+        prompt run twice. How long a request may take to arrive does not count in that: it begins under an accepted key
+        or not at all.
         """
         self._drop_expired()
+        if self._keys.get(key.commitment.key_id) is not key:
+            raise SealedError("key_expired", "the request's end came when its key was no longer accepted")
         begun = (*(other.requests_begun for other in self._keys.values()), *(ids for _, ids in self._outlived))
         if any(request_id in ids for ids in begun):
             raise SealedError("duplicate_request", "this request has been begun before")
