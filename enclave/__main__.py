@@ -19,7 +19,7 @@ from enclave.boot import Enclave
 from enclave.config import EnclaveConfiguration
 from enclave.confine import forbid_core_dumps
 from enclave.engine import Engine, LlamaEngine
-from enclave.log import EngineExited, EngineStarted, EventLog, InternalError
+from enclave.log import EngineLost, EngineStarted, EventLog, InternalError, Phase
 from enclave.model import SealedModel
 from enclave.nsm import open_nsm
 from enclave.server import Server
@@ -54,7 +54,10 @@ async def run(configuration: EnclaveConfiguration) -> None:
         loop.add_signal_handler(number, ended.set)
 
     def on_error(error: BaseException) -> None:
-        log.write(InternalError(type(error).__name__))
+        if enclave.phase is Phase.SERVING:  # it may be one request's
+            log.totals.defects += 1
+        else:
+            log.write(InternalError(type(error).__name__))
 
     async with serve(configuration.listen, server.handlers, on_error=on_error):
         background = [asyncio.ensure_future(enclave.boot()), asyncio.ensure_future(server.write_totals())]
@@ -70,12 +73,16 @@ async def run(configuration: EnclaveConfiguration) -> None:
 
 
 def make_engine(configuration: EnclaveConfiguration, model: SealedModel, log: EventLog) -> Engine:
+    def restarted() -> None:
+        log.totals.engine_restarts += 1
+
     return LlamaEngine(
         model.fd,
         model.manifest.chat_template,
         configuration.engine,
         on_start=lambda ready: log.write(EngineStarted(ready.own_user, ready.seccomp)),
-        on_exit=lambda: log.write(EngineExited()),
+        on_exit=restarted,
+        on_lost=lambda kind: log.write(EngineLost(kind)),
     )
 
 

@@ -57,6 +57,8 @@ WAIT_SECONDS: Final = 30.0
 """How long a request waits for a process to come up."""
 FIRST_PAUSE_SECONDS: Final = 0.1
 LAST_PAUSE_SECONDS: Final = 5.0
+MAX_DOUBLINGS: Final = 16
+"""Of the pause before a start: the last pause is reached long before."""
 MAX_FAILED_STARTS: Final = 5
 """In a row, until no further one is tried."""
 MAX_PROMPT_BYTES_PER_TOKEN: Final = 32
@@ -82,6 +84,10 @@ class Engine(Protocol):
         EngineError: InvalidRequest, ContextExceeded, Overloaded, Unavailable, EngineFailed.
         """
 
+    @property
+    def ended(self) -> bool:
+        """No request will be answered any more: the engine is closed, or cannot be started again."""
+
     async def close(self) -> None:
         """Ends the engine. Requests in flight raise EngineFailed. May be called twice, and before or while
         :meth:`start` runs.
@@ -99,17 +105,20 @@ class LlamaEngine:
         *,
         on_start: Callable[[Ready], None] = lambda ready: None,
         on_exit: Callable[[], None] = lambda: None,
+        on_lost: Callable[[str], None] = lambda kind: None,
         stall_seconds: float = STALL_SECONDS,
         wait_seconds: float = WAIT_SECONDS,
     ) -> None:
         """``weights`` is the descriptor of a sealed memory object with a GGUF file; it stays the caller's and must
-        outlive the engine.
+        outlive the engine. ``on_start`` is called for the first process, ``on_exit`` for each that died, ``on_lost``
+        with the name of an exception's class when no other will be started.
         """
         self._weights = weights
         self._template = chat_template
         self._settings = settings
         self._on_start = on_start
         self._on_exit = on_exit
+        self._on_lost = on_lost
         self._stall_seconds = stall_seconds
         self._wait_seconds = wait_seconds
         self._worker: EngineProcess | None = None
@@ -126,7 +135,8 @@ class LlamaEngine:
         not come up.
         """
         await asyncio.to_thread(self._check_header)
-        worker = await self._spawn()
+        worker, ready = await self._spawn()
+        self._on_start(ready)
         if self._given_up:
             await worker.end(_CLOSED)
             raise EngineRefused("engine_failed", _CLOSED)
@@ -165,6 +175,10 @@ class LlamaEngine:
             self._requests -= 1
 
     @property
+    def ended(self) -> bool:
+        return self._given_up
+
+    @property
     def pid(self) -> int | None:
         """The engine process that serves now."""
         return None if self._worker is None else self._worker.pid
@@ -175,8 +189,8 @@ class LlamaEngine:
         with open(f"/proc/self/fd/{self._weights}", "rb") as file:
             read_header(file)
 
-    async def _spawn(self) -> EngineProcess:
-        """A process that is ready. Raises EngineRefused."""
+    async def _spawn(self) -> tuple[EngineProcess, Ready]:
+        """A process that is ready, and what it said then. Raises EngineRefused."""
         settings = self._settings
         load = Load(
             template=self._template,
@@ -187,7 +201,10 @@ class LlamaEngine:
             uid=settings.uid,
             parent=os.getpid(),
         )
-        worker = await EngineProcess.launch(self._weights, load, self._stall_seconds)
+        try:
+            worker = await EngineProcess.launch(self._weights, load, self._stall_seconds)
+        except OSError as error:  # out of memory, processes or descriptors, perhaps for a moment
+            raise EngineRefused("engine_failed", "the engine process was not started", got=error.strerror) from error
         try:
             async with asyncio.timeout(START_SECONDS):
                 ready = await worker.ready()
@@ -198,8 +215,7 @@ class LlamaEngine:
         except BaseException:
             await worker.end("the engine process did not start")
             raise
-        self._on_start(ready)
-        return worker
+        return worker, ready
 
     async def _keep(self, worker: EngineProcess) -> None:
         """Serves with one process after the other, until closed or until none comes up any more."""
@@ -217,7 +233,9 @@ class LlamaEngine:
                 self._on_exit()
                 deaths = 0 if worker.answered else deaths + 1
                 worker = await self._spawn_again(deaths)
-        except EngineRefused:
+        except Exception as error:  # a defect here ends the engine as surely as a refusal
+            self._on_lost(type(error).__name__)
+        finally:
             self._given_up = True
             await self._announce()
 
@@ -225,9 +243,12 @@ class LlamaEngine:
         """Raises EngineRefused after as many failures as are allowed."""
         failures = 0
         while True:
-            await asyncio.sleep(min(FIRST_PAUSE_SECONDS * 2 ** (deaths + failures), LAST_PAUSE_SECONDS))
+            await asyncio.sleep(
+                min(FIRST_PAUSE_SECONDS * 2 ** min(deaths + failures, MAX_DOUBLINGS), LAST_PAUSE_SECONDS)
+            )
             try:
-                return await self._spawn()
+                worker, _ = await self._spawn()
+                return worker
             except EngineRefused:
                 failures += 1
                 if failures == MAX_FAILED_STARTS:

@@ -63,7 +63,8 @@ class WeightsReceived:
 
 @dataclass(frozen=True, slots=True)
 class EngineStarted:
-    """An engine process is ready. The flags say which confinement this system gave it."""
+    """The first engine process is ready. The flags say which confinement this system gave it. Later starts, which a
+    request may have caused, are counted in :class:`Totals`."""
 
     event: ClassVar = "engine_started"
     own_user: bool
@@ -71,10 +72,12 @@ class EngineStarted:
 
 
 @dataclass(frozen=True, slots=True)
-class EngineExited:
-    """The engine process died and is being started again."""
+class EngineLost:
+    """No engine process will be started any more: the enclave answers nothing but its events from now on. ``kind`` is
+    the name of an exception's class."""
 
-    event: ClassVar = "engine_exited"
+    event: ClassVar = "engine_lost"
+    kind: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +98,7 @@ class NsmFailed:
 
 @dataclass(frozen=True, slots=True)
 class InternalError:
-    """A defect: the name of an exception's class, never its text."""
+    """A defect outside of any request: the name of an exception's class, never its text."""
 
     event: ClassVar = "internal_error"
     kind: str
@@ -118,6 +121,10 @@ class Totals:
     """Given up by the client: it left, or it did not read."""
     refused: int = 0
     """Ended by a clear fault, before the secret was opened."""
+    defects: int = 0
+    """Exceptions that no code raised on purpose, in requests or beside them."""
+    engine_restarts: int = 0
+    """Engine processes that ended while requests were served."""
 
 
 Event: TypeAlias = (
@@ -125,7 +132,7 @@ Event: TypeAlias = (
     | Halted
     | WeightsReceived
     | EngineStarted
-    | EngineExited
+    | EngineLost
     | KeyOffered
     | NsmFailed
     | InternalError

@@ -86,24 +86,29 @@ class EngineProcess:
 
     @classmethod
     async def launch(cls, weights: int, load: Load, stall_seconds: float) -> EngineProcess:
+        """Raises OSError when the system gives no process or no pipe."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
             ours.setblocking(False)
             options = ["-I"] if sys.pycache_prefix is None else ["-I", "-X", f"pycache_prefix={sys.pycache_prefix}"]
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *options,
-                "-m",
-                "enclave.worker",
-                str(theirs.fileno()),
-                str(weights),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.DEVNULL,
-                stderr=asyncio.subprocess.DEVNULL,
-                # numpy, which llama_cpp imports, would start threads that nobody needs.
-                env={"LC_ALL": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"},
-                pass_fds=(theirs.fileno(), weights),
-            )
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    *options,
+                    "-m",
+                    "enclave.worker",
+                    str(theirs.fileno()),
+                    str(weights),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=asyncio.subprocess.DEVNULL,
+                    stderr=asyncio.subprocess.DEVNULL,
+                    # numpy, which llama_cpp imports, would start threads that nobody needs.
+                    env={"LC_ALL": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"},
+                    pass_fds=(theirs.fileno(), weights),
+                )
+            except BaseException:
+                ours.close()
+                raise
         reader, writer = await asyncio.open_connection(sock=ours)
         writer.write(load.encode())
         return cls(process, reader, writer, load.context, stall_seconds)

@@ -19,7 +19,7 @@ from attestation.verifier import NONCE_SIZE
 from enclave.boot import Enclave
 from enclave.generation import Finished, TextDelta
 from enclave.identity import OfferedKey
-from enclave.log import TOTALS_INTERVAL_SECONDS, InternalError, NsmFailed, Phase
+from enclave.log import TOTALS_INTERVAL_SECONDS, NsmFailed, Phase
 from enclave.nsm import NsmError
 from enclave.pacing import PacedAnswer
 from vsockrpc.messages import (
@@ -48,6 +48,8 @@ from vsockrpc.transport import Fault, Handler, IncomingCall
 
 EVIDENCE_QUEUE = 32
 OPENING_QUEUE = 256
+MAX_HALF_READ = 64 << 20
+"""Bytes of all requests together that have begun to arrive and have not ended."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -89,6 +91,7 @@ class Server:
         self._log = enclave.log
         self._attesting = BoundedWorker("evidence", EVIDENCE_QUEUE)
         self._opening = BoundedWorker("opening", OPENING_QUEUE)
+        self._half_read = 0
 
     @property
     def handlers(self) -> Mapping[str, Handler]:
@@ -153,19 +156,24 @@ class Server:
         key_id = call.meta.get("key_id")
         if set(call.meta) != {"key_id"} or not isinstance(key_id, bytes):
             raise Fault("malformed", "a sealed call names its key")
-        key = self._enclave.identity.find(key_id)
-        if key is None:
-            raise Fault("unknown_key", "this key is not accepted")
+        self._accepted_key(key_id)  # before anything is waited for
         body = _Body(call)
         try:
             async with asyncio.timeout(self._enclave.configuration.limits.request_seconds):
                 sealed = split_opening(await body.exactly(OPENING_SIZE))
+            key = self._accepted_key(key_id)  # the opening may have come when the key had expired
             keys = await self._opening.run(key.private.open, sealed, key.commitment)
         except TimeoutError as error:
-            raise Fault("deadline_exceeded", "the request did not arrive in time") from error
+            raise Fault("unavailable", "the request did not arrive in time") from error
         except SealedError as error:
             raise Fault("malformed", "the sealed secret does not open") from error
         return _Opened(key, keys, body)
+
+    def _accepted_key(self, key_id: bytes) -> OfferedKey:
+        key = self._enclave.identity.find(key_id)
+        if key is None:
+            raise Fault("unknown_key", "this key is not accepted")
+        return key
 
     async def _answer(self, call: IncomingCall, opened: _Opened) -> bool:
         """Whether it came to its end; else the client has been told why, sealed."""
@@ -176,7 +184,7 @@ class Server:
             opened.keys,
             configuration.pacing,
             seconds=configuration.limits.request_seconds,
-            on_defect=lambda kind: self._log.write(InternalError(kind)),
+            on_defect=self._count_defect,
         )
 
         async def work() -> None:
@@ -191,7 +199,8 @@ class Server:
         try:
             opened.key.secrets_seen.add(opened.keys.replay_tag)
             async with asyncio.timeout(self._enclave.configuration.limits.request_seconds):
-                request = await self._read_request(opened)
+                content = await self._read_content(opened)
+            request = self._decode(content)
             self._enclave.identity.begin(opened.key, request.id)
         except TimeoutError:
             return StrongroomError("deadline_exceeded", "the request did not arrive in time")
@@ -199,18 +208,27 @@ class Server:
             return error
         return request
 
-    async def _read_request(self, opened: _Opened) -> Request:
+    async def _read_content(self, opened: _Opened) -> bytes:
         """The whole request: nothing of it is acted on before its final record."""
         limit = self._enclave.configuration.limits.request_bytes
         records, content, received = RecordOpener(opened.keys.request), bytearray(), 0
-        async for chunk in opened.body.rest():
-            received += len(chunk)
-            content += records.feed(chunk)
-            if len(content) > limit or received > longest_request(limit):
-                raise MessageError("the request is too large", param="request", expected=f"<= {limit}", got="more")
+        try:
+            async for chunk in opened.body.rest():
+                received += len(chunk)
+                self._half_read += len(chunk)
+                if self._half_read > MAX_HALF_READ:
+                    raise StrongroomError("overloaded", "too many requests are arriving at once")
+                content += records.feed(chunk)
+                if len(content) > limit or received > longest_request(limit):
+                    raise MessageError("the request is too large", param="request", expected=f"<= {limit}", got="more")
+        finally:
+            self._half_read -= received
         records.finish()
-        messages = MessageReader(limit)
-        decoded = list(messages.feed(bytes(content)))
+        return bytes(content)
+
+    def _decode(self, content: bytes) -> Request:
+        messages = MessageReader(self._enclave.configuration.limits.request_bytes)
+        decoded = list(messages.feed(content))
         if len(decoded) != 1 or messages.buffered:
             raise MessageError("a request is one message", param="request", expected=1, got=len(decoded))
         return Request.decode(decoded[0])
@@ -253,8 +271,11 @@ class Server:
             await asyncio.sleep(TOTALS_INTERVAL_SECONDS)
             self._log.close_interval()
 
+    def _count_defect(self) -> None:
+        self._log.totals.defects += 1
+
     def _require_serving(self) -> None:
-        if self._enclave.phase is not Phase.SERVING:
+        if self._enclave.phase is not Phase.SERVING or self._enclave.engine.ended:
             raise Fault("unavailable", "the enclave is not serving")
 
 

@@ -61,6 +61,10 @@ class EchoEngine:
         self._loop: asyncio.Task[None] | None = None
 
     @property
+    def ended(self) -> bool:
+        return False
+
+    @property
     def in_work(self) -> int:
         return len(self._answers)
 

@@ -106,6 +106,7 @@ class EnclaveHouse:
     settings: str = SETTINGS
     enclave: Enclave = field(init=False)
     engine: HouseEngine = field(init=False)
+    server: Server = field(init=False)
     _running: contextlib.AsyncExitStack = field(default_factory=contextlib.AsyncExitStack, init=False)
 
     def __post_init__(self) -> None:
@@ -142,16 +143,16 @@ manifest = "sha384:{self.manifest.digest().hex()}"
 
         self.engine = HouseEngine()
         self.enclave = Enclave(self.configuration, software_nsm(), lambda *_: self.engine, EventLog())
-        server = Server(self.enclave)
+        self.server = Server(self.enclave)
         async with contextlib.AsyncExitStack() as stack:
             async with serve(self._store_address, self._store.handlers, on_error=fail):
                 await self.enclave.boot()
             assert self.enclave.phase is Phase.SERVING, list(self.enclave.log._recent)
-            stack.callback(server.close)
+            stack.callback(self.server.close)
             stack.push_async_callback(self.enclave.close)
             limits = Limits(drain=0.1)
             self._rpc = await stack.enter_async_context(
-                serve(self.address, server.handlers, on_error=fail, limits=limits)
+                serve(self.address, self.server.handlers, on_error=fail, limits=limits)
             )
             self._running = stack.pop_all()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import struct
@@ -29,7 +30,8 @@ from enclave.engine import (
     TextDelta,
     Unavailable,
 )
-from enclave.pipe import Ready
+from enclave.pipe import Load, Ready
+from enclave.process import EngineProcess
 from tests.enclave.conftest import sealed
 from tests.gguf_files import CHAT_TEMPLATE, TEXT, tiny_model
 from vsockrpc.messages import ChatMessage, ChatRequest
@@ -45,6 +47,7 @@ class Events:
     def __init__(self) -> None:
         self.started: list[Ready] = []
         self.exits = 0
+        self.lost: list[str] = []
 
     def exited(self) -> None:
         self.exits += 1
@@ -150,7 +153,7 @@ async def test_a_process_killed_in_mid_answer_fails_what_was_in_flight_and_nothi
     assert (await finish(engine, SHORT)).completion_tokens == 3
     assert engine.pid != first
     assert events.exits == 1
-    assert len(events.started) == 2
+    assert len(events.started) == 1  # what happens later is no event of its own
     assert not Path(f"/proc/{first}").exists()
 
 
@@ -249,7 +252,8 @@ async def test_requests_do_not_wait_for_ever_for_a_process(tiny_weights: int, mo
 async def test_after_too_many_failed_starts_no_other_is_tried(
     tiny_weights: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = LlamaEngine(tiny_weights, CHAT_TEMPLATE, SETTINGS)
+    lost: list[str] = []
+    engine = LlamaEngine(tiny_weights, CHAT_TEMPLATE, SETTINGS, on_lost=lost.append)
     await engine.start()
     try:
         monkeypatch.setattr("enclave.engine.FIRST_PAUSE_SECONDS", 0)
@@ -258,6 +262,64 @@ async def test_after_too_many_failed_starts_no_other_is_tried(
         with pytest.raises(EngineFailed):
             while True:
                 await finish(engine, SHORT)
+        with pytest.raises(Unavailable, match="cannot be started"):
+            await finish(engine, SHORT)
+        assert engine.ended
+        assert lost == ["EngineRefused"]
+    finally:
+        await engine.close()
+
+
+async def test_a_start_that_the_system_refuses_is_tried_again(
+    tiny_weights: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch, refusals = EngineProcess.launch, iter([OSError(errno.EMFILE, "too many"), OSError(errno.ENOMEM, "none")])
+
+    async def launch_at_last(weights: int, load: Load, stall_seconds: float) -> EngineProcess:
+        for refusal in refusals:
+            raise refusal
+        return await launch(weights, load, stall_seconds)
+
+    engine = LlamaEngine(tiny_weights, CHAT_TEMPLATE, SETTINGS)
+    await engine.start()
+    try:
+        monkeypatch.setattr("enclave.engine.FIRST_PAUSE_SECONDS", 0)
+        monkeypatch.setattr(EngineProcess, "launch", launch_at_last)
+        os.kill(pid_of(engine), signal.SIGKILL)
+        with pytest.raises(EngineFailed):
+            while True:  # until its death is noticed
+                await finish(engine, SHORT)
+        assert (await finish(engine, SHORT)).completion_tokens == 3
+        assert next(refusals, None) is None
+        assert not engine.ended
+    finally:
+        await engine.close()
+    assert engine.ended
+
+
+async def test_a_thousand_deaths_are_followed_by_another_start(
+    tiny_weights: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("enclave.engine.FIRST_PAUSE_SECONDS", 1e-9)
+    engine = LlamaEngine(tiny_weights, CHAT_TEMPLATE, SETTINGS)
+    worker = await engine._spawn_again(deaths=2000)
+    await worker.end("the test is over")
+
+
+async def test_a_defect_of_the_keeper_is_told_and_ends_the_engine(
+    tiny_weights: int, events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def serve(_: EngineProcess) -> str:
+        raise ZeroDivisionError("what the person said")
+
+    monkeypatch.setattr(EngineProcess, "serve", serve)
+    engine = LlamaEngine(tiny_weights, CHAT_TEMPLATE, SETTINGS, on_lost=events.lost.append)
+    await engine.start()
+    try:
+        assert engine._keeper is not None
+        await engine._keeper
+        assert engine.ended
+        assert events.lost == ["ZeroDivisionError"]
         with pytest.raises(Unavailable, match="cannot be started"):
             await finish(engine, SHORT)
     finally:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from enclave import log
 from enclave.log import (
-    EngineExited,
+    EngineLost,
     EngineStarted,
     Event,
     EventLog,
@@ -35,6 +35,7 @@ TEXTS = {
     (KeyOffered, "key_id"): "the public name of a key, in hexadecimal",
     (NsmFailed, "code"): "an error's code",
     (InternalError, "kind"): "the name of an exception's class",
+    (EngineLost, "kind"): "the same",
     (Halted, "code"): "an error's code",
     (Halted, "message"): "an error of the boot, before any client is served",
     (Halted, "expected"): "the same",
@@ -49,11 +50,11 @@ EXAMPLES: dict[type, Event] = {
         Halted(Phase.ENTROPY, "entropy_missing", "the kernel is not seeded by the NSM", "nsm-hwrng", "tpm-rng"),
         WeightsReceived(1, 2),
         EngineStarted(own_user=True, seccomp=False),
-        EngineExited(),
+        EngineLost("EngineRefused"),
         KeyOffered("00" * 16),
         NsmFailed("InternalError"),
         InternalError("ValueError"),
-        Totals(1, 2, 3, 4, 5, 6),
+        Totals(1, 2, 3, 4, 5, 6, 7, 8),
     )
 }
 
