@@ -26,6 +26,9 @@ def main() -> None:
     parser.add_argument(
         "--no-network", action="store_true", help="in a new network namespace, where the system allows it"
     )
+    parser.add_argument(
+        "--parent", type=int, metavar="PID", help="who starts this: COMMAND is not run without it, and ends with it"
+    )
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args()
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
@@ -39,9 +42,9 @@ def main() -> None:
     if options.address_space:
         resource.setrlimit(resource.RLIMIT_AS, (options.address_space, options.address_space))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    parent = os.getppid()
+    parent = os.getppid() if options.parent is None else options.parent
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died in between, and no signal will come
+    if os.getppid() != parent:  # it died before, and no signal will come
         sys.exit(1)
     os.execv(command[0], command)  # noqa: S606 - becoming the command is the point
 

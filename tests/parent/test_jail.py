@@ -198,3 +198,10 @@ def test_it_dies_with_its_parent() -> None:
         assert process.stdout.readline() == "ready\n"
         process.kill()
         assert process.stdout.read() == ""  # the end comes when the last writer is gone: the jailed process
+
+
+def test_the_command_is_not_run_when_the_parent_is_gone() -> None:
+    """The kernel gave this process another parent before it could ask to die with the first."""
+    done = jailed("--parent", str(os.getppid()), program="print('it runs')")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert jailed("--parent", str(os.getpid()), program="").returncode == 0
