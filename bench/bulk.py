@@ -23,13 +23,13 @@ from statistics import median
 from bench import Row
 from vsockrpc.address import UnixAddress
 from vsockrpc.digest import HashingSink
-from vsockrpc.transport import IncomingCall, Limits, connect, serve
+from vsockrpc.limits import BULK
+from vsockrpc.transport import IncomingCall, connect, serve
 
 ALGORITHM = "sha256"
 BLOCK = bytes(range(256)) * 4096
 """One MiB, which the sender repeats."""
 MIB = 1 << 20
-BULK = Limits(window=4 * MIB)
 
 
 def rows(size: int = 1 << 30, runs: int = 5) -> list[Row]:
@@ -115,7 +115,7 @@ def _send_rpc(path: str, size: int) -> None:
             await call.send(BLOCK)
 
     async def run() -> None:
-        async with serve(UnixAddress(path), {"bulk": bulk}, on_error=_fail):
+        async with serve(UnixAddress(path), {"bulk": bulk}, on_error=_fail, limits=BULK):
             _say_ready()
             await asyncio.to_thread(sys.stdin.read)
 

@@ -20,8 +20,9 @@ from vsockrpc.limits import Limits
 from vsockrpc.outbox import Buffer
 from vsockrpc.state import Role
 
-READ_SIZE = 262_144
-"""Bytes asked of the socket at once."""
+READ_SIZE = 65_536
+LARGE_READ_SIZE = 1_048_576
+"""Bytes asked of the socket at once; the larger number after a read that brought at least the smaller one."""
 STAGE_SIZE = 524_288
 """Bytes taken from the connection at once: what a small call can at most find in front of it, besides the socket's
 own buffer.
@@ -52,6 +53,7 @@ class Link:
         self._ready: asyncio.Future[None] = self._loop.create_future()
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self._deaf = False  # the other side takes no more bytes; some of its own may still be unread
+        self._read_size = READ_SIZE
         self._staged: deque[Buffer] = deque()
         self._flush_due = False
         self._writing = False
@@ -139,12 +141,13 @@ class Link:
 
     def _on_readable(self) -> None:
         try:
-            data = self._sock.recv(READ_SIZE)
+            data = self._sock.recv(self._read_size)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
             self.lose(f"reading failed: {error.strerror}")
             return
+        self._read_size = LARGE_READ_SIZE if len(data) >= READ_SIZE else READ_SIZE
         try:
             events = self.connection.receive_data(data)
         except RemoteProtocolError as error:
