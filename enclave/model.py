@@ -22,6 +22,7 @@ from attestation.manifest import MANIFEST_LABEL, MAX_MANIFEST_SIZE, ManifestFile
 from attestation.reference import h384
 from vsockrpc.address import Address
 from vsockrpc.digest import HashingSink
+from vsockrpc.limits import BULK
 from vsockrpc.transport import Client, ConnectionLost, Fault, connect
 
 MEMINFO = Path("/proc/meminfo")
@@ -148,7 +149,7 @@ class _Transfer:
         attempts = _Attempts(self._patience)
         while True:
             try:
-                async with connect(self._store) as client:
+                async with connect(self._store, limits=BULK) as client:
                     data = await fetch(client)
                 break
             except (ConnectionLost, Fault) as error:
@@ -166,7 +167,7 @@ class _Transfer:
         while self._received < weights.size:
             before = self._received
             try:
-                async with connect(self._store) as client:
+                async with connect(self._store, limits=BULK) as client:
                     await self._receive(client, weights, sink)
             except (ConnectionLost, Fault, TimeoutError) as error:
                 await attempts.pause_after(error, progressed=self._received > before)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import cbor2
 
@@ -212,12 +211,6 @@ def files() -> Mapping[str, bytes]:
         assert f"{case.name}.json" not in made
         made[f"{case.name}.json"] = (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()
     return made
-
-
-def write(directory: Path) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, content in files().items():
-        (directory / name).write_bytes(content)
 
 
 def _run(case: Case) -> tuple[str, list[list[object]], bytes]:
