@@ -15,11 +15,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from attestation.errors import StrongroomError
+from vsockrpc.address import UNIX_PATH_LIMIT
 
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")
 LONGEST_SOCKET = "models.sock"
-UNIX_PATH_LIMIT = 107
-ENDED = ("STOPPED", "FAILED")
+ENDED = ("STOPPED", "FAILED", "DIED")
+"""Phases with no supervisor behind them. ``DIED`` is never written: it is what a reader sees of one that is gone."""
 LOCK_PAUSES = (0.01, 0.02, 0.04, 0.08)
 """Seconds: someone who only looks whether the lock is held holds it for a moment."""
 

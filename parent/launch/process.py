@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -22,13 +21,13 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from attestation.errors import StrongroomError
 from attestation.manifest import ModelManifest
 from attestation.measure import measure_process_image
 from attestation.reference import PcrSet
 from parent.config import LaunchConfiguration
+from parent.events import Event, EventError, EventReader
 from parent.modelstore import ModelStore
 from parent.registry import Instance, State, state_home
 from vsockrpc.address import UnixAddress
@@ -42,7 +41,9 @@ ENVIRONMENT = {"PATH": os.defpath, "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1
 PKI_ENVIRONMENT = ("HOME", "STRONGROOM_HOME", "XDG_DATA_HOME")
 """By which the software NSM finds this user's development root. The enclave gets none of the environment."""
 UNUSABLE = 2
-"""The exit code of an enclave that could not begin: starting it again would not help."""
+"""The exit code of an enclave that could not begin, for its configuration or because it cannot listen: starting it
+again would not help.
+"""
 LISTEN_SECONDS = 60
 MEMORY_SLACK = 6 << 30
 """Address space besides twice the model: Python, llama.cpp's buffers and the reserve of its threads' stacks."""
@@ -69,13 +70,14 @@ class Supervisor:
     """Keeps one emulated enclave running until it is told to stop or its boot halts."""
 
     def __init__(
-        self, launch: Launch, *, on_change: Callable[[State], None], on_event: Callable[[dict[str, Any]], None]
+        self, launch: Launch, *, on_change: Callable[[State], None], on_event: Callable[[Event], None]
     ) -> None:
         self._launch = launch
         self._on_change = on_change
         self._on_event = on_event
         self._bytecode = Path()
         self._disk_failed = False
+        self._unheard = False
         self._instance = launch.instance
         self._configuration = LaunchConfiguration.load(launch.instance.configuration)
         self._state = State(
@@ -153,12 +155,25 @@ class Supervisor:
             try:
                 await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
                 if enclave.returncode == UNUSABLE:
-                    return {"code": "bad_configuration", "message": self._last_words(), "expected": None, "got": None}
-                return following.result() if following.done() and following.exception() is None else None
+                    return {"code": "enclave_unusable", "message": self._last_words(), "expected": None, "got": None}
+                return self._end_of(following) if following.done() else None
             finally:
                 for end in ends:
                     end.cancel()
                 await asyncio.gather(*ends, return_exceptions=True)
+
+    def _end_of(self, following: asyncio.Future[dict[str, str | None]]) -> dict[str, str | None] | None:
+        """What the end of the events means: the reason of a halt, or None for a death, whose reason is logged. Anything
+        else is a defect here, and booting a healthy enclave again would hide it: it is noted and raised.
+        """
+        try:
+            return following.result()
+        except (ConnectionLost, Fault, TimeoutError, EventError) as death:
+            self._log(f"strongroom: following the enclave's events ended: {death or type(death).__name__}\n")
+            return None
+        except Exception as defect:
+            self._note(defect)
+            raise
 
     @contextlib.asynccontextmanager
     async def _nsm(self, measured: PcrSet) -> AsyncIterator[asyncio.subprocess.Process]:
@@ -216,7 +231,7 @@ class Supervisor:
 
     async def _follow_events(self) -> dict[str, str | None]:
         """Writes the enclave's events down as they come. Returns when the boot has halted; ends with ConnectionLost
-        when the enclave dies.
+        when the enclave dies, and with EventError when it says what is no event.
         """
         address = UnixAddress(str(self._instance.directory / self._configuration.listen.path))
         deadline = time.monotonic() + LISTEN_SECONDS
@@ -225,32 +240,36 @@ class Supervisor:
                 async with connect(address) as client, client.call("events", {}) as call:
                     await call.send(b"", end=True)
                     return await self._write_events(aiter(call))
-            except (OSError, ConnectionLost, Fault):
+            except (ConnectionLost, Fault):
                 if self._state.phase != "STARTING" or time.monotonic() > deadline:
                     raise
                 await asyncio.sleep(0.05)
 
     async def _write_events(self, chunks: AsyncIterator[bytes | memoryview]) -> dict[str, str | None]:
-        buffer = bytearray()
-        with self._instance.events.open("ab", buffering=0) as file:
-            async for chunk in chunks:
-                buffer += chunk
-                *lines, rest = bytes(buffer).split(b"\n")
-                buffer = bytearray(rest)
-                for line in lines:
-                    self._write(partial(file.write, line + b"\n"))
-                    event = json.loads(line)
-                    self._on_event(event)
-                    if event["event"] == "phase":
-                        self._enter(event["phase"])
-                    elif event["event"] == "halted":
-                        return {key: event[key] for key in ("code", "message", "expected", "got")}
+        reader = EventReader()
+        async for chunk in chunks:
+            for line, event in reader.feed(chunk):
+                self._append(self._instance.events, line + b"\n")
+                self._tell(partial(self._on_event, event))
+                if event["event"] == "phase":
+                    self._enter(event["phase"])
+                elif event["event"] == "halted":
+                    return {key: event[key] for key in ("code", "message", "expected", "got")}
         raise ConnectionLost("the enclave ended its events")
 
     def _note(self, error: BaseException) -> None:
-        """A defect in the store's handling of a call goes to the supervisor's log, not to the enclave."""
-        with self._instance.log.open("a") as log:
-            traceback.print_exception(error, file=log)
+        """A defect on this side goes to the supervisor's log, not to the enclave."""
+        self._log("".join(traceback.format_exception(error)))
+
+    def _log(self, text: str) -> None:
+        self._append(self._instance.log, text.encode("utf-8", "backslashreplace"))
+
+    def _append(self, path: Path, data: bytes) -> None:
+        def write() -> None:
+            with path.open("ab", buffering=0) as file:
+                file.write(data)
+
+        self._write(write)
 
     def _last_words(self) -> str:
         """The end of what the children wrote before they served anybody."""
@@ -259,7 +278,18 @@ class Supervisor:
     def _enter(self, phase: str) -> None:
         self._state.phase = phase
         self._write(partial(self._instance.write_state, self._state))
-        self._on_change(self._state)
+        self._tell(partial(self._on_change, self._state))
+
+    def _tell(self, tell: Callable[[], None]) -> None:
+        """Tells whoever watches. A pipe that they left must not end an enclave that serves: it is noted once, and the
+        enclave goes on.
+        """
+        try:
+            tell()
+        except OSError as error:
+            if not self._unheard:
+                self._unheard = True
+                self._note(error)
 
     def _write(self, write: Callable[[], object]) -> None:
         """Writes into the operator's notebook. A full disk must not end an enclave that serves: it is said once, and
@@ -269,10 +299,9 @@ class Supervisor:
             write()
         except OSError as error:
             if not self._disk_failed:
-                print(
-                    f"strongroom: {self._instance.directory}: {error.strerror}; events are being lost", file=sys.stderr
-                )
-            self._disk_failed = True
+                self._disk_failed = True
+                said = f"strongroom: {self._instance.directory}: {error.strerror}; events are being lost"
+                self._tell(partial(print, said, file=sys.stderr))
 
     def _fail(self, error: dict[str, str | None]) -> None:
         self._state.error = error

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import importlib.util
 import os
 import py_compile
+import signal
 import sys
 from pathlib import Path
 
@@ -13,7 +16,7 @@ import pytest
 from attestation.manifest import ModelManifest
 from attestation.reference import PcrSet
 from parent.launch.process import MAX_FRUITLESS_BOOTS, Launch, Supervisor, bytecode_cache
-from parent.registry import Registry, State
+from parent.registry import Instance, Registry, State
 from strongroom.prepare import Settings, enclave_toml
 from tests.gguf_files import tiny_model
 
@@ -54,16 +57,54 @@ def test_a_configuration_that_the_enclave_refuses_ends_at_once(launch: Launch) -
         file.write("[surprise]\nkey = 1\n")
     state, phases = supervise(launch)
     assert state.error is not None
-    assert state.error["code"] == "bad_configuration"
+    assert state.error["code"] == "enclave_unusable"
     assert "surprise" in str(state.error["message"])
     assert phases.count("STARTING") == 1
+
+
+def test_an_enclave_that_cannot_listen_ends_at_once(launch: Launch) -> None:
+    (launch.instance.directory / "rpc.sock").write_text("a file that is no socket")
+    state, phases = supervise(launch)
+    assert state.error is not None
+    assert state.error["code"] == "enclave_unusable"
+    assert "no socket is in the way" in str(state.error["message"])
+    assert phases.count("STARTING") == 1
+
+
+def test_nobody_listening_to_the_supervisor_is_no_death(launch: Launch) -> None:
+    """As with ``strongroom start --foreground | true``."""
+
+    def left(state: State) -> None:
+        if state.phase == "SERVING":
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    state = asyncio.run(Supervisor(launch, on_change=left, on_event=lambda event: None).run())
+    assert (state.phase, state.restarts) == ("STOPPED", 0)
+    assert launch.instance.log.read_text().count("[Errno 32]") == 1
+
+
+def test_a_full_disk_ends_nothing(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(instance: Instance, state: State) -> None:
+        if state.phase == "SERVING":
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Instance, "write_state", full)
+    state, phases = supervise(launch)
+    assert (state.phase, state.restarts) == ("STOPPED", 0)
+    assert {"CONFIGURED", "MODEL_COMMITTED", "SERVING"} <= set(phases)
+    assert capsys.readouterr().err.count("No space left on device") == 1
 
 
 def test_bytecode_beside_the_sources_is_never_run(tmp_path: Path) -> None:
     """The measurement covers sources: a poisoned cache beside one must not be what runs."""
     module = tmp_path / "victim.py"
     module.write_text("print('poison')\n")
-    cached = Path(py_compile.compile(str(module), doraise=True))
+    py_compile.compile(str(module), doraise=True)
+    cached = Path(importlib.util.cache_from_source(str(module)))
     written = module.stat()
     module.write_text(
         "print('source')\n"

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from parent.registry import LONGEST_SOCKET, UNIX_PATH_LIMIT, Instance, Registry, RegistryError, State, state_home
+from parent.registry import LONGEST_SOCKET, Instance, Registry, RegistryError, State, state_home
+from vsockrpc.address import UNIX_PATH_LIMIT
 
 STATE = State("demo", "process", 1, "SERVING", "unix:/x/rpc.sock", 1.5, pcrs={"0": "00"}, model="tiny sha384:00")
 
