@@ -24,29 +24,14 @@ from pathlib import Path
 
 import cbor2
 
+from attestation.dependencies import APPLICATION_PACKAGES, ENCLAVE_DEPENDENCIES, STANDARD_LIBRARY_SKIPPED
 from attestation.errors import StrongroomError
 from attestation.reference import PcrSet, h384, once_extended
 
-ENCLAVE_DEPENDENCIES = (
-    "cbor2",
-    "cffi",
-    "cryptography",
-    "diskcache",
-    "jinja2",
-    "llama-cpp-python",
-    "markupsafe",
-    "numpy",
-    "pycparser",
-    "typing-extensions",
-)
-"""The enclave's trusted computing base beside Python: what ``enclave`` imports, closed under what that requires. The
-one list of it."""
-
-APPLICATION_PACKAGES = ("attestation", "enclave", "vsockrpc")
 CONFIGURATION_LABEL = "enclave.toml"
 
 _BYTECODE_CACHE = "__pycache__"
-_STANDARD_LIBRARY_SKIPPED = frozenset({"test", "tests", "idlelib", "site-packages", "dist-packages"})
+_SITE_FOLDERS = frozenset({"site-packages", "dist-packages"})
 _IMPORTABLE = (".py", ".pyc", ".so")
 
 _INQUIRY_SECONDS = 60.0
@@ -74,12 +59,21 @@ def files(name):
 def folder(name):
     spec = importlib.util.find_spec(name)
     return [] if spec is None else [path for path in spec.submodule_search_locations or () if os.path.isdir(path)]
+def strays():
+    known = {sysconfig.get_path("stdlib"), sysconfig.get_config_var("DESTSHARED"), *site.getsitepackages()}
+    for folder in site.getsitepackages():
+        for file in glob.glob(os.path.join(folder, "*.pth")):
+            with open(file, errors="replace") as lines:
+                known.update(os.path.join(folder, line.strip()) for line in lines)
+    known = {os.path.realpath(entry) for entry in known if entry}
+    return sorted({entry for entry in sys.path if os.path.exists(entry) and os.path.realpath(entry) not in known})
 print(json.dumps({
     "interpreter": [os.path.realpath(sys.executable)],
     "library": library(),
     "standard_library": sysconfig.get_path("stdlib"),
     "extensions": sysconfig.get_config_var("DESTSHARED"),
     "startup": list(startup()),
+    "strays": strays(),
     "dependencies": {name: files(name) for name in dependencies},
     "packages": {name: folder(name) for name in packages},
 }))
@@ -88,7 +82,7 @@ print(json.dumps({
 
 class MeasurementError(StrongroomError):
     """The image cannot be measured. Codes: ``no_interpreter``, ``missing_dependency``, ``missing_package``,
-    ``unreadable``."""
+    ``unmeasured_path``, ``unreadable``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +146,13 @@ def process_image(python: Path, configuration: Path, *, application: Path | None
     ``python`` itself would import. Symbolic links count as what they lead to. Raises :class:`MeasurementError`.
     """
     found = _inquire(python)
+    if found.strays:
+        raise MeasurementError(
+            "unmeasured_path",
+            "the interpreter would import from a place that is not measured",
+            expected="the standard library, site-packages and what a .pth file there names",
+            got=", ".join(found.strays),
+        )
     boot = [*_interpreter(found), *_standard_library(found), *_dependencies(found)]
     packages = _packages(found) if application is None else {name: application / name for name in APPLICATION_PACKAGES}
     own = [(CONFIGURATION_LABEL, configuration)]
@@ -180,6 +181,7 @@ class _Found:
     standard_library: str
     extensions: str | None
     startup: list[tuple[str, str]]
+    strays: list[str]
     dependencies: Mapping[str, tuple[str, list[str]] | None]
     packages: Mapping[str, list[str]]
 
@@ -208,7 +210,7 @@ def _standard_library(found: _Found) -> Iterator[tuple[str, Path]]:
     if found.extensions and not Path(found.extensions).is_relative_to(standard_library):
         roots.append(("stdlib/lib-dynload", Path(found.extensions)))
     for label, root in roots:
-        for path, file in _tree(label, root, skipped=_STANDARD_LIBRARY_SKIPPED):
+        for path, file in _tree(label, root, skipped=STANDARD_LIBRARY_SKIPPED | _SITE_FOLDERS):
             if path.endswith(_IMPORTABLE):
                 yield path, file
 
@@ -217,7 +219,8 @@ def _dependencies(found: _Found) -> Iterator[tuple[str, Path]]:
     """What is imported from ``site-packages``: by ``site`` when the interpreter starts (``.pth`` files), and by the
     enclave.
 
-    Whole folders, not only the files that were installed: a file added later could be imported in their place.
+    Whole folders, and beside a module that is a file everything of its name, not only the files that were installed:
+    one added later could be imported in their place.
     """
     tops = {entry: Path(root, entry) for root, entry in found.startup}
     for name, distribution in found.dependencies.items():
@@ -230,6 +233,10 @@ def _dependencies(found: _Found) -> Iterator[tuple[str, Path]]:
             # Left out: scripts, and the installer's notes, which tell of the installation and not of the code.
             if entry not in ("..", _BYTECODE_CACHE) and not entry.endswith((".dist-info", ".egg-info")):
                 tops[entry] = Path(root, entry)
+                if entry.endswith(_IMPORTABLE):
+                    module = entry.partition(".")[0]
+                    beside = (path for path in Path(root).glob(f"{module}*") if path.name.partition(".")[0] == module)
+                    tops.update((path.name, path) for path in beside)
     for entry, path in tops.items():
         if path.is_dir():
             yield from _tree(f"site-packages/{entry}", path)

@@ -7,6 +7,11 @@ in its events, and answers nothing else.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before anything can be imported that nobody measured
+    from enclave.imports import only_measured
+
+    only_measured()
+
 import argparse
 import asyncio
 import signal

@@ -8,6 +8,11 @@ lead nowhere.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before anything can be imported that nobody measured
+    from enclave.imports import only_measured
+
+    only_measured()
+
 import os
 import socket
 import sys

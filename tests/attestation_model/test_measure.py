@@ -19,9 +19,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from attestation.dependencies import APPLICATION_PACKAGES, ENCLAVE_DEPENDENCIES
 from attestation.measure import (
-    APPLICATION_PACKAGES,
-    ENCLAVE_DEPENDENCIES,
     FileChange,
     ImageFile,
     ImageSection,
@@ -49,6 +48,7 @@ class Installation:
             "standard_library": str(root / "lib/python3"),
             "extensions": str(root / "lib/python3/lib-dynload"),
             "startup": [[str(root / "site-packages"), "start.pth"], [str(root / "site-packages"), "started"]],
+            "strays": [],
             "dependencies": {name: [str(root / "site-packages"), [name]] for name in ENCLAVE_DEPENDENCIES},
             "packages": {name: [str(root / "application" / name)] for name in APPLICATION_PACKAGES},
         }
@@ -276,6 +276,11 @@ def package_in_two_places(installation: Installation) -> None:
     installation.publish()
 
 
+def code_in_another_place(installation: Installation) -> None:
+    installation.answer["strays"] = ["/usr/lib/python311.zip"]
+    installation.publish()
+
+
 def absent_interpreter(installation: Installation) -> None:
     installation.python.unlink()
 
@@ -328,6 +333,7 @@ def name_that_is_no_text(installation: Installation) -> None:
         (dependency_without_files, "missing_dependency"),
         (absent_package, "missing_package"),
         (package_in_two_places, "missing_package"),
+        (code_in_another_place, "unmeasured_path"),
         (absent_interpreter, "no_interpreter"),
         (failing_interpreter, "no_interpreter"),
         (talkative_interpreter, "no_interpreter"),
@@ -428,6 +434,26 @@ def test_what_runs_when_python_starts_is_measured(tmp_path: Path) -> None:
         "site-packages/hook.pth",
         "site-packages/startup_hook/__init__.py",
     ]
+
+    before = boot()
+    (packages / "typing_extensions").mkdir()  # would be imported in place of the file beside it
+    (packages / "typing_extensions" / "__init__.py").touch()
+    assert [change.path for change in diff(before, boot())] == ["site-packages/typing_extensions/__init__.py"]
+
+    (packages / "checkout.pth").write_text(f"{REPOSITORY}\n")
+    boot()
+    (packages / "stray.pth").write_text(f"import sys; sys.path.append({str(tmp_path)!r})\n")
+    with pytest.raises(MeasurementError) as raised:
+        boot()
+    assert (raised.value.code, raised.value.got) == ("unmeasured_path", str(tmp_path))
+
+
+@pytest.mark.usefixtures("dependencies_are_installed")
+def test_the_names_by_which_dependencies_are_imported() -> None:
+    owners = importlib.metadata.packages_distributions()
+    for name, modules in ENCLAVE_DEPENDENCIES.items():
+        owned = {module for module, names in owners.items() if name in map(canonicalize_name, names)}
+        assert set(modules) == {module for module in owned if module.isidentifier()}, name
 
 
 @pytest.mark.usefixtures("dependencies_are_installed")

@@ -11,8 +11,8 @@ import click
 import pytest
 
 from attestation.checks import STEPS
+from attestation.dependencies import ENCLAVE_DEPENDENCIES
 from attestation.errors import AppraisalError, EvidenceError, PolicyError, StrongroomError
-from attestation.measure import ENCLAVE_DEPENDENCIES
 from enclave.boot import PHASES
 from enclave.server import Server
 from parent.modelstore import ModelStore
