@@ -31,8 +31,6 @@ MAX_EVIDENCE = 32_768
 MAX_DOCUMENT = 16_384
 """Bytes: the largest Evidence, and the largest document in it."""
 
-MEDIA_TYPE = "application/vnd.strongroom.evidence+cbor"
-
 _COMMITMENT_VERSION = 1
 _EVIDENCE_VERSION = 1
 _USER_DATA_VERSION = 1

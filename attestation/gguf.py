@@ -284,9 +284,8 @@ class _Reader:
     def header(self) -> GgufHeader:
         magic = self._take(4, "the magic") if self._size >= 4 else b""
         if magic != MAGIC:
-            raise ModelError(
-                "not_gguf", "not a GGUF file", expected=MAGIC.hex(), got=magic.hex() or "an empty file", offset=0
-            )
+            got = magic.hex() or f"a file of {self._size} bytes"
+            raise ModelError("not_gguf", "not a GGUF file", expected=MAGIC.hex(), got=got, offset=0)
         version = self._u32("the version")
         if version not in VERSIONS:
             raise ModelError("unsupported_gguf", "unknown GGUF version", expected="2 or 3", got=version, offset=4)

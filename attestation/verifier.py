@@ -134,7 +134,7 @@ def authenticate(document: bytes, *, anchor: Anchor, at: datetime) -> AuthenticD
 
 
 def verify(evidence: bytes, *, policy: AppraisalPolicy, nonce: bytes, at: datetime) -> AttestationResult:
-    """The verdict on the ``evidence`` that answers the request with ``nonce``, sent at ``at`` (with a time zone).
+    """The verdict on the ``evidence`` that answers the request with ``nonce``, judged at ``at`` (with a time zone).
 
     Raises EvidenceError when it proves nothing (steps 1 to 9) and AppraisalError when what it proves is not what the
     policy accepts (steps 10 to 15); both carry the checks. ValueError for a nonce that is not ``NONCE_SIZE`` bytes.

@@ -22,8 +22,6 @@ import re
 import resource
 import secrets
 import signal
-import socket
-import stat
 import sys
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
@@ -46,7 +44,8 @@ from attestation.reference import (
     once_extended,
 )
 from emulator.pki import DevelopmentRoot, IssuedChain, ensure_development_root, issue_chain
-from vsockrpc.address import Address, TcpAddress, UnixAddress, VsockAddress, parse_address
+from vsockrpc.address import Address, parse_address
+from vsockrpc.sockets import Listener, listen_socket
 
 MAX_REQUEST = 0x1000
 MAX_RESPONSE = 0x3000
@@ -244,9 +243,9 @@ class NsmServer:
         self._nsm = nsm
         self._connections: dict[asyncio.StreamWriter, asyncio.Task[None]] = {}  # oldest first
 
-    async def serve(self, listener: socket.socket, stop: asyncio.Event) -> None:
-        """Accepts on ``listener``, which it closes, until ``stop`` is set."""
-        server = await asyncio.start_server(self._connection, sock=listener, limit=MAX_REQUEST)
+    async def serve(self, listener: Listener, stop: asyncio.Event) -> None:
+        """Accepts on ``listener``, which the caller closes, until ``stop`` is set."""
+        server = await asyncio.start_server(self._connection, sock=listener.sock, limit=MAX_REQUEST)
         try:
             await stop.wait()
         finally:
@@ -286,40 +285,6 @@ class NsmServer:
         return fits
 
 
-def listen(address: Address) -> tuple[socket.socket, Address]:
-    """A bound socket and the address it has (a TCP port of 0 is chosen by the system). A Unix socket is for this user
-    only, and one that a dead process left behind is replaced. Raises OSError, for an address in use as for any other
-    reason."""
-    match address:
-        case UnixAddress(path):
-            _remove_dead_socket(Path(path))
-            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            before = os.umask(0o177)
-            try:
-                listener.bind(str(path))
-            finally:
-                os.umask(before)
-        case TcpAddress(host, port):
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            listener = socket.create_server((host, port), family=family)
-            address = TcpAddress(host, listener.getsockname()[1])
-        case VsockAddress(cid, port):
-            listener = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
-            listener.bind((cid, port))
-    listener.listen(MAX_CONNECTIONS)
-    return listener, address
-
-
-def _remove_dead_socket(path: Path) -> None:
-    if not path.exists() or not stat.S_ISSOCK(path.stat().st_mode):
-        return  # bind() makes it, or refuses to replace what is no socket
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink()
-
-
 def end_with_parent() -> None:
     """Has the kernel send SIGTERM to this process when the thread that started it ends, so that a killed launcher
     leaves nothing running."""
@@ -336,10 +301,10 @@ async def _run(nsm: SoftwareNsm, address: Address, root: DevelopmentRoot) -> Non
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    listener, bound = listen(address)
+    listener = await listen_socket(address)
     ready = {
         "event": "ready",
-        "address": str(bound),
+        "address": str(listener.address),
         "module_id": nsm.module_id,
         "root_sha256": hashlib.sha256(root.certificate_der).hexdigest(),
     }
@@ -348,8 +313,6 @@ async def _run(nsm: SoftwareNsm, address: Address, root: DevelopmentRoot) -> Non
         await NsmServer(nsm).serve(listener, stop)
     finally:
         listener.close()
-        if isinstance(bound, UnixAddress):
-            Path(bound.path).unlink(missing_ok=True)
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -18,34 +18,14 @@ from attestation.gguf import read_header
 from enclave.config import EngineSettings
 from enclave.generation import (
     ContextExceeded,
-    EngineError,
-    EngineFailed,
     EngineRefused,
-    Finished,
     GenerationEvent,
-    InvalidRequest,
     Overloaded,
-    TextDelta,
     Unavailable,
 )
 from enclave.pipe import MAX_PROMPT_SIZE, Load, Ready
 from enclave.process import EngineProcess
 from vsockrpc.messages import ChatRequest
-
-__all__ = [
-    "ContextExceeded",
-    "Engine",
-    "EngineError",
-    "EngineFailed",
-    "EngineRefused",
-    "Finished",
-    "GenerationEvent",
-    "InvalidRequest",
-    "LlamaEngine",
-    "Overloaded",
-    "TextDelta",
-    "Unavailable",
-]
 
 START_SECONDS: Final = 600.0
 """For a process to load the model; the largest take minutes."""

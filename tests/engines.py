@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 
-from enclave.engine import (
+from enclave.generation import (
     ContextExceeded,
     EngineError,
     EngineFailed,

@@ -57,7 +57,6 @@ class Client:
 
     def __init__(self, sock: socket.socket, limits: Limits) -> None:
         self._calls: dict[int, Call] = {}
-        self._gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._link = Link(sock, Role.CALLER, limits, self._on_event, self._on_lost)
 
     @property
@@ -76,12 +75,6 @@ class Client:
         """A call, to be entered with ``async with``. ``deadline``: seconds from then to the answer's end."""
         return Call(self._link, self._calls, method, meta, deadline)
 
-    async def wait_lost(self) -> ConnectionLost:
-        """Return when the connection is gone, with the reason."""
-        await asyncio.shield(self._gone)
-        assert self._link.lost is not None
-        return self._link.lost
-
     async def close(self) -> None:
         """Give up calls that are open, and close: at most ``Limits.drain`` seconds."""
         for number, call in list(self._calls.items()):
@@ -97,8 +90,6 @@ class Client:
     def _on_lost(self, error: ConnectionLost) -> None:
         for call in self._calls.values():
             call.fail(ConnectionLost(error.message))
-        if not self._gone.done():
-            self._gone.set_result(None)
 
 
 async def dial(address: Address, *, limits: Limits | None = None) -> Client:

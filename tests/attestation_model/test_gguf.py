@@ -134,6 +134,11 @@ LIES: dict[str, tuple[Callable[[], bytes], str]] = {
 }
 
 
+@pytest.mark.parametrize("size", range(4))
+def test_a_file_shorter_than_the_magic_is_said_with_its_size(size: int) -> None:
+    assert refused(b"GGUF"[:size]).got == f"a file of {size} bytes"
+
+
 @pytest.mark.parametrize("lie", LIES)
 def test_a_header_that_lies_is_refused(lie: str) -> None:
     make, code = LIES[lie]

@@ -21,10 +21,11 @@ import cbor2
 import pytest
 
 from attestation.reference import ZERO_PCR, PcrSet
-from emulator.nsm import MAX_CONNECTIONS, NsmServer, SoftwareNsm, boot_registers, listen, new_module_id
+from emulator.nsm import MAX_CONNECTIONS, NsmServer, SoftwareNsm, boot_registers, new_module_id
 from emulator.pki import ROOT_CERTIFICATE_FILE, ROOT_FILE, DevelopmentRoot, ensure_development_root
 from enclave.nsm import Nsm, open_nsm
 from vsockrpc.address import UnixAddress
+from vsockrpc.sockets import listen_socket
 
 PCRS = [f"--pcr{index}={index + 1:096x}" for index in range(3)]
 PROGRAM = [sys.executable, "-m", "emulator.nsm"]
@@ -149,7 +150,7 @@ def test_replaces_a_dead_socket_and_not_a_live_one(tmp_path: Path) -> None:
             [*PROGRAM, f"--listen={nsm.address}", f"--pki={tmp_path / 'pki'}", *PCRS], capture_output=True, check=False
         )
         assert second.returncode == 4
-        assert b"Address already in use" in second.stderr
+        assert b"someone listens there already" in second.stderr
         assert len(open_nsm(nsm.address).get_random()) == 256
 
 
@@ -287,7 +288,7 @@ async def test_client_that_drips_loses_its_connection(
     registers = boot_registers(PcrSet(ZERO_PCR, ZERO_PCR, ZERO_PCR))
     module = SoftwareNsm(DevelopmentRoot.generate(now), registers, module_id=new_module_id(), clock=lambda: now)
     address = UnixAddress(str(tmp_path / "nsm.sock"))
-    listener, _ = listen(address)
+    listener = await listen_socket(address)
     stop = asyncio.Event()
     serving = asyncio.create_task(NsmServer(module).serve(listener, stop))
     reader, writer = await asyncio.open_unix_connection(address.path)
@@ -296,3 +297,5 @@ async def test_client_that_drips_loses_its_connection(
     writer.close()
     stop.set()
     await serving
+    listener.close()
+    assert not Path(address.path).exists()

@@ -23,7 +23,8 @@ from emulator.nsm import SoftwareNsm, boot_registers, new_module_id
 from emulator.pki import DevelopmentRoot
 from enclave.boot import PHASES, PROGRESS_STEPS, Enclave
 from enclave.config import EnclaveConfiguration
-from enclave.engine import Engine, EngineRefused
+from enclave.engine import Engine
+from enclave.generation import EngineRefused
 from enclave.log import EventLog, Phase
 from enclave.model import SealedModel
 from enclave.nsm import Nsm, NsmError, NsmUnavailable

@@ -9,16 +9,8 @@ from contextlib import aclosing
 import pytest
 
 from enclave.config import EngineSettings
-from enclave.engine import (
-    ContextExceeded,
-    Engine,
-    EngineFailed,
-    Finished,
-    LlamaEngine,
-    Overloaded,
-    TextDelta,
-    Unavailable,
-)
+from enclave.engine import Engine, LlamaEngine
+from enclave.generation import ContextExceeded, EngineFailed, Finished, Overloaded, TextDelta, Unavailable
 from tests.engines import EchoEngine
 from tests.gguf_files import CHAT_TEMPLATE
 from vsockrpc.messages import ChatMessage, ChatRequest

@@ -20,13 +20,13 @@ import pytest
 from attestation.gguf import ModelError
 from attestation.manifest import ModelManifest
 from enclave.config import EngineSettings
-from enclave.engine import (
+from enclave.engine import LlamaEngine
+from enclave.generation import (
     EngineFailed,
     EngineRefused,
     Finished,
     GenerationEvent,
     InvalidRequest,
-    LlamaEngine,
     TextDelta,
     Unavailable,
 )

@@ -20,7 +20,7 @@ import pytest
 
 from attestation.verifier import AttestationResult, verify
 from enclave.boot import Enclave
-from enclave.engine import EngineFailed, Overloaded
+from enclave.generation import EngineFailed, Overloaded
 from enclave.identity import MAX_KEYS, Identity, OfferedKey
 from enclave.log import EventLog, Phase, Totals
 from enclave.nsm import Nsm, NsmUnavailable, Transport

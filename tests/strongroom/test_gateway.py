@@ -14,7 +14,7 @@ import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
 from attestation.policy import Require
-from enclave.engine import EngineFailed, Overloaded
+from enclave.generation import EngineFailed, Overloaded
 from strongroom import gateway as gateway_module
 from strongroom.gateway import MAX_BODY_BYTES, Gateway
 from strongroom.serving import _names_of

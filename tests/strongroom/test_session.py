@@ -17,7 +17,7 @@ from attestation.chain import Anchor
 from attestation.errors import AppraisalError, EvidenceError, StrongroomError
 from attestation.policy import AppraisalPolicy, Require
 from emulator.pki import DevelopmentRoot
-from enclave.engine import ContextExceeded, EngineFailed, Overloaded
+from enclave.generation import ContextExceeded, EngineFailed, Overloaded
 from strongroom import session as session_module
 from strongroom.session import ClearFault, EnclaveRestarted, RequestFailed, Session, Unreachable
 from tests.house import SETTINGS, Forged, House, ask, house, prompt, served
