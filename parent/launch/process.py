@@ -192,7 +192,8 @@ class Supervisor:
     @contextlib.asynccontextmanager
     async def _enclave(self) -> AsyncIterator[asyncio.subprocess.Process]:
         memory = self._launch.memory or 2 * sum(file.size for file in self._launch.manifest.files) + MEMORY_SLACK
-        jail = ["-m", "parent.launch.jail", "--no-network", "--address-space", str(memory)]
+        jail = ["-m", "parent.launch.jail", "--parent", str(os.getpid()), "--no-network"]
+        jail += ["--address-space", str(memory)]
         if self._launch.cpus:
             jail += ["--cpus", str(self._launch.cpus)]
         command = [*jail, "--", *self._python(), "-m", "enclave", "--config", self._instance.configuration.name]
