@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import secrets
 import shutil
 import subprocess
@@ -142,7 +143,7 @@ def _command(*arguments: str) -> list[str]:
 @contextlib.contextmanager
 def _ending_with_us(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
     """A command of ours as a child that ends with this block, and by the kernel's hand if this process is killed."""
-    jail = [sys.executable, "-m", "parent.launch.jail", "--"]
+    jail = [sys.executable, "-m", "parent.launch.jail", "--parent", str(os.getpid()), "--"]
     process = subprocess.Popen(
         [*jail, *_command(*arguments)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, process_group=0
     )
