@@ -18,6 +18,7 @@ lint:
 
 types:
 	@.venv/bin/mypy
+	@.venv/bin/mypy scripts/make-vectors
 
 imports:
 	@.venv/bin/lint-imports

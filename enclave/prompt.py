@@ -80,7 +80,7 @@ class ChatTemplate:
         environment.globals.update(range=_bounded_range, raise_exception=_refuse)
         try:
             self._template = environment.from_string(source)
-        except (jinja2.TemplateError, RecursionError, ValueError) as error:
+        except Exception as error:  # Jinja makes Python of it, and Python's compiler has refusals of its own
             raise TemplateError(f"the chat template does not compile ({type(error).__name__})") from error
         self._source = source
         self._mark_starts = re.compile(f"[{''.join(map(re.escape, sorted(mark_starts)))}]" if mark_starts else "$a")

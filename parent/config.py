@@ -38,10 +38,15 @@ class LaunchConfiguration:
     @classmethod
     def load(cls, path: Path) -> LaunchConfiguration:
         """Raises LaunchConfigurationError, or OSError when the file cannot be read."""
+        return cls.parse(path.read_bytes(), name=path.name)
+
+    @classmethod
+    def parse(cls, data: bytes, *, name: str = "enclave.toml") -> LaunchConfiguration:
+        """``name`` is what an error calls the file. Raises LaunchConfigurationError."""
         try:
-            document = tomllib.loads(path.read_text("utf-8"))
+            document = tomllib.loads(data.decode("utf-8"))
         except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
-            raise LaunchConfigurationError(path.name, f"not TOML: {error}") from error
+            raise LaunchConfigurationError(name, f"not TOML: {error}") from error
         return cls(
             listen=_beside(document, "rpc", "listen"),
             nsm=_beside(document, "nsm", "address"),

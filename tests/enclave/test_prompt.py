@@ -126,7 +126,21 @@ def test_a_template_s_own_refusal_is_told() -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["{% for %}", "{{ x", "x" * (MAX_TEMPLATE_SIZE + 1), "{% extends 5 / %}", "{{ x|nofilter }}"]
+    "source",
+    [
+        "{% for %}",
+        "{{ x",
+        "x" * (MAX_TEMPLATE_SIZE + 1),
+        "{% extends 5 / %}",
+        "{{ x|nofilter }}",
+        "{{ " + "-" * 5000 + "1 }}",
+        # What Jinja lets pass and Python's compiler does not.
+        "{% break %}",
+        "{{ f(a=1, a=2) }}",
+        "{% macro f(a, a) %}{% endmacro %}",
+        "{% for a in b %}" * 25 + "{% endfor %}" * 25,
+        "{% if a %}" * 150 + "{% endif %}" * 150,
+    ],
 )
 def test_what_is_no_template_is_a_typed_error(source: str) -> None:
     with pytest.raises(TemplateError) as caught:

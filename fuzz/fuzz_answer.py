@@ -1,0 +1,56 @@
+"""A sealed answer as the client's session reads it: salt, records, messages."""
+
+from __future__ import annotations
+
+from vsockrpc.messages import Delta, Done, Failure, MessageError, MessageReader, Start, decode_answer
+from vsockrpc.sealed import AnswerOpener, AnswerRecords, ExchangeKeys, SealedError
+from vsockrpc.secret import Secret
+
+KEYS = ExchangeKeys(Secret(bytes(32)), bytes(1168))
+
+
+def one_input(data: bytes) -> None:
+    """The first byte chooses what the rest is: bytes of anybody on the way, or what an enclave seals."""
+    kind, rest = data[:1], data[1:]
+    opener, messages = AnswerOpener(KEYS), MessageReader()
+    try:
+        for start in range(0, len(rest), 97):
+            for message in messages.feed(opener.feed(rest[start : start + 97])):
+                decode_answer(message)
+        opener.finish()
+    except (SealedError, MessageError):
+        pass
+    if kind == b"e":
+        whole = b"".join(sealed(rest))
+        assert received(whole) == received(whole, size=97)
+
+
+def sealed(content: bytes) -> list[bytes]:
+    """An answer of these bytes."""
+    records = AnswerRecords(KEYS, record_size=64, bucket=4)
+    records.write(content)
+    records.end()
+    out = []
+    while not records.finished:
+        out.append(records.next_record())
+    return out
+
+
+def received(data: bytes, *, size: int = 1 << 20) -> list[object]:
+    """What the session makes of it, in pieces of this size: answers, and the code of what ended them."""
+    opener, messages = AnswerOpener(KEYS), MessageReader()
+    found: list[object] = []
+    try:
+        for start in range(0, len(data), size):
+            for message in messages.feed(opener.feed(data[start : start + size])):
+                found.append(decode_answer(message))
+        opener.finish()
+    except (SealedError, MessageError) as error:
+        found.append(error.code)
+    return found
+
+
+def seeds() -> list[bytes]:
+    answers = (Start("m"), Delta("text"), Done("stop", 1, 2), Failure("code", "text", "1", None))
+    contents = [b"".join(answer.encode() for answer in answers), *(answer.encode() for answer in answers)]
+    return [*(b"e" + content for content in contents), *(b"w" + b"".join(sealed(content)) for content in contents)]
