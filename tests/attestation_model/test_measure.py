@@ -452,7 +452,7 @@ def test_what_runs_when_python_starts_is_measured(tmp_path: Path) -> None:
 def test_the_names_by_which_dependencies_are_imported() -> None:
     owners = importlib.metadata.packages_distributions()
     for name, modules in ENCLAVE_DEPENDENCIES.items():
-        owned = {module for module, names in owners.items() if name in map(canonicalize_name, names)}
+        owned = {module for module, names in owners.items() if name in {str(canonicalize_name(each)) for each in names}}
         assert set(modules) == {module for module in owned if module.isidentifier()}, name
 
 
