@@ -123,15 +123,6 @@ class ProcessImage:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class FileChange:
-    """A path whose file differs between two measurements; None on the side where it does not exist."""
-
-    path: str
-    before: ImageFile | None
-    after: ImageFile | None
-
-
 def measure_process_image(python: Path, configuration: Path, *, application: Path | None = None) -> PcrSet:
     """PCR0, 1 and 2 of an enclave that ``python`` runs with ``configuration``; arguments and errors as of
     :func:`process_image`."""
@@ -159,14 +150,6 @@ def process_image(python: Path, configuration: Path, *, application: Path | None
     for name, folder in packages.items():
         own += _tree(name, folder)
     return ProcessImage(_section(boot), _section(own))
-
-
-def diff(before: ImageSection, after: ImageSection) -> tuple[FileChange, ...]:
-    """The files that explain why two measurements differ, by path."""
-    old = {file.path: file for file in before.files}
-    new = {file.path: file for file in after.files}
-    changed = sorted(path for path in old.keys() | new.keys() if old.get(path) != new.get(path))
-    return tuple(FileChange(path, old.get(path), new.get(path)) for path in changed)
 
 
 # --- Where the files are -----------------------------------------------------------------------------------------
