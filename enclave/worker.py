@@ -16,7 +16,9 @@ if __name__ == "__main__":  # before anything can be imported that nobody measur
 import os
 import socket
 import sys
+import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 
 from attestation.errors import StrongroomError
@@ -45,6 +47,11 @@ from enclave.scheduler import PromptRead, Sampled, Scheduler, Step
 from vsockrpc.messages import MessageReader
 
 _CHUNK = 256 << 10
+COALESCE_SECONDS = 0.03
+"""Text of one answer goes to the server at most so often; its first token at once, its last with its end. Each message
+wakes the server, the proxy and the client, which take a core from decoding: measured on 2 cores, 1.2 ms a token when
+each goes alone (``bench.path``).
+"""
 
 
 class Gone(Exception):
@@ -84,7 +91,16 @@ class Pipe:
 class Loop:
     """Receives, plans, decodes, answers; a cancellation is seen before every step."""
 
-    def __init__(self, pipe: Pipe, llama: Llama, template: ChatTemplate, tokenizer: Tokenizer, queue: int) -> None:
+    def __init__(
+        self,
+        pipe: Pipe,
+        llama: Llama,
+        template: ChatTemplate,
+        tokenizer: Tokenizer,
+        queue: int,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._pipe = pipe
         self._llama = llama
         self._template = template
@@ -92,6 +108,11 @@ class Loop:
         self._scheduler = Scheduler(context=llama.context, chunk=llama.batch, queue=queue)
         self._arrived: deque[Generate] = deque()
         self._samplers: dict[int, Sampler] = {}
+        self._clock = clock
+        self._held: dict[int, str] = {}
+        """Text that waits for its request's interval to pass."""
+        self._due: dict[int, float] = {}
+        self._spoke = clock()
 
     def run(self) -> None:
         """Until the server goes. Raises Gone, PipeError and DecodeFailed."""
@@ -114,6 +135,8 @@ class Loop:
                     self._arrived = deque(entry for entry in self._arrived if entry.id != number)
                     if self._scheduler.cancel(number):
                         self._samplers.pop(number).close()
+                        self._held.pop(number, None)
+                        self._due.pop(number, None)
                 case Load():
                     raise PipeError("loaded twice")
 
@@ -139,17 +162,29 @@ class Loop:
         if step.samples:
             token = self._llama.sample(self._samplers[step.request])
             sampled = Sampled(token, self._llama.piece(token), self._llama.ends(token))
-        messages: list[ToServer] = []
+        number, messages, now = step.request, list[ToServer](), self._clock()
         for output in self._scheduler.apply(step, sampled):
             match output:
                 case TextDelta(text):
-                    messages += _texts(step.request, text)
+                    self._held[number] = self._held.get(number, "") + text
+                    if now >= self._due.get(number, now):
+                        messages += self._release(number, now)
                 case Finished():
-                    self._samplers.pop(step.request).close()
-                    messages.append(End(step.request, output))
+                    self._samplers.pop(number).close()
+                    messages += [*self._release(number, now), End(number, output)]
+                    self._due.pop(number, None)
                 case PromptRead():
                     messages.append(Alive())
-        self._pipe.send(*(messages or [Alive()]))  # no step is silent: the server takes a long silence for a death
+        if not messages and now - self._spoke >= COALESCE_SECONDS:
+            messages.append(Alive())  # the server takes a long silence for a death
+        if messages:
+            self._pipe.send(*messages)
+            self._spoke = now
+
+    def _release(self, number: int, now: float) -> list[ToServer]:
+        """The text that was held back for a request; the next may go after the interval."""
+        self._due[number] = now + COALESCE_SECONDS
+        return _texts(number, self._held.pop(number, ""))
 
 
 def _texts(request: int, text: str) -> list[ToServer]:

@@ -4,9 +4,10 @@ was cancelled.
 
 from __future__ import annotations
 
+import itertools
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import pytest
@@ -71,7 +72,7 @@ class BytesTokenizer:
 class Bench:
     """A loop in a thread, and the server's end of its pipe."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
         self.server, theirs = socket.socketpair()
         self.llama = CountingLlama()
         self._messages = MessageReader(MAX_TO_SERVER)
@@ -79,7 +80,7 @@ class Bench:
         template = ChatTemplate(TEMPLATE, bos="", eos="", mark_starts=frozenset("<"))
         self.ended_by: BaseException | None = None
         tokenizer = cast(Tokenizer, BytesTokenizer())
-        self._loop = Loop(Pipe(theirs), cast(Llama, self.llama), template, tokenizer, queue=1)
+        self._loop = Loop(Pipe(theirs), cast(Llama, self.llama), template, tokenizer, queue=1, clock=clock)
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
         self._theirs = theirs
@@ -114,7 +115,17 @@ class Bench:
 
 @pytest.fixture
 def bench() -> Iterator[Bench]:
-    bench = Bench()
+    """A step takes a second here: nothing is held back."""
+    seconds = itertools.count()
+    bench = Bench(lambda: float(next(seconds)))
+    yield bench
+    bench.close()
+
+
+@pytest.fixture
+def instant() -> Iterator[Bench]:
+    """No time passes here: what is held back stays so."""
+    bench = Bench(lambda: 0.0)
     yield bench
     bench.close()
 
@@ -133,6 +144,13 @@ def test_an_answer_goes_out_token_by_token(bench: Bench) -> None:
         End(0, Finished("length", 10, 2)),
     ]
     assert bench.llama.decoded == [(0, 8), (8, 2), (10, 1)]
+
+
+def test_text_is_held_back_between_the_first_token_and_the_end(instant: Bench) -> None:
+    instant.llama.may_go.release(100)
+    instant.send(ask(0, "x", 5))
+    answer = [instant.receive() for _ in range(3)]
+    assert answer == [Text(0, "a"), Text(0, "aaaa"), End(0, Finished("length", 1, 5))]
 
 
 def test_a_request_cancelled_while_its_prompt_is_read_has_no_further_step(bench: Bench) -> None:
@@ -189,7 +207,7 @@ def test_the_loop_ends_with_the_pipe_and_with_what_is_no_message(bench: Bench) -
     bench.server.shutdown(socket.SHUT_WR)
     bench.close()
     assert isinstance(bench.ended_by, Gone)
-    other = Bench()
+    other = Bench(lambda: 0.0)
     other.send(Load("", 1, 1, 1, 1, 1, 1))
     other._thread.join()
     other.close()
