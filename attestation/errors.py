@@ -12,8 +12,8 @@ class StrongroomError(Exception):
     """The root of every error that this project raises on purpose.
 
     ``code`` is stable and meant for programs; the message is for people and may change. ``expected`` and ``got`` are
-    texts without secrets: digests, names, numbers. ``exit_code`` is that of a command that ends with it: 1 verdict negative, 2 usage,
-    3 malformed or untrusted, 4 unavailable.
+    texts without secrets: digests, names, numbers. ``exit_code`` is that of a command that ends with it: 1 verdict
+    negative, 2 usage, 3 malformed or untrusted, 4 unavailable.
     """
 
     exit_code: ClassVar[int] = 4

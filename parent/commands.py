@@ -23,14 +23,13 @@ from parent.config import LaunchConfiguration, LaunchConfigurationError
 from parent.launch.process import Launch, LaunchError, Supervisor
 from parent.progress import BootProgress
 from parent.proxy import Proxy
-from parent.registry import Instance, Registry, RegistryError, State
+from parent.registry import ENDED, Instance, Registry, RegistryError, State
 from vsockrpc.address import Address, UnixAddress, parse_address
 from vsockrpc.errors import AddressError
 from vsockrpc.http import listen_on, parse_listen, serve_http
 
 err = Console(stderr=True, highlight=False)
 
-ENDED = ("STOPPED", "FAILED", "DIED")
 POLL_SECONDS = 0.05
 STOP_SECONDS = 30
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)

@@ -63,7 +63,8 @@ def parse_event(line: bytes) -> Event:
         case {"event": "phase", "phase": str(phase)}:
             sound = phase in PHASES
         case {"event": "halted", "code": str(), "message": str(), "expected": str() | None, "got": str() | None}:
-            sound = True
+            # These are shown to a person; JSON's escapes could have hidden what drives a terminal.
+            sound = all(text.isprintable() for text in event.values() if isinstance(text, str))
         case {"event": "weights", "received": int(received), "total": int(total)}:
             sound = 0 <= received < MAX_SIZE and 0 <= total < MAX_SIZE
         case _:

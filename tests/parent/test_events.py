@@ -174,3 +174,9 @@ async def test_a_defect_of_the_supervisor_is_no_death(launch: Launch, defect: Ex
     with pytest.raises(type(defect)):
         supervisor(launch, [])._end_of(following)
     assert "Traceback" in launch.instance.log.read_text()
+
+
+def test_a_halt_cannot_drive_a_terminal() -> None:
+    halted = {"event": "halted", "code": "x", "message": "\x1b[2J", "expected": None, "got": None}
+    with pytest.raises(EventError):
+        parse_event(json.dumps(halted).encode())
