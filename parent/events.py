@@ -63,8 +63,9 @@ def parse_event(line: bytes) -> Event:
         case {"event": "phase", "phase": str(phase)}:
             sound = phase in PHASES
         case {"event": "halted", "code": str(), "message": str(), "expected": str() | None, "got": str() | None}:
-            # These are shown to a person; JSON's escapes could have hidden what drives a terminal.
-            sound = all(text.isprintable() for text in event.values() if isinstance(text, str))
+            sound = True
+            # These are shown to a person, and JSON's escapes may hold what drives a terminal.
+            event = {key: _printable(value) if isinstance(value, str) else value for key, value in event.items()}
         case {"event": "weights", "received": int(received), "total": int(total)}:
             sound = 0 <= received < MAX_SIZE and 0 <= total < MAX_SIZE
         case _:
@@ -74,6 +75,10 @@ def parse_event(line: bytes) -> Event:
             f"the fields of a {event['event']} event are wrong", expected="those of enclave/log.py", got=shown
         )
     return event
+
+
+def _printable(text: str) -> str:
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 def _too_long(line: bytes) -> EventError:

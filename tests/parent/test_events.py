@@ -36,7 +36,7 @@ async def test_every_event_of_an_enclave_is_one() -> None:
     log = EventLog()
     events: list[Event] = [
         *(PhaseReached(phase) for phase in Phase),
-        Halted(Phase.COLD, "code", "message\x1b", "\u00e9", None),
+        Halted(Phase.COLD, "code", "message", "\u00e9", None),
         WeightsReceived(1, 2),
         KeyOffered("00"),
         Totals(),
@@ -178,5 +178,4 @@ async def test_a_defect_of_the_supervisor_is_no_death(launch: Launch, defect: Ex
 
 def test_a_halt_cannot_drive_a_terminal() -> None:
     halted = {"event": "halted", "code": "x", "message": "\x1b[2J", "expected": None, "got": None}
-    with pytest.raises(EventError):
-        parse_event(json.dumps(halted).encode())
+    assert parse_event(json.dumps(halted).encode())["message"] == "\\x1b[2J"
