@@ -30,6 +30,10 @@ _MAX_THREADS: Final = 512  # GGML_MAX_N_THREADS
 _DEFAULT_POLL: Final = 50
 _PIECE_SIZE: Final = 256
 _LIBRARIES: Final = Path(llama_cpp.__file__).parent / "lib"
+_BOUND_HERE: Final = tuple(
+    ctypes.CDLL(str(_LIBRARIES / name)) for name in ("libggml-base.so", "libggml-cpu.so", "libllama.so")
+)
+"""For what llama-cpp-python does not bind. Opened now: the user that this process becomes may be unable to read them."""
 
 
 class LlamaRefused(StrongroomError):
@@ -291,9 +295,7 @@ class _ThreadPool:
         )
 
     def __init__(self, context: Any, threads: int) -> None:
-        base, cpu, llama = (
-            ctypes.CDLL(str(_LIBRARIES / name)) for name in ("libggml-base.so", "libggml-cpu.so", "libllama.so")
-        )
+        base, cpu, llama = _BOUND_HERE
         parameters = self._Parameters()
         base.ggml_threadpool_params_init(ctypes.byref(parameters), ctypes.c_int(threads))
         filled = (parameters.n_threads, parameters.priority, parameters.poll, parameters.strict_cpu, parameters.paused)
