@@ -33,7 +33,7 @@ _LIBRARIES: Final = Path(llama_cpp.__file__).parent / "lib"
 _BOUND_HERE: Final = tuple(
     ctypes.CDLL(str(_LIBRARIES / name)) for name in ("libggml-base.so", "libggml-cpu.so", "libllama.so")
 )
-"""For what llama-cpp-python does not bind. Opened now: the user that this process becomes may not be able to read it."""
+"""For what llama-cpp-python does not bind. Opened now: the user that this process becomes may not read these files."""
 
 
 class LlamaRefused(StrongroomError):
