@@ -29,7 +29,7 @@ class BootProgress:
         self._quiet = quiet
         columns = (TextColumn("  {task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
         self._bar = Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)
-        self._task: TaskID | None = None
+        self._shown: tuple[str, TaskID] | None = None
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -54,10 +54,9 @@ class BootProgress:
             self._show("weights into sealed memory", event["received"], event["total"])
 
     def _show(self, what: str, done: int, total: int) -> None:
-        """One bar at a time; it goes when it is full."""
-        if self._task is None:
-            self._task = self._bar.add_task(what, total=total)
-        self._bar.update(self._task, completed=done)
-        if done >= total:
-            self._bar.remove_task(self._task)
-            self._task = None
+        """One bar at a time: the one before goes when the next begins."""
+        if self._shown is None or self._shown[0] != what:
+            if self._shown is not None:
+                self._bar.remove_task(self._shown[1])
+            self._shown = (what, self._bar.add_task(what, total=total))
+        self._bar.update(self._shown[1], completed=done, total=total)
