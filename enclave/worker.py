@@ -48,8 +48,8 @@ from vsockrpc.messages import MessageReader
 
 _CHUNK = 256 << 10
 NICENESS = 5
-"""Decoding keeps every core busy: whoever carries what it has decoded goes first. Without, each of the three wake-ups to
-the client waits for a slice of a decoding thread, 2 ms each (``bench.path``).
+"""Decoding keeps every core busy: whoever carries what it has decoded goes first. Without, each of the three wake-ups
+to the client waits for a slice of a decoding thread, 2 ms each (``bench.path``).
 """
 COALESCE_SECONDS = 0.03
 """Text of one answer goes to the server at most so often; its first token at once, its last with its end. Each message
