@@ -13,7 +13,8 @@ from parent.progress import PHASES, BootProgress
 
 def shown(*, quiet: bool = False, terminal: bool = False) -> tuple[StringIO, BootProgress]:
     out = StringIO()
-    console = Console(file=out, force_terminal=terminal, width=120, color_system=None)
+    # The terminal of whoever runs the tests may be a dumb one, on which nothing is drawn.
+    console = Console(file=out, force_terminal=terminal, width=120, color_system=None, _environ={"TERM": "xterm"})
     return out, BootProgress(console, quiet=quiet)
 
 
