@@ -101,9 +101,7 @@ class Supervisor:
             loop.add_signal_handler(number, stopping.set)
         try:
             self._enter("MEASURING")
-            measured = await asyncio.to_thread(
-                measure_process_image, Path(sys.executable), self._instance.configuration
-            )
+            measured = await self._measure()
             self._bytecode = bytecode_cache(measured)
             self._state.pcrs = {str(index): value.hex() for index, value in measured.as_registers().items()}
             store = ModelStore(self._launch.manifest, self._launch.model)
@@ -142,6 +140,21 @@ class Supervisor:
             self._state.restarts += 1
             self._enter("RESTARTING")
             await asyncio.sleep(FIRST_PAUSE_SECONDS * 2**fruitless)
+            await self._require_same(measured)
+
+    async def _measure(self) -> PcrSet:
+        return await asyncio.to_thread(measure_process_image, Path(sys.executable), self._instance.configuration)
+
+    async def _require_same(self, measured: PcrSet) -> None:
+        """A boot runs the files as they are now, so they must still be those that were measured. Raises LaunchError."""
+        now = await self._measure()
+        if now != measured:
+            raise LaunchError(
+                "image_changed",
+                "the enclave's files changed while it ran: start it again to run the new ones",
+                expected=f"PCR0 {measured.pcr0.hex()}",
+                got=f"PCR0 {now.pcr0.hex()}",
+            )
 
     async def _one_boot(self, measured: PcrSet) -> dict[str, str | None] | None:
         """From a fresh NSM to the end of either process. Returns the reason when the boot halted, None when something

@@ -130,3 +130,15 @@ def test_each_measurement_has_a_bytecode_cache_of_its_own(tmp_path: Path, monkey
     first.mkdir(parents=True)
     assert bytecode_cache(PcrSet(b"\x02" * 48, bytes(48), bytes(48))) == second
     assert not first.exists()
+
+
+def test_files_that_changed_are_not_booted_under_the_old_measurement(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An upgrade under a running enclave, which then dies: the new files are not what its PCRs say."""
+    measurements = iter([PcrSet(bytes([value]) * 48, b"\x01" * 48, b"\x02" * 48) for value in (1, 2)])
+    monkeypatch.setattr("parent.launch.process.measure_process_image", lambda *_: next(measurements))
+    state, phases = supervise(Launch(launch.instance, launch.manifest, launch.model, memory=32 << 20))
+    assert state.error is not None
+    assert state.error["code"] == "image_changed"
+    assert phases.count("STARTING") == 1
