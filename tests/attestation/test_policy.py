@@ -284,6 +284,7 @@ def test_a_written_policy_names_its_root(policy: AppraisalPolicy) -> None:
 
 @given(st.text(max_size=200) | st.sampled_from(["[" * 5000, "a = " + "[" * 100_000, "a = " + "9" * 5000]))
 def test_any_text_gives_the_typed_error(policy_folder: Path, text: str) -> None:
-    for whole in (text, forge.POLICY + text + " = "):
+    no_comment_hides_this = "\n = "
+    for whole in (text, forge.POLICY + text + no_comment_hides_this):
         with pytest.raises(PolicyError):
             AppraisalPolicy.parse(whole, policy_folder)
