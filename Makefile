@@ -2,7 +2,7 @@ PROMPT ?= Why is the sky blue? Answer in two sentences.
 export PROMPT
 PY := .venv/bin/python
 
-.PHONY: demo test setup lint types imports unit fuzz bench vectors clean
+.PHONY: demo test setup lint types imports unit properties fuzz bench vectors clean
 
 demo: setup  ## One question through an emulated enclave, verified and sealed
 	@.venv/bin/strongroom run --prompt "$$PROMPT"
@@ -25,6 +25,9 @@ imports:
 
 unit:
 	@$(PY) -m pytest
+
+properties: setup  ## The property tests alone, with new examples at every run and many more of them
+	@$(PY) -m pytest --hypothesis-profile=new -m hypothesis
 
 fuzz: setup  ## Coverage-guided fuzzing of every parser of foreign bytes; SECONDS=60 for each
 	@$(PY) -m fuzz --seconds $(or $(SECONDS),60)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from hypothesis import HealthCheck, settings
 
-# No property is judged by how long it takes: a busy machine is not a bug.
-settings.register_profile("timeless", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("timeless")
+# No property is judged by how long it takes: a busy machine is not a bug. The gate asks each one the same questions on
+# every run, so that a change is judged by what it changed; `make properties` asks new ones, and more of them.
+_TIMELESS = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("same", _TIMELESS, derandomize=True)
+settings.register_profile("new", _TIMELESS, max_examples=2000, print_blob=True)
+settings.load_profile("same")
