@@ -54,7 +54,14 @@ class Spec:
     usage_critical: bool = True
     extensions: tuple[tuple[x509.ExtensionType, bool], ...] = ()
     curve: ec.EllipticCurve = field(default_factory=ec.SECP384R1)
-    hash: hashes.SHA256 | hashes.SHA384 = field(default_factory=hashes.SHA384)
+    hash: hashes.SHA256 | hashes.SHA384 | hashes.SHA512 = field(default_factory=hashes.SHA384)
+    issuer: str | None = None
+    """The issuer's name where it is not the true one; the issuer's key signs all the same."""
+    subject: x509.Name | None = None
+    """The whole subject, in place of the one that ``name`` gives."""
+    serial: int | None = None
+    key_identifier: bool = True
+    """Whether a CA has a subject key identifier."""
 
 
 def _ca(name: str, age: timedelta, lifetime: timedelta, path_length: int | None) -> Spec:
@@ -96,32 +103,45 @@ def chain(
     root: Spec = ROOT, region: Spec = REGION, zone: Spec = ZONE, instance: Spec = INSTANCE, leaf: Spec = LEAF
 ) -> Chain:
     """The chain of these five; each is signed by the one before it."""
-    specs = (root, region, zone, instance, leaf)
-    certificates = [_issue(spec, issuer) for issuer, spec in zip((root, *specs), specs, strict=False)]
-    return Chain(tuple(certificates[:-1]), certificates[-1], private_key(leaf.key, leaf.curve))
+    return chain_of(root, region, zone, instance, leaf)
 
 
-def _issue(spec: Spec, issuer: Spec) -> bytes:
+def chain_of(*specs: Spec) -> Chain:
+    """The chain of any number of certificates, root first, leaf last."""
+    certificates = [issue(spec, issuer) for issuer, spec in zip((specs[0], *specs), specs, strict=False)]
+    return Chain(tuple(certificates[:-1]), certificates[-1], private_key(specs[-1].key, specs[-1].curve))
+
+
+def issue(spec: Spec, issuer: Spec) -> bytes:
+    """The certificate, DER. Nothing is checked: the library's own setters would refuse half of what is wanted here."""
     key, signer = private_key(spec.key, spec.curve), private_key(issuer.key, issuer.curve)
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(_name(spec.name))
-        .issuer_name(_name(issuer.name))
-        .public_key(key.public_key())
-        .serial_number(1 + int.from_bytes(hashlib.sha256(repr(spec.name).encode()).digest()[:8], "big"))
-        .not_valid_before(spec.not_before)
-        .not_valid_after(spec.not_after)
-    )
+    serial = 1 + int.from_bytes(hashlib.sha256(repr(spec.name).encode()).digest()[:8], "big")
+    issuer_name = _subject(issuer) if spec.issuer is None else _name(spec.issuer)
+    extensions: list[tuple[x509.ExtensionType, bool]] = []
     if spec.constraints is not None:
-        builder = builder.add_extension(spec.constraints, spec.constraints_critical)
-    if spec.constraints is not None and spec.constraints.ca:
-        builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        extensions.append((spec.constraints, spec.constraints_critical))
+    if spec.constraints is not None and spec.constraints.ca and spec.key_identifier:
+        extensions.append((x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False))
     if spec.usage is not None:
-        builder = builder.add_extension(_usage(spec.usage), spec.usage_critical)
-    for extension, critical in spec.extensions:
-        builder = builder.add_extension(extension, critical)
+        extensions.append((_usage(spec.usage), spec.usage_critical))
+    builder = x509.CertificateBuilder(
+        issuer_name=issuer_name,
+        subject_name=_subject(spec),
+        public_key=key.public_key(),
+        serial_number=serial if spec.serial is None else spec.serial,
+        not_valid_before=spec.not_before.replace(tzinfo=None),
+        not_valid_after=spec.not_after.replace(tzinfo=None),
+        extensions=[
+            x509.Extension(extension.oid, critical, extension)
+            for extension, critical in (*extensions, *spec.extensions)
+        ],
+    )
     certificate = builder.sign(signer, spec.hash, ecdsa_deterministic=True)
     return certificate.public_bytes(Encoding.DER)
+
+
+def _subject(spec: Spec) -> x509.Name:
+    return _name(spec.name) if spec.subject is None else spec.subject
 
 
 def _name(common_name: str) -> x509.Name:
@@ -193,13 +213,51 @@ def payload_fields(commitment: bytes | None = None, chain: Chain = GOOD_CHAIN, *
     return {name: value for name, value in {**fields, **changes}.items() if value is not ABSENT}
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """A value that is CBOR already, to stand inside another as it is: chunked, long-winded, or twice."""
+
+    cbor: bytes
+
+
+def encode(value: object) -> bytes:
+    """CBOR of ``value``, with what is ``Encoded`` in it taken as it is."""
+    match value:
+        case Encoded():
+            return value.cbor
+        case Mapping():
+            return raw_map(list(value.items()))
+        case list():
+            return head(4, len(value)) + b"".join(map(encode, value))
+        case _:
+            encoded: bytes = cbor2.dumps(value)
+            return encoded
+
+
+def head(major: int, argument: int, *, size: int | None = None) -> bytes:
+    """The head of a value (RFC 8949 section 3): shortest, or with an argument of ``size`` bytes."""
+    if size is None:
+        if argument < 24:
+            return bytes([major << 5 | argument])
+        size = next(size for size in (1, 2, 4, 8) if argument < 1 << 8 * size)
+    return bytes([major << 5 | {1: 24, 2: 25, 4: 26, 8: 27}[size]]) + argument.to_bytes(size, "big")
+
+
 def raw_map(entries: Sequence[tuple[object, object]], *, indefinite: bool = False) -> bytes:
     """A map exactly as listed: duplicates, any order, and if wanted of indefinite length."""
-    body = b"".join(cbor2.dumps(key) + cbor2.dumps(value) for key, value in entries)
-    if indefinite:
-        return b"\xbf" + body + b"\xff"
-    assert len(entries) < 24
-    return bytes([0xA0 | len(entries)]) + body
+    body = b"".join(encode(key) + encode(value) for key, value in entries)
+    return b"\xbf" + body + b"\xff" if indefinite else head(5, len(entries)) + body
+
+
+def raw_array(items: Sequence[object]) -> bytes:
+    """An array of indefinite length."""
+    return b"\x9f" + b"".join(map(encode, items)) + b"\xff"
+
+
+def chunked(value: bytes | str) -> Encoded:
+    """A string of indefinite length, in two chunks."""
+    parts = (value[: len(value) // 2], value[len(value) // 2 :])
+    return Encoded((b"\x5f" if isinstance(value, bytes) else b"\x7f") + b"".join(map(cbor2.dumps, parts)) + b"\xff")
 
 
 def high_s(signature: bytes) -> bytes:
@@ -233,10 +291,10 @@ def document(
     signature: bytes | None = None,
 ) -> bytes:
     """A signed document of ``fields``, or of a payload already encoded; without arguments, the good one."""
-    payload = fields if isinstance(fields, bytes) else cbor2.dumps(payload_fields() if fields is None else fields)
+    payload = fields if isinstance(fields, bytes) else encode(payload_fields() if fields is None else fields)
     if signature is None:
         signature = sign(payload, protected, key or GOOD_CHAIN.key)
-    return cbor2.dumps([protected, {} if unprotected is None else unprotected, payload, signature])
+    return encode([protected, {} if unprotected is None else unprotected, payload, signature])
 
 
 def evidence(made: bytes | None = None, commitment: bytes | None = None) -> bytes:
