@@ -26,7 +26,7 @@ from parent.proxy import Proxy
 from parent.registry import ENDED, Instance, Registry, RegistryError, State
 from vsockrpc.address import Address, UnixAddress, parse_address
 from vsockrpc.errors import AddressError
-from vsockrpc.http import listen_on, parse_listen, serve_http
+from vsockrpc.http_server import listen_on, parse_listen, serve_http
 
 err = Console(stderr=True, highlight=False)
 

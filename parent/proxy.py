@@ -29,8 +29,8 @@ from vsockrpc.http import (
     SEALED_PATH,
     SEALED_TYPE,
     STATUS_OF_FAULT,
-    unless_client_leaves,
 )
+from vsockrpc.http_server import unless_client_leaves
 from vsockrpc.transport import Call, Client, ConnectionLost, Fault, dial
 
 MAX_REQUEST_BYTES = 9 << 20

@@ -29,7 +29,7 @@ from strongroom.openai_api import (
     parse_completion_request,
 )
 from strongroom.session import RequestFailed, Session
-from vsockrpc.http import unless_client_leaves
+from vsockrpc.http_server import unless_client_leaves
 from vsockrpc.messages import Answer, Delta, Done, Start
 from vsockrpc.secret import Secret
 

@@ -13,7 +13,8 @@ from strongroom.commands import err, session_options
 from strongroom.gateway import Gateway
 from strongroom.render import verdict_line, warn_of_labels
 from strongroom.session import Session
-from vsockrpc.http import is_loopback, listen_on, parse_listen, serve_http
+from vsockrpc.http import is_loopback
+from vsockrpc.http_server import listen_on, parse_listen, serve_http
 from vsockrpc.secret import Secret
 
 EVERY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104 - compared with, and served only to who has the token

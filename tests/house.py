@@ -30,7 +30,8 @@ from tests.attested import policy_for, software_nsm, write_policy
 from tests.engines import EchoEngine
 from tests.gguf_files import TEXT, Gguf
 from vsockrpc.address import TcpAddress, UnixAddress
-from vsockrpc.http import SEALED_PATH, HttpServer, listen_on
+from vsockrpc.http import SEALED_PATH
+from vsockrpc.http_server import HttpServer, listen_on
 from vsockrpc.messages import ChatMessage, ChatRequest, Delta, Done
 from vsockrpc.transport import Limits, serve
 

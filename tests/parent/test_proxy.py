@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from parent import proxy as proxy_module
 from parent.proxy import MAX_REQUEST_BYTES, EnclaveLink, Metrics, Proxy
 from tests.house import ask, house, served
-from vsockrpc import http as http_module
+from vsockrpc import http_server
 from vsockrpc.address import Address, UnixAddress
 from vsockrpc.errors import AddressError
 from vsockrpc.frames import Meta
@@ -24,12 +24,11 @@ from vsockrpc.http import (
     EVIDENCE_PATH,
     EVIDENCE_TYPE,
     KEY_ID_HEADER,
-    MAX_HEAD_BYTES,
     SEALED_PATH,
     SEALED_TYPE,
     STATUS_OF_FAULT,
-    HttpServer,
 )
+from vsockrpc.http_server import MAX_HEAD_BYTES, HttpServer
 from vsockrpc.transport import ConnectionLost, Fault, IncomingCall, Limits, Server, serve
 
 NONCE = "5a" * 32
@@ -541,7 +540,7 @@ async def test_a_malformed_or_endless_head_ends_the_connection(
 async def test_a_connection_that_says_no_request_is_closed(
     monkeypatch: pytest.MonkeyPatch, client: httpx2.AsyncClient, recorder: Recorder, begun: bytes
 ) -> None:
-    monkeypatch.setattr(http_module, "HEAD_SECONDS", 0.01)
+    monkeypatch.setattr(http_server, "HEAD_SECONDS", 0.01)
     assert await _converse(port_of(client), begun) == b""
 
 

@@ -21,7 +21,8 @@ from strongroom.serving import _names_of
 from strongroom.session import Session
 from tests.house import MODEL_NAME, House
 from vsockrpc.address import TcpAddress
-from vsockrpc.http import SEALED_PATH, STATUS_OF_FAULT, HttpServer, listen_on
+from vsockrpc.http import SEALED_PATH, STATUS_OF_FAULT
+from vsockrpc.http_server import HttpServer, listen_on
 from vsockrpc.secret import Secret
 
 TOKEN = "a-token-that-nobody-guesses"
