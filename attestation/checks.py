@@ -35,7 +35,10 @@ class Status(StrEnum):
     PASSED = "passed"
     FAILED = "failed"
     IGNORED = "ignored"
+    """By the written words of the policy, or because an archived document is judged."""
     NOT_REACHED = "not_reached"
+    NOT_APPLICABLE = "not_applicable"
+    """A step about the commitment of a channel, where a bare document is judged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,10 @@ class Checklist:
 
     def add(self, check: Check) -> None:
         self._checks.append(check)
+
+    def passes_by(self, step: int, reason: str) -> None:
+        """A step that has nothing to judge, and why."""
+        self.add(Check(step, STEPS[step], Status.NOT_APPLICABLE, explanation=reason))
 
     def complete(self) -> tuple[Check, ...]:
         """Every check so far, and each step without one as not reached."""

@@ -74,6 +74,11 @@ class PolicyError(StrongroomError):
     ) -> None:
         super().__init__(code, message if field is None else f"{field}: {message}", expected=expected, got=got)
         self.field = field
+        self._said = message
+
+    def at(self, field: str) -> PolicyError:
+        """The same error, said of ``field``: for a reader who knows where in the file the refused value stands."""
+        return PolicyError(self.code, self._said, field=field, expected=self.expected, got=self.got)
 
     def as_json(self) -> dict[str, str | None]:
         return {**super().as_json(), "field": self.field}

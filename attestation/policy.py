@@ -1,25 +1,27 @@
 """The Appraisal Policy: what a relying party accepts, read from ``policy.toml``.
 
 Nothing is optional in silence. A field is required, forbidden, or ignored with a written reason; one that is absent,
-unknown or contradictory is a PolicyError that names it. So is a policy that would accept anything.
+unknown or contradictory is a PolicyError that names it. So is a policy that would accept anything. PROTOCOL.md
+section 3.1 specifies the file; ``policy_writer`` writes one.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import Generic, TypeAlias, TypeVar
 
 from attestation.anchors import AWS_NITRO_G1
 from attestation.chain import Anchor, Trust
-from attestation.document import MAX_CERTIFICATE, PCR_COUNT
+from attestation.document import MAX_CERTIFICATE, MAX_FIELD, PCR_COUNT
 from attestation.errors import PolicyError
+from attestation.gguf import ModelError
+from attestation.manifest import MAX_MANIFEST_SIZE, ModelManifest
 from attestation.reference import (
     DIGEST_SIZE,
     PCR_APPLICATION,
@@ -30,8 +32,24 @@ from attestation.reference import (
     PCR_MODEL,
     PCR_ROLE,
     PCR_SIGNER,
-    ZERO_PCR,
     PcrSet,
+)
+from attestation.rules import (
+    Binding,
+    ChannelBinding,
+    DigestRule,
+    DocumentBinding,
+    FieldRule,
+    Forbid,
+    Ignore,
+    Manifests,
+    Measures,
+    ModelRule,
+    NameRule,
+    RegisterRule,
+    Release,
+    Released,
+    Require,
 )
 from attestation.strict_toml import Table, missing, printable, wrong_value
 
@@ -43,7 +61,7 @@ MAX_AGE = 86_400
 MAX_LEEWAY = 600
 """Seconds: the largest that a policy may ask for. A leeway is for clocks, not for keeping old documents alive."""
 
-_DIGEST = "sha384:"
+DIGEST_PREFIX = "sha384:"
 _JUDGED_ELSEWHERE = MappingProxyType(
     {
         PCR_IMAGE: "release",
@@ -53,53 +71,6 @@ _JUDGED_ELSEWHERE = MappingProxyType(
         PCR_CONFIGURATION: "configuration",
     }
 )
-
-T = TypeVar("T", bytes, str)
-
-
-@dataclass(frozen=True, slots=True)
-class Require(Generic[T]):
-    """One of these values and no other. Never empty."""
-
-    values: tuple[T, ...]
-
-    def __post_init__(self) -> None:
-        if not self.values:
-            raise PolicyError("empty_list", "an empty list accepts nothing", field="require")
-        for value in self.values:
-            if isinstance(value, str):
-                printable("require", value)
-
-
-@dataclass(frozen=True, slots=True)
-class Forbid:
-    """The register must be zero: nothing was ever measured into it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ignore:
-    """Any value, for the reason that stands in every report."""
-
-    reason: str
-
-    def __post_init__(self) -> None:
-        printable("ignore", self.reason)
-
-
-RegisterRule: TypeAlias = Require[bytes] | Forbid | Ignore
-DigestRule: TypeAlias = Require[bytes] | Ignore
-NameRule: TypeAlias = Require[str] | Ignore
-
-
-@dataclass(frozen=True, slots=True)
-class Release:
-    """A named image. Its registers are compared together, so that no two releases can be mixed."""
-
-    name: str
-    pcrs: PcrSet
-
-    def __post_init__(self) -> None:
-        printable("release.name", self.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +82,13 @@ class AppraisalPolicy:
     leeway_seconds: int
     accept_debug: str | None
     """The written reason for accepting an enclave in debug mode, whose memory its host can read. None: refused."""
+    binding: Binding
+    """What a document must be bound to, and so whether the policy judges channels or bare documents."""
     releases: tuple[Release, ...]
-    model: DigestRule
-    """Digests of model manifests; PCR16 follows from them."""
+    model: ModelRule
+    """What PCR16 commits to: digests of model manifests."""
     configuration: DigestRule
-    """Digests of configurations; PCR17 follows from them."""
+    """What PCR17 commits to: digests of configurations."""
     pcrs: Mapping[int, RegisterRule]
     """Rules for further registers; one that has none must be zero. PCR8's is for releases that do not name PCR8."""
     module_id: NameRule
@@ -130,22 +103,26 @@ class AppraisalPolicy:
             raise PolicyError("missing_field", "at least one release must be named", field="release", got="none")
         names: set[str] = set()
         for position, release in enumerate(self.releases):
-            field = f"release[{position}]"
             if release.name in names:
                 raise PolicyError(
-                    "contradiction", "two releases have one name", field=f"{field}.name", got=release.name
+                    "contradiction", "two releases have one name", field=f"release[{position}].name", got=release.name
                 )
             names.add(release.name)
-            for index, register in release.pcrs.as_registers().items():
-                if register == ZERO_PCR:
-                    raise PolicyError(
-                        "contradiction",
-                        "zero is what an enclave in debug mode reports, and measures nothing",
-                        field=f"{field}.pcr{index}",
-                        expected="a measurement",
-                        got="zero",
-                    )
+        self._require_released("model", self.model, [release.models for release in self.releases])
+        self._require_released(
+            "configuration", self.configuration, [release.configurations for release in self.releases]
+        )
         self._require_register_rules()
+
+    def _require_released(self, field: str, rule: ModelRule, named: list[tuple[bytes, ...]]) -> None:
+        if isinstance(rule, Released) and not any(named):
+            raise PolicyError(
+                "contradiction",
+                "no release names one: this rule accepts nothing",
+                field=f"{field}.released",
+                expected=f"a release with {field}s",
+                got="none",
+            )
 
     def _require_register_rules(self) -> None:
         for index in self.pcrs:
@@ -171,6 +148,11 @@ class AppraisalPolicy:
                 field=f"pcrs.{PCR_SIGNER}",
                 expected="a release without pcr8, or no such rule",
             )
+
+    @property
+    def expires(self) -> datetime | None:
+        """When the releases are accepted no more. None: they were written by hand, and stay."""
+        return None
 
     @classmethod
     def load(cls, path: Path) -> AppraisalPolicy:
@@ -203,95 +185,15 @@ class AppraisalPolicy:
             max_age_seconds=max_age,
             leeway_seconds=leeway,
             accept_debug=_debug(top.table("debug")),
+            binding=_binding(top.table("binding")),
             releases=tuple(_release(table) for table in top.tables("release")),
-            model=_digest_rule(top.table("model")),
+            model=_model_rule(top.table("model"), directory),
             configuration=_digest_rule(top.table("configuration")),
             pcrs=_register_rules(top.table("pcrs")),
             module_id=_name_rule(top.table("module_id")),
         )
         top.finish()
         return policy
-
-    def emit(self, *, root: str | None = None) -> str:
-        """The policy as commented TOML; ``parse`` gives an equal policy back.
-
-        ``root`` is the file name, relative to the policy's folder, under which the caller keeps ``anchor.der``: needed
-        under an EMULATED anchor, and only there.
-        """
-        if self.anchor.is_emulated != (root is not None):
-            raise ValueError("a file for the root belongs to an EMULATED anchor, and to no other")
-        lines = [_HEADER, f"version = {VERSION}", "", *_emit_anchor(self.anchor, root)]
-        lines += [
-            "",
-            "# Documents are signed when they are asked for: an old one says nothing about now. The leeway is for",
-            "# clocks that disagree.",
-            "[freshness]",
-            f"max_age_seconds = {self.max_age_seconds}",
-            f"leeway_seconds = {self.leeway_seconds}  # at most {MAX_LEEWAY}",
-            "",
-            "# The host reads the memory of an enclave in debug mode.",
-            "[debug]",
-            "forbid = true" if self.accept_debug is None else f"accept = {_quoted(self.accept_debug)}",
-            "",
-            "# The measured images that may run. The registers of one release belong together.",
-        ]
-        for release in self.releases:
-            lines += ["[[release]]", f"name = {_quoted(release.name)}"]
-            lines += [f'pcr{index} = "{value.hex()}"' for index, value in release.pcrs.as_registers().items()]
-            lines.append("")
-        lines += ["# The model manifest's digest, committed to PCR16.", "[model]", *_emit_rule(self.model, _DIGEST)]
-        lines += ["", "# The digest of enclave.toml, committed to PCR17.", "[configuration]"]
-        lines += [*_emit_rule(self.configuration, _DIGEST), ""]
-        lines.append("# Further registers. One that has no rule here must be zero.")
-        for index, rule in sorted(self.pcrs.items()):
-            note = _REGISTER_NOTES.get(index)
-            lines += [f"[pcrs.{index}]" + (f"  # {note}" if note else ""), *_emit_rule(rule), ""]
-        lines += ["# The name that the hypervisor gave to this enclave; it changes at every start.", "[module_id]"]
-        lines += _emit_rule(self.module_id)
-        return "\n".join(lines) + "\n"
-
-
-_HEADER = """\
-# What this client accepts from an enclave: its Appraisal Policy.
-#
-# Every field must be here. A rule is one of
-#   require = [...]              one of these values, and no other
-#   forbid = true                must be zero (registers only)
-#   ignore = "written reason"    any value; the reason stands in every report
-"""
-
-_REGISTER_NOTES = {
-    PCR_ROLE: "the IAM role of the parent instance",
-    PCR_INSTANCE: "the parent instance's id",
-    PCR_SIGNER: "the image's signing certificate, for releases without pcr8",
-}
-
-
-def _quoted(text: str) -> str:
-    # A printable text (the parser takes no other) is written alike in JSON and in TOML.
-    return json.dumps(text, ensure_ascii=False)
-
-
-def _emit_anchor(anchor: Anchor, root: str | None) -> Iterator[str]:
-    if root is None:
-        yield "# The Evidence must lead to AWS's root certificate for Nitro Enclaves, which ships with the verifier."
-    else:
-        yield "# The Evidence must lead to this emulator's root. It proves that the protocol works, and nothing about"
-        yield "# hardware: whoever holds the root's key can sign anything. Reports say EMULATED."
-    yield "[anchor]"
-    yield f'trust = "{anchor.trust.value}"'
-    if root is not None:
-        yield f"root = {_quoted(root)}"
-        yield f'root_sha256 = "{anchor.fingerprint}"'
-
-
-def _emit_rule(rule: RegisterRule | NameRule, prefix: str = "") -> list[str]:
-    if isinstance(rule, Forbid):
-        return ["forbid = true"]
-    if isinstance(rule, Ignore):
-        return [f"ignore = {_quoted(rule.reason)}"]
-    texts = (value if isinstance(value, str) else prefix + value.hex() for value in rule.values)
-    return ["require = [", *(f"    {_quoted(text)}," for text in texts), "]"]
 
 
 def _anchor(table: Table, directory: Path) -> Anchor:
@@ -321,9 +223,7 @@ def _anchor(table: Table, directory: Path) -> Anchor:
         try:
             anchor = Anchor.emulated(der)
         except PolicyError as error:
-            raise PolicyError(
-                error.code, error.message, field=table.field("root"), expected=error.expected, got=error.got
-            ) from error
+            raise error.at(table.field("root")) from error
     else:
         raise PolicyError(
             "unknown_value", "no such anchor", field=table.field("trust"), expected=" or ".join(Trust), got=ascii(trust)
@@ -342,12 +242,35 @@ def _debug(table: Table) -> str | None:
     return reason
 
 
+def _binding(table: Table) -> Binding:
+    purpose = table.text("purpose")
+    binding: Binding
+    if purpose == "channel":
+        binding = ChannelBinding()
+    elif purpose == "document":
+        binding = DocumentBinding(_field_rule(table.table("public_key")), _field_rule(table.table("user_data")))
+    else:
+        raise PolicyError(
+            "unknown_value",
+            "no such purpose",
+            field=table.field("purpose"),
+            expected="channel or document",
+            got=ascii(purpose),
+        )
+    table.finish()
+    return binding
+
+
 def _release(table: Table) -> Release:
     pcr8 = table.hexadecimal("pcr8", DIGEST_SIZE) if table.has("pcr8") else None
     pcr0, pcr1, pcr2 = (table.hexadecimal(key, DIGEST_SIZE) for key in ("pcr0", "pcr1", "pcr2"))
-    release = Release(table.text("name"), PcrSet(pcr0, pcr1, pcr2, pcr8))
+    models, configurations = (_digests(table, key) if table.has(key) else () for key in ("models", "configurations"))
+    name, pcrs = table.text("name"), PcrSet(pcr0, pcr1, pcr2, pcr8)
     table.finish()
-    return release
+    try:
+        return Release(name, pcrs, models, configurations)
+    except PolicyError as error:
+        raise error.at(table.field((error.field or "").removeprefix("release."))) from error
 
 
 def _register_rules(table: Table) -> Mapping[int, RegisterRule]:
@@ -362,9 +285,11 @@ def _register_rules(table: Table) -> Mapping[int, RegisterRule]:
 
 def _register_rule(table: Table) -> RegisterRule:
     rule: RegisterRule
-    match table.one_of("require", "forbid", "ignore"):
+    match table.one_of("require", "measures", "forbid", "ignore"):
         case "require":
             rule = Require(tuple(table.octets(field, text, DIGEST_SIZE) for field, text in table.texts("require")))
+        case "measures":
+            rule = Measures(tuple(text for _, text in table.texts("measures")))
         case "forbid":
             table.true("forbid")
             rule = Forbid()
@@ -374,19 +299,68 @@ def _register_rule(table: Table) -> RegisterRule:
     return rule
 
 
-def _digest_rule(table: Table) -> DigestRule:
-    rule: DigestRule
-    if table.one_of("require", "ignore") == "require":
-        digests = []
-        for field, text in table.texts("require"):
-            if not text.startswith(_DIGEST):
-                raise wrong_value(field, f"{_DIGEST} and 96 hexadecimal digits", ascii(text))
-            digests.append(table.octets(field, text.removeprefix(_DIGEST), DIGEST_SIZE))
-        rule = Require(tuple(digests))
-    else:
-        rule = Ignore(table.text("ignore"))
+def _field_rule(table: Table) -> FieldRule:
+    rule: FieldRule
+    match table.one_of("require", "forbid", "ignore"):
+        case "require":
+            values = table.texts("require", longest=2 * MAX_FIELD)
+            rule = Require(tuple(_field_value(field, text) for field, text in values))
+        case "forbid":
+            table.true("forbid")
+            rule = Forbid()
+        case _:
+            rule = Ignore(table.text("ignore"))
     table.finish()
     return rule
+
+
+def _field_value(field: str, text: str) -> bytes:
+    if not re.fullmatch(r"(?:[0-9a-fA-F]{2})+", text):
+        raise wrong_value(field, f"1 to {MAX_FIELD} bytes in hexadecimal", ascii(text))
+    return bytes.fromhex(text)
+
+
+def _model_rule(table: Table, directory: Path) -> ModelRule:
+    if not table.has("manifests"):
+        return _digest_rule(table)
+    minimum = table.integer("minimum_version")
+    files = tuple((name, _manifest(field, directory / name)) for field, name in table.texts("manifests"))
+    table.finish()
+    try:
+        return Manifests(files, minimum)
+    except PolicyError as error:
+        raise error.at(table.field("minimum_version")) from error
+
+
+def _manifest(field: str, path: Path) -> ModelManifest:
+    data = _read(path, MAX_MANIFEST_SIZE, "unreadable_manifest", field=field)
+    try:
+        return ModelManifest.decode(data)
+    except ModelError as error:
+        raise PolicyError(error.code, error.message, field=field, expected=error.expected, got=error.got) from error
+
+
+def _digest_rule(table: Table) -> DigestRule:
+    rule: DigestRule
+    match table.one_of("require", "released", "ignore"):
+        case "require":
+            rule = Require(_digests(table, "require"))
+        case "released":
+            table.true("released")
+            rule = Released()
+        case _:
+            rule = Ignore(table.text("ignore"))
+    table.finish()
+    return rule
+
+
+def _digests(table: Table, key: str) -> tuple[bytes, ...]:
+    digests = []
+    for field, text in table.texts(key):
+        if not text.startswith(DIGEST_PREFIX):
+            raise wrong_value(field, f"{DIGEST_PREFIX} and 96 hexadecimal digits", ascii(text))
+        digests.append(table.octets(field, text.removeprefix(DIGEST_PREFIX), DIGEST_SIZE))
+    return tuple(digests)
 
 
 def _name_rule(table: Table) -> NameRule:

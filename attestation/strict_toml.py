@@ -77,15 +77,15 @@ class Table:
     def text(self, key: str) -> str:
         return printable(self.field(key), self._take(key))
 
-    def texts(self, key: str) -> list[tuple[str, str]]:
-        """The texts of a list, each with its field's path."""
+    def texts(self, key: str, *, longest: int = MAX_TEXT) -> list[tuple[str, str]]:
+        """The texts of a list, each with its field's path and of at most ``longest`` characters."""
         value = self._take(key)
         if not isinstance(value, list):
             raise wrong_value(self.field(key), "a list of texts", type(value).__name__)
         if not value:
             raise PolicyError("empty_list", "an empty list accepts nothing", field=self.field(key))
         items = [(f"{self.field(key)}[{position}]", item) for position, item in enumerate(value)]
-        return [(field, printable(field, item)) for field, item in items]
+        return [(field, printable(field, item, longest)) for field, item in items]
 
     def hexadecimal(self, key: str, size: int) -> bytes:
         return self.octets(self.field(key), self.text(key), size)
@@ -103,11 +103,11 @@ class Table:
         return self._values[key]
 
 
-def printable(field: str, value: object) -> str:
+def printable(field: str, value: object, longest: int = MAX_TEXT) -> str:
     """``value`` as a text that says something and is safe to print. Raises PolicyError."""
-    if not isinstance(value, str) or not 0 < len(value) <= MAX_TEXT or not value.strip() or not value.isprintable():
+    if not isinstance(value, str) or not 0 < len(value) <= longest or not value.strip() or not value.isprintable():
         got = ascii(value) if isinstance(value, str) else type(value).__name__
-        raise wrong_value(field, f"a text of one line, 1 to {MAX_TEXT} characters", got)
+        raise wrong_value(field, f"a text of one line, 1 to {longest} characters", got)
     return value
 
 

@@ -1,13 +1,13 @@
 """The verifier: Evidence and a policy in, one verdict out.
 
-``verify`` runs the checklist of PROTOCOL.md section 3; the numbers beside the code are its numbers. It returns an
-``AttestationResult`` or raises; nothing here returns a boolean, and nothing but this module can make a result.
+The checklist is that of PROTOCOL.md section 3; the numbers beside the code are its numbers. Each function returns a
+result or raises; nothing here returns a boolean, and nothing but this module can make a result. What a result opens is
+decided by its type: a channel takes an :class:`AttestationResult`, and no other.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, InitVar, dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -19,33 +19,30 @@ from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA384
 
 from attestation import cbor, chain
+from attestation.appraisal import appraise, field_text, is_debug, registers_text
 from attestation.chain import Anchor
 from attestation.checks import STEPS, Check, Checklist, Finding, Status
-from attestation.commitment import MAX_DOCUMENT, MAX_EVIDENCE, Commitment, Entropy, Evidence, Purpose, UserData
+from attestation.commitment import MAX_DOCUMENT, MAX_EVIDENCE, Commitment, Evidence, Purpose, UserData
 from attestation.cose import COSE_SIGN1_TAG, SIGNATURE_SIZE, CoseSign1, payload_of
-from attestation.document import PCR_COUNT, AttestationDocument
-from attestation.errors import AppraisalError, EvidenceError
-from attestation.policy import AppraisalPolicy, DigestRule, Forbid, Ignore, RegisterRule, Release
-from attestation.reference import (
-    PCR_APPLICATION,
-    PCR_BOOT,
-    PCR_CONFIGURATION,
-    PCR_IMAGE,
-    PCR_MODEL,
-    PCR_SIGNER,
-    ZERO_PCR,
-    once_extended,
-)
+from attestation.document import MAX_FIELD, AttestationDocument
+from attestation.errors import EvidenceError, PolicyError
+from attestation.policy import AppraisalPolicy
+from attestation.reference import PCR_CONFIGURATION, PCR_MODEL, once_extended
+from attestation.rules import Binding, ChannelBinding, DocumentBinding, Release
 
 NONCE_SIZE = 32
 """Bytes that a client draws for each request."""
+
+MIN_NONCE = 16
+"""Bytes: the shortest nonce that a bare document is asked with. A shorter one might be met again."""
 
 
 class Label(StrEnum):
     """What must be said wherever a result is shown."""
 
-    EMULATED = "EMULATED"
+    ARCHIVED = "ARCHIVED"
     DEBUG = "DEBUG"
+    EMULATED = "EMULATED"
 
 
 class _Proof:
@@ -55,18 +52,22 @@ class _Proof:
 _PROVEN = _Proof()
 
 
+@dataclass(frozen=True, slots=True)
 class _Proven:
     """What only this module constructs, and what neither copying nor unpickling can make."""
 
-    __slots__ = ()
+    claims: AttestationDocument
+    labels: frozenset[Label]
+    checks: tuple[Check, ...]
+    _: KW_ONLY
+    proof: InitVar[_Proof]
+
+    def __post_init__(self, proof: _Proof) -> None:
+        if proof is not _PROVEN:
+            raise TypeError("only the verifier constructs a result")
 
     def __reduce_ex__(self, protocol: object, /) -> NoReturn:
         raise TypeError(f"an {type(self).__name__} does not travel; verify again")
-
-
-def _require_proof(proof: object) -> None:
-    if proof is not _PROVEN:
-        raise TypeError("only the verifier constructs a result")
 
 
 @final
@@ -74,36 +75,16 @@ def _require_proof(proof: object) -> None:
 class AuthenticDocument(_Proven):
     """A document that the anchor vouches for (steps 1 to 5). No verdict: it may be old, replayed, or of anything."""
 
-    claims: AttestationDocument
-    labels: frozenset[Label]
-    checks: tuple[Check, ...]
-    _: KW_ONLY
-    proof: InitVar[_Proof]
 
-    def __post_init__(self, proof: _Proof) -> None:
-        _require_proof(proof)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Appraised(_Proven):
+    """What every verdict says."""
 
-
-@final
-@dataclass(frozen=True, slots=True)
-class AttestationResult(_Proven):
-    """The verdict that a channel may be opened: all fifteen steps hold, or are ignored by the policy's own words."""
-
-    claims: AttestationDocument
-    commitment: Commitment
     release: str | None
     """The policy's name for the image. None under an accepted debug mode, where no image is measured."""
-    labels: frozenset[Label]
-    checks: tuple[Check, ...]
-    valid_seconds: float
-    """For how long, on the client's monotonic clock, counted from the moment of the request. It may be 0."""
-    _: KW_ONLY
-    proof: InitVar[_Proof]
-
-    def __post_init__(self, proof: _Proof) -> None:
-        _require_proof(proof)
 
     def as_json(self) -> dict[str, object]:
+        """For programs: digests in hexadecimal, times as RFC 3339, seconds as numbers."""
         return {
             "verdict": "accepted",
             "labels": sorted(self.labels),
@@ -111,117 +92,287 @@ class AttestationResult(_Proven):
             "module_id": self.claims.module_id,
             "timestamp": self.claims.timestamp.isoformat(),
             "pcrs": {str(index): value.hex() for index, value in sorted(self.claims.pcrs.items())},
-            "model": self.commitment.model.hex(),
-            "configuration": self.commitment.configuration.hex(),
-            "key_id": self.commitment.key_id.hex(),
-            "valid_seconds": self.valid_seconds,
             "checks": [check.as_json() for check in self.checks],
         }
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttestationResult(_Appraised):
+    """The verdict that a channel may be opened: all fifteen steps hold, or are ignored by the policy's own words."""
+
+    commitment: Commitment
+    valid_seconds: float
+    """For how long, on the client's monotonic clock, counted from the moment of the request. It may be 0."""
+
+    def as_json(self) -> dict[str, object]:
+        said = _Appraised.as_json(self)
+        return {**said, **_committed(self.commitment), "valid_seconds": self.valid_seconds}
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DocumentResult(_Appraised):
+    """The verdict on a bare document: fresh, and what the policy accepts. It opens no channel."""
+
+    valid_seconds: float
+    """For how long, counted as in :class:`AttestationResult`: until the document is too old. It may be 0."""
+
+    def as_json(self) -> dict[str, object]:
+        said = _Appraised.as_json(self)
+        return {**said, **_carried(self.claims), "valid_seconds": self.valid_seconds}
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArchivedResult(_Appraised):
+    """The verdict that Evidence or a document was acceptable when it was made. It says nothing about now, and opens
+    nothing.
+    """
+
+    commitment: Commitment | None
+    """None for a bare document."""
+
+    def as_json(self) -> dict[str, object]:
+        said = {**_Appraised.as_json(self), "verdict": "accepted_when_made"}
+        return {**said, **(_carried(self.claims) if self.commitment is None else _committed(self.commitment))}
 
 
 def authenticate(document: bytes, *, anchor: Anchor, at: datetime) -> AuthenticDocument:
     """Steps 1 to 5: what ``document`` says, and that it said so under ``anchor``, whose chain must hold at ``at``.
 
-    For archives, and for whoever judges documents by other rules than a policy's. ``at`` has a time zone. Raises
+    For whoever judges documents by other rules than a policy's. ``at`` has a time zone, else ValueError. Raises
     EvidenceError.
     """
-    checklist = Checklist(last=5)
-    with checklist.proving(1) as finding:
-        finding.expected, finding.got = f"at most {MAX_DOCUMENT} bytes", f"{len(document)} bytes"
-        outer, payload = _decode(document)
-    claims = _prove_document(checklist, outer, payload, anchor, _utc(at), leeway=timedelta(0))
-    return AuthenticDocument(claims, _anchor_labels(anchor), checklist.complete(), proof=_PROVEN)
+    verification = _Verification(anchor, _utc(at), timedelta(0), last=5)
+    claims = verification.prove(document)
+    return AuthenticDocument(claims, verification.labels(claims), verification.checklist.complete(), proof=_PROVEN)
 
 
 def verify(evidence: bytes, *, policy: AppraisalPolicy, nonce: bytes, at: datetime) -> AttestationResult:
     """The verdict on the ``evidence`` that answers the request with ``nonce``, judged at ``at`` (with a time zone).
 
-    Raises EvidenceError when it proves nothing (steps 1 to 9) and AppraisalError when what it proves is not what the
-    policy accepts (steps 10 to 15); both carry the checks. ValueError for a nonce that is not ``NONCE_SIZE`` bytes.
+    Raises EvidenceError when the Evidence proves nothing (steps 1 to 9), AppraisalError when what it proves is not what
+    the policy accepts (steps 10 to 15), both with the checks; PolicyError ``wrong_purpose`` for a policy that judges
+    bare documents; ValueError for a nonce that is not ``NONCE_SIZE`` bytes.
     """
     if len(nonce) != NONCE_SIZE:
         raise ValueError(f"nonce: expected {NONCE_SIZE} bytes, got {len(nonce)}")
-    at = _utc(at)
-    max_age, leeway = timedelta(seconds=policy.max_age_seconds), timedelta(seconds=policy.leeway_seconds)
-    checklist = Checklist(last=max(STEPS))
-
-    # 1. A bounded deterministic map; the document in it bounded, strict CBOR throughout.
-    with checklist.proving(1) as finding:
-        finding.expected, finding.got = f"at most {MAX_EVIDENCE} bytes", f"{len(evidence)} bytes"
-        parts = Evidence.decode(evidence)
-        outer, payload = _decode(parts.document)
-
-    # 2 to 5.
-    claims = _prove_document(checklist, outer, payload, policy.anchor, at, leeway)
-
-    # 6. The nonce is the one that was sent.
-    with checklist.proving(6) as finding:
-        finding.expected, finding.got = _hex(nonce), _hex(claims.nonce)
-        if claims.nonce != nonce:
-            _refuse("wrong_nonce", "the document answers another request, or none", finding)
-
-    # 7. Neither too old nor from the future.
-    age = at - claims.timestamp
-    with checklist.proving(7) as finding:
-        finding.expected = f"0 to {policy.max_age_seconds} s old, with a leeway of {policy.leeway_seconds} s"
-        finding.got = f"{age.total_seconds():.3f} s old"
-        if age > max_age + leeway:
-            _refuse("stale", "the document is too old", finding)
-        if age < -leeway:
-            _refuse("from_the_future", "the document is from the future; is the clock right?", finding)
-
-    # 8. The document is for a channel, and for this commitment as received; it carries no key of its own.
-    with checklist.proving(8) as finding:
-        finding.expected, finding.got = "no public_key", _hex(claims.public_key)
-        if claims.public_key is not None:
-            _refuse("wrong_binding", "the document of a channel carries no public_key", finding)
-        digest = hashlib.sha384(parts.commitment).digest()
-        finding.expected, finding.got = f"{Purpose.CHANNEL.value}, sha384:{digest.hex()}", _hex(claims.user_data)
-        if claims.user_data is None:
-            _refuse("wrong_binding", "the document binds nothing", finding)
-        binding = UserData.decode(claims.user_data)
-        finding.got = f"{binding.purpose.value}, sha384:{binding.commitment_digest.hex()}"
-        if finding.got != finding.expected:
-            _refuse("wrong_binding", "the document is not for this channel", finding)
-
-    # 9. The commitment is well formed, and the locked registers say the same of model and configuration.
-    with checklist.proving(9) as finding:
-        commitment = Commitment.decode(parts.commitment)
-        committed = {
-            PCR_MODEL: once_extended(commitment.model),
-            PCR_CONFIGURATION: once_extended(commitment.configuration),
-        }
-        finding.expected, finding.got = _registers(committed), _registers(claims.pcrs, committed)
-        if finding.got != finding.expected:
-            _refuse("wrong_binding", "the registers do not follow from the commitment", finding)
-
-    # 10 to 15: all are judged, every failure is listed.
-    debug = _judge_debug(checklist, policy, claims)
-    release = _judge_image(checklist, policy, claims, debug)
-    _judge_digest(checklist, 12, policy.model, commitment.model, "wrong_model")
-    _judge_digest(checklist, 13, policy.configuration, commitment.configuration, "wrong_configuration")
-    _judge_registers(checklist, policy, claims, release)
-    _judge_module(checklist, policy, claims)
-    _judge_entropy(checklist, policy, commitment)
-    checks = checklist.complete()
-    failures = [check for check in checks if check.status is Status.FAILED]
-    if failures:
-        first = failures[0]
-        names = ", ".join(check.name for check in failures)
-        error = AppraisalError(
-            first.code or "", f"the policy refuses this enclave: {names}", expected=first.expected, got=first.got
-        )
-        error.checks = checks
-        raise error
+    _require_binding(policy, ChannelBinding)
+    verification = _Verification.of(policy, at)
+    claims, encoded = verification.prove_evidence(evidence)
+    verification.require_nonce(claims, nonce)
+    age = verification.require_fresh(claims, policy)
+    commitment = verification.require_commitment(claims, encoded)
+    release = appraise(verification.checklist, policy, claims, commitment, verification.at)
     return AttestationResult(
-        claims=claims,
+        claims,
+        verification.labels(claims),
+        verification.checklist.complete(),
+        release=_name(release),
         commitment=commitment,
-        release=None if release is None else release.name,
-        labels=_anchor_labels(policy.anchor) | ({Label.DEBUG} if debug else set()),
-        checks=checks,
-        valid_seconds=max(0.0, min((max_age - age).total_seconds(), float(commitment.lifetime))),
+        valid_seconds=max(0.0, min(policy.max_age_seconds - age.total_seconds(), float(commitment.lifetime))),
         proof=_PROVEN,
     )
+
+
+def verify_document(document: bytes, *, policy: AppraisalPolicy, nonce: bytes, at: datetime) -> DocumentResult:
+    """The verdict on a bare ``document`` of any Nitro enclave that was asked for with ``nonce``, judged at ``at``.
+
+    ``document`` is the NSM's COSE_Sign1, as bytes. The steps about a channel's commitment are not applicable. Raises as
+    :func:`verify`; PolicyError ``wrong_purpose`` for a policy that judges channels; ValueError for a nonce that is not
+    ``MIN_NONCE`` to ``MAX_FIELD`` bytes.
+    """
+    if not MIN_NONCE <= len(nonce) <= MAX_FIELD:
+        raise ValueError(f"nonce: expected {MIN_NONCE} to {MAX_FIELD} bytes, got {len(nonce)}")
+    _require_binding(policy, DocumentBinding)
+    verification = _Verification.of(policy, at)
+    claims = verification.prove(document)
+    verification.require_nonce(claims, nonce)
+    age = verification.require_fresh(claims, policy)
+    verification.pass_by_commitment()
+    release = appraise(verification.checklist, policy, claims, None, verification.at)
+    return DocumentResult(
+        claims,
+        verification.labels(claims),
+        verification.checklist.complete(),
+        release=_name(release),
+        valid_seconds=max(0.0, policy.max_age_seconds - age.total_seconds()),
+        proof=_PROVEN,
+    )
+
+
+def verify_archived(archived: bytes, *, policy: AppraisalPolicy, nonce: bytes | None = None) -> ArchivedResult:
+    """Whether ``archived`` would have been accepted at the time that it states itself.
+
+    Evidence under a policy for channels, a document under one for documents. Its age is not judged, and its nonce only
+    if one is given: both stand as ignored. So does everything that the years since have shown: a key that leaked, a
+    release that was withdrawn. Raises EvidenceError and AppraisalError as :func:`verify`.
+    """
+    verification = _Verification.of(policy, None)
+    if isinstance(policy.binding, ChannelBinding):
+        claims, encoded = verification.prove_evidence(archived)
+    else:
+        claims, encoded = verification.prove(archived), None
+    if nonce is None:
+        verification.ignore(6, field_text(claims.nonce))
+    else:
+        verification.require_nonce(claims, nonce)
+    verification.ignore(7, claims.timestamp.isoformat())
+    if encoded is None:
+        commitment = None
+        verification.pass_by_commitment()
+    else:
+        commitment = verification.require_commitment(claims, encoded)
+    release = appraise(verification.checklist, policy, claims, commitment, claims.timestamp)
+    return ArchivedResult(
+        claims,
+        verification.labels(claims) | {Label.ARCHIVED},
+        verification.checklist.complete(),
+        release=_name(release),
+        commitment=commitment,
+        proof=_PROVEN,
+    )
+
+
+class _Verification:
+    """One walk through steps 1 to 9. Each step enters itself into the checklist, or ends the walk with its error."""
+
+    def __init__(
+        self,
+        anchor: Anchor,
+        at: datetime | None,
+        leeway: timedelta,
+        *,
+        last: int = max(STEPS),
+    ) -> None:
+        """``at`` is None for an archived document: its own time is the verification time."""
+        self.checklist = Checklist(last)
+        self._anchor = anchor
+        self._at = at
+        self._leeway = leeway
+
+    @classmethod
+    def of(cls, policy: AppraisalPolicy, at: datetime | None) -> _Verification:
+        leeway = timedelta(seconds=policy.leeway_seconds)
+        return cls(policy.anchor, None if at is None else _utc(at), leeway)
+
+    @property
+    def at(self) -> datetime:
+        assert self._at is not None  # archived Evidence is judged at its own time instead
+        return self._at
+
+    def prove_evidence(self, evidence: bytes) -> tuple[AttestationDocument, bytes]:
+        """Steps 1 to 5: the claims, and the commitment as it was received."""
+        # 1. A bounded deterministic map; the document in it bounded, strict CBOR throughout.
+        with self.checklist.proving(1) as finding:
+            finding.expected, finding.got = f"at most {MAX_EVIDENCE} bytes", f"{len(evidence)} bytes"
+            parts = Evidence.decode(evidence)
+            outer, payload = _decode(parts.document)
+        return self._prove_document(outer, payload), parts.commitment
+
+    def prove(self, document: bytes) -> AttestationDocument:
+        """Steps 1 to 5 for a bare document."""
+        with self.checklist.proving(1) as finding:
+            finding.expected, finding.got = f"at most {MAX_DOCUMENT} bytes", f"{len(document)} bytes"
+            outer, payload = _decode(document)
+        return self._prove_document(outer, payload)
+
+    def _prove_document(self, outer: cbor.Value, payload: cbor.Value) -> AttestationDocument:
+        # 2. COSE_Sign1 with ES384.
+        with self.checklist.proving(2) as finding:
+            finding.expected, finding.got = "COSE_Sign1, ES384", "COSE_Sign1, ES384"
+            signed = CoseSign1.from_cbor(outer)
+
+        # 3. The payload's fields.
+        with self.checklist.proving(3) as finding:
+            claims = AttestationDocument.from_cbor(payload)
+            finding.expected = "the known fields, each within its bounds"
+            finding.got = f"{claims.module_id}, {claims.timestamp.isoformat()}"
+
+        # 4. The chain, at the verification time.
+        with self.checklist.proving(4) as finding:
+            at = self._chain_time(claims)
+            key = chain.validate(claims.certificate, claims.cabundle, anchor=self._anchor, at=at)
+            finding.expected = f"{self._anchor.trust.value}, sha256 {self._anchor.fingerprint}"
+            finding.got = f"{len(claims.cabundle) + 1} certificates to it, valid at {at.isoformat()}"
+
+        # 5. The signature over the received bytes, with the key that the chain has proven.
+        with self.checklist.proving(5) as finding:
+            finding.expected, finding.got = "signed by the leaf", "signed by the leaf"
+            _require_signature(signed, key)
+        return claims
+
+    def _chain_time(self, claims: AttestationDocument) -> datetime:
+        """A client's clock that is slow by no more than the leeway would find a leaf that was issued seconds ago not
+        yet valid: then the document's own time stands in.
+        """
+        if self._at is None or timedelta(0) < claims.timestamp - self._at <= self._leeway:
+            return claims.timestamp
+        return self._at
+
+    def require_nonce(self, claims: AttestationDocument, nonce: bytes) -> None:
+        """6. The nonce is the one that was sent."""
+        with self.checklist.proving(6) as finding:
+            finding.expected, finding.got = field_text(nonce), field_text(claims.nonce)
+            if claims.nonce != nonce:
+                _refuse("wrong_nonce", "the document answers another request, or none", finding)
+
+    def require_fresh(self, claims: AttestationDocument, policy: AppraisalPolicy) -> timedelta:
+        """7. Neither too old nor from the future; its age."""
+        age = self.at - claims.timestamp
+        with self.checklist.proving(7) as finding:
+            finding.expected = f"0 to {policy.max_age_seconds} s old, with a leeway of {policy.leeway_seconds} s"
+            finding.got = f"{age.total_seconds():.3f} s old"
+            if age > timedelta(seconds=policy.max_age_seconds) + self._leeway:
+                _refuse("stale", "the document is too old", finding)
+            if age < -self._leeway:
+                _refuse("from_the_future", "the document is from the future; is the clock right?", finding)
+        return age
+
+    def require_commitment(self, claims: AttestationDocument, encoded: bytes) -> Commitment:
+        """8 and 9: the document binds this commitment, and the commitment says what the registers say."""
+        # 8. The document is for a channel, and for this commitment as received; it carries no key of its own.
+        with self.checklist.proving(8) as finding:
+            finding.expected, finding.got = "no public_key", field_text(claims.public_key)
+            if claims.public_key is not None:
+                _refuse("wrong_binding", "the document of a channel carries no public_key", finding)
+            digest = hashlib.sha384(encoded).digest()
+            finding.expected = f"{Purpose.CHANNEL.value}, sha384:{digest.hex()}"
+            finding.got = field_text(claims.user_data)
+            if claims.user_data is None:
+                _refuse("wrong_binding", "the document binds nothing", finding)
+            binding = UserData.decode(claims.user_data)
+            finding.got = f"{binding.purpose.value}, sha384:{binding.commitment_digest.hex()}"
+            if finding.got != finding.expected:
+                _refuse("wrong_binding", "the document is not for this channel", finding)
+
+        # 9. The commitment is well formed, and the locked registers say the same of model and configuration.
+        with self.checklist.proving(9) as finding:
+            commitment = Commitment.decode(encoded)
+            committed = {
+                PCR_MODEL: once_extended(commitment.model),
+                PCR_CONFIGURATION: once_extended(commitment.configuration),
+            }
+            finding.expected = registers_text(committed)
+            finding.got = registers_text(claims.pcrs, committed)
+            if finding.got != finding.expected:
+                _refuse("wrong_binding", "the registers do not follow from the commitment", finding)
+        return commitment
+
+    def pass_by_commitment(self) -> None:
+        """8 and 9 for a bare document; what it carries is judged in step 14."""
+        for step in (8, 9):
+            self.checklist.passes_by(step, "a bare document commits to no channel")
+
+    def ignore(self, step: int, got: str) -> None:
+        """6 and 7 for archived Evidence."""
+        reason = "archived: judged at the document's own time"
+        self.checklist.add(Check(step, STEPS[step], Status.IGNORED, None, got, explanation=reason))
+
+    def labels(self, claims: AttestationDocument) -> frozenset[Label]:
+        emulated = {Label.EMULATED} if self._anchor.is_emulated else set()
+        return frozenset(emulated | ({Label.DEBUG} if is_debug(claims) else set()))
 
 
 def _decode(document: bytes) -> tuple[cbor.Value, cbor.Value]:
@@ -238,41 +389,10 @@ def _decode(document: bytes) -> tuple[cbor.Value, cbor.Value]:
     return outer, None if payload is None else cbor.decode(payload, indefinite_top_map=True)
 
 
-def _prove_document(
-    checklist: Checklist, outer: cbor.Value, payload: cbor.Value, anchor: Anchor, at: datetime, leeway: timedelta
-) -> AttestationDocument:
-    # 2. COSE_Sign1 with ES384.
-    with checklist.proving(2) as finding:
-        finding.expected, finding.got = "COSE_Sign1, ES384", "COSE_Sign1, ES384"
-        signed = CoseSign1.from_cbor(outer)
-
-    # 3. The payload's fields.
-    with checklist.proving(3) as finding:
-        document = AttestationDocument.from_cbor(payload)
-        finding.expected = "the known fields, each within its bounds"
-        finding.got = f"{document.module_id}, {document.timestamp.isoformat()}"
-
-    # 4. The chain, at the verification time. A client's clock that is slow by no more than the leeway would find a
-    # leaf that was issued seconds ago not yet valid: then the document's own time stands in.
-    with checklist.proving(4) as finding:
-        chain_time = document.timestamp if timedelta(0) < document.timestamp - at <= leeway else at
-        key = chain.validate(document.certificate, document.cabundle, anchor=anchor, at=chain_time)
-        finding.expected = f"{anchor.trust.value}, sha256 {anchor.fingerprint}"
-        finding.got = f"{len(document.cabundle) + 1} certificates to it, valid at {chain_time.isoformat()}"
-
-    # 5. The signature over the received bytes, with the key that the chain has proven.
-    with checklist.proving(5) as finding:
-        finding.expected, finding.got = "signed by the leaf", "signed by the leaf"
-        _require_signature(signed, key)
-    return document
-
-
 def _require_signature(signed: CoseSign1, key: ec.EllipticCurvePublicKey) -> None:
     # Raw r || s; either of the two values of s is good, and AWS emits both.
-    r, s = (
-        int.from_bytes(half, "big")
-        for half in (signed.signature[: SIGNATURE_SIZE // 2], signed.signature[SIGNATURE_SIZE // 2 :])
-    )
+    half = SIGNATURE_SIZE // 2
+    r, s = (int.from_bytes(part, "big") for part in (signed.signature[:half], signed.signature[half:]))
     try:
         key.verify(encode_dss_signature(r, s), signed.signed_bytes(), ec.ECDSA(SHA384()))
     except InvalidSignature as error:
@@ -281,138 +401,42 @@ def _require_signature(signed: CoseSign1, key: ec.EllipticCurvePublicKey) -> Non
         ) from error
 
 
-def _judge_debug(checklist: Checklist, policy: AppraisalPolicy, claims: AttestationDocument) -> bool:
-    """10. Whether the enclave is in debug mode, which the policy must accept by name."""
-    registers = (PCR_IMAGE, PCR_BOOT, PCR_APPLICATION)
-    debug = all(claims.pcrs.get(index) == ZERO_PCR for index in registers)
-    expected, got = "PCR0, PCR1 and PCR2 not all zero", "all zero" if debug else "not all zero"
-    if debug and policy.accept_debug is not None:
-        checklist.add(Check(10, STEPS[10], Status.IGNORED, expected, got, explanation=policy.accept_debug))
-    elif debug:
-        explanation = "an enclave in debug mode: its host can read its memory"
-        checklist.add(Check(10, STEPS[10], Status.FAILED, expected, got, "debug_mode", explanation))
-    else:
-        checklist.add(Check(10, STEPS[10], Status.PASSED, expected, got))
-    return debug
+def _require_binding(policy: AppraisalPolicy, wanted: type[Binding]) -> None:
+    if not isinstance(policy.binding, wanted):
+        purposes = {ChannelBinding: "channel", DocumentBinding: "document"}
+        raise PolicyError(
+            "wrong_purpose",
+            "the policy judges another kind of Evidence",
+            field="binding.purpose",
+            expected=purposes[wanted],
+            got=purposes[type(policy.binding)],
+        )
 
 
-def _judge_image(
-    checklist: Checklist, policy: AppraisalPolicy, claims: AttestationDocument, debug: bool
-) -> Release | None:
-    """11. The release whose registers are, together, those of the document."""
-    for release in policy.releases:
-        registers = release.pcrs.as_registers()
-        if all(claims.pcrs.get(index) == value for index, value in registers.items()):
-            expected = f"release {release.name} ({_registers(registers)})"
-            checklist.add(Check(11, STEPS[11], Status.PASSED, expected, _registers(claims.pcrs, registers)))
-            return release
-    named = sorted({index for release in policy.releases for index in release.pcrs.as_registers()})
-    expected = " or ".join(
-        f"release {release.name} ({_registers(release.pcrs.as_registers())})" for release in policy.releases
-    )
-    got = _registers(claims.pcrs, named)
-    if debug and policy.accept_debug is not None:
-        checklist.add(Check(11, STEPS[11], Status.IGNORED, expected, got, explanation=policy.accept_debug))
-    else:
-        explanation = "no release of the policy has these registers together"
-        checklist.add(Check(11, STEPS[11], Status.FAILED, expected, got, "wrong_image", explanation))
-    return None
+def _name(release: Release | None) -> str | None:
+    return None if release is None else release.name
 
 
-def _judge_digest(checklist: Checklist, step: int, rule: DigestRule, value: bytes, code: str) -> None:
-    """12 and 13. The digest that step 9 tied to its register."""
-    got = f"sha384:{value.hex()}"
-    if isinstance(rule, Ignore):
-        checklist.add(Check(step, STEPS[step], Status.IGNORED, None, got, explanation=rule.reason))
-    else:
-        expected = " or ".join(f"sha384:{digest.hex()}" for digest in rule.values)
-        checklist.add(_judged(step, STEPS[step], value in rule.values, expected, got, code))
+def _committed(commitment: Commitment) -> dict[str, object]:
+    return {
+        "model": commitment.model.hex(),
+        "configuration": commitment.configuration.hex(),
+        "key_id": commitment.key_id.hex(),
+    }
 
 
-def _judge_registers(
-    checklist: Checklist, policy: AppraisalPolicy, claims: AttestationDocument, release: Release | None
-) -> None:
-    """14, for registers. One that is absent from a document was never locked; nothing is known to be in it."""
-    elsewhere = {PCR_IMAGE, PCR_BOOT, PCR_APPLICATION, PCR_MODEL, PCR_CONFIGURATION}
-    if any(one.pcrs.pcr8 is not None for one in (policy.releases if release is None else (release,))):
-        elsewhere.add(PCR_SIGNER)  # judged with the image
-    unnamed = set(range(PCR_COUNT)) - elsewhere - policy.pcrs.keys()
-    for index, rule in sorted(policy.pcrs.items()):
-        if index not in elsewhere:
-            _judge_register(checklist, rule, index, claims.pcrs.get(index))
-    used = [index for index in sorted(unnamed) if claims.pcrs.get(index, ZERO_PCR) != ZERO_PCR]
-    got = _registers(claims.pcrs, used) or "zero"
-    checklist.add(_judged(14, "other PCRs", not used, "zero", got, "wrong_pcr"))
-
-
-def _judge_register(checklist: Checklist, rule: RegisterRule, index: int, value: bytes | None) -> None:
-    name, got = f"PCR{index}", _register(value)
-    if isinstance(rule, Ignore):
-        checklist.add(Check(14, name, Status.IGNORED, None, got, explanation=rule.reason))
-    elif isinstance(rule, Forbid):
-        checklist.add(_judged(14, name, value in (None, ZERO_PCR), "zero", got, "wrong_pcr"))
-    else:
-        expected = " or ".join(map(_register, rule.values))
-        checklist.add(_judged(14, name, value in rule.values, expected, got, "wrong_pcr"))
-
-
-def _judge_module(checklist: Checklist, policy: AppraisalPolicy, claims: AttestationDocument) -> None:
-    """14, for the module."""
-    rule = policy.module_id
-    if isinstance(rule, Ignore):
-        checklist.add(Check(14, "module id", Status.IGNORED, None, claims.module_id, explanation=rule.reason))
-    else:
-        accepted = claims.module_id in rule.values
-        checklist.add(_judged(14, "module id", accepted, " or ".join(rule.values), claims.module_id, "wrong_module"))
-
-
-def _judge_entropy(checklist: Checklist, policy: AppraisalPolicy, commitment: Commitment) -> None:
-    """15. Randomness that the host chose is fit for an emulated enclave alone."""
-    accepted = tuple(Entropy) if policy.anchor.is_emulated else (Entropy.NSM_HWRNG,)
-    expected, got = " or ".join(accepted), commitment.entropy.value
-    checklist.add(_judged(15, STEPS[15], commitment.entropy in accepted, expected, got, "host_entropy"))
-
-
-def _judged(step: int, name: str, accepted: bool, expected: str, got: str, code: str) -> Check:
-    if accepted:
-        return Check(step, name, Status.PASSED, expected, got)
-    return Check(step, name, Status.FAILED, expected, got, code, _MEANING[code])
-
-
-_MEANING = {
-    "wrong_model": "the enclave runs a model that the policy does not name",
-    "wrong_configuration": "the enclave runs under a configuration that the policy does not name",
-    "wrong_pcr": "something was measured that the policy does not accept",
-    "wrong_module": "another enclave than the policy names",
-    "host_entropy": "the host chose the enclave's randomness, and so can know its keys",
-}
+def _carried(claims: AttestationDocument) -> dict[str, object]:
+    return {
+        "public_key": None if claims.public_key is None else claims.public_key.hex(),
+        "user_data": None if claims.user_data is None else claims.user_data.hex(),
+    }
 
 
 def _refuse(code: str, message: str, finding: Finding) -> NoReturn:
     raise EvidenceError(code, message, expected=finding.expected, got=finding.got)
 
 
-def _anchor_labels(anchor: Anchor) -> frozenset[Label]:
-    return frozenset({Label.EMULATED}) if anchor.is_emulated else frozenset()
-
-
 def _utc(at: datetime) -> datetime:
     if at.tzinfo is None:
         raise ValueError("at: a time without a time zone could be any of twenty-four")
     return at.astimezone(UTC)
-
-
-def _hex(value: bytes | None) -> str:
-    return "absent" if value is None else cbor.shown(value)
-
-
-def _register(value: bytes | None) -> str:
-    if value is None:
-        return "absent"
-    return "zero" if value == ZERO_PCR else value.hex()
-
-
-def _registers(registers: Mapping[int, bytes], indexes: Iterable[int] | None = None) -> str:
-    """The registers of these indexes, or all of them, on one line."""
-    wanted = registers if indexes is None else indexes
-    return ", ".join(f"PCR{index} {_register(registers.get(index))}" for index in wanted)

@@ -16,8 +16,10 @@ from attestation.chain import Anchor
 from attestation.errors import StrongroomError
 from attestation.manifest import ModelManifest
 from attestation.measure import measure_process_image
-from attestation.policy import AppraisalPolicy, Forbid, Ignore, Release, Require
+from attestation.policy import AppraisalPolicy
+from attestation.policy_writer import write_policy
 from attestation.reference import PCR_INSTANCE, PCR_ROLE, PCR_SIGNER, configuration_digest
+from attestation.rules import ChannelBinding, Forbid, Ignore, Release, Require
 from emulator.pki import ensure_development_root
 
 ENCLAVE_TOML = "enclave.toml"
@@ -102,6 +104,7 @@ def _write(prepared: Prepared, settings: Settings, progress: Callable[[str], Non
         max_age_seconds=300,
         leeway_seconds=120,
         accept_debug=None,
+        binding=ChannelBinding(),
         releases=(Release("files of this machine", image),),
         model=Require((prepared.manifest.digest(),)),
         configuration=Require((configuration_digest(prepared.configuration.read_bytes()),)),
@@ -112,7 +115,7 @@ def _write(prepared: Prepared, settings: Settings, progress: Callable[[str], Non
         },
         module_id=Ignore("the module id is another one at each boot"),
     )
-    prepared.policy.write_text(policy.emit(root=ROOT_DER))
+    prepared.policy.write_text(write_policy(policy, root=ROOT_DER))
 
 
 def enclave_toml(manifest: ModelManifest, settings: Settings) -> str:

@@ -11,8 +11,10 @@ from pathlib import Path
 
 from attestation.chain import Anchor
 from attestation.commitment import Entropy, Evidence, Purpose, UserData
-from attestation.policy import AppraisalPolicy, Forbid, Ignore, Release, Require
+from attestation.policy import AppraisalPolicy
+from attestation.policy_writer import write_policy as policy_text
 from attestation.reference import PcrSet
+from attestation.rules import ChannelBinding, Forbid, Ignore, Release, Require
 from attestation.verifier import AttestationResult, verify
 from emulator.nsm import SoftwareNsm, boot_registers, new_module_id
 from emulator.pki import DevelopmentRoot
@@ -54,6 +56,7 @@ def policy_for(model: bytes, configuration: bytes, *, max_age_seconds: int = 300
         max_age_seconds=max_age_seconds,
         leeway_seconds=120,
         accept_debug=None,
+        binding=ChannelBinding(),
         releases=(Release("test", IMAGE),),
         model=Require((model,)),
         configuration=Require((configuration,)),
@@ -65,7 +68,7 @@ def policy_for(model: bytes, configuration: bytes, *, max_age_seconds: int = 300
 def write_policy(policy: AppraisalPolicy, directory: Path) -> Path:
     (directory / "root.der").write_bytes(_ROOT.certificate_der)
     path = directory / "policy.toml"
-    path.write_text(policy.emit(root="root.der"))
+    path.write_text(policy_text(policy, root="root.der"))
     return path
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,29 @@ from hypothesis import strategies as st
 from attestation.anchors import AWS_NITRO_G1
 from attestation.chain import Anchor
 from attestation.errors import PolicyError
-from attestation.policy import AppraisalPolicy, Forbid, Ignore, Release, Require
-from attestation.reference import PcrSet
+from attestation.manifest import ManifestFile, ModelManifest
+from attestation.policy import AppraisalPolicy
+from attestation.policy_writer import write_policy
+from attestation.reference import PcrSet, once_extended
+from attestation.rules import (
+    ChannelBinding,
+    DocumentBinding,
+    Forbid,
+    Ignore,
+    Manifests,
+    Measures,
+    Release,
+    Released,
+    Require,
+)
 from tests.pki import forge
 
-A, B = "a" * 96, "b" * 96
+A = "a" * 96
+DOCUMENT = 'purpose = "document"\n[binding.public_key]\nforbid = true\n[binding.user_data]\nforbid = true'
+REQUIRED = 'purpose = "document"\n[binding.user_data]\nforbid = true\n[binding.public_key]\nrequire = '
+MODEL = forge.POLICY[forge.POLICY.index("[model]") : forge.POLICY.index("[configuration]")].rstrip("\n")
+MANIFEST = '[model]\nmanifests = ["one.manifest"]\nminimum_version = 3'
+ONE = ModelManifest("one", (ManifestFile("one.gguf", 1, bytes(48)),), "{{ template }}", version=3)
 RELEASE_ONE = forge.POLICY[forge.POLICY.index("[[release]]") : forge.POLICY.index('[[release]]\nname = "two"')]
 RELEASE_TWO = forge.POLICY[forge.POLICY.index('[[release]]\nname = "two"') : forge.POLICY.index("[model]")]
 ANCHOR = forge.POLICY[forge.POLICY.index("[anchor]") : forge.POLICY.index("[freshness]")]
@@ -56,7 +74,8 @@ def test_every_field_must_be_there(line: str, policy_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "table", ["anchor", "freshness", "debug", "model", "configuration", "pcrs.3", "pcrs.4", "pcrs.8", "module_id"]
+    "table",
+    ["anchor", "freshness", "debug", "binding", "model", "configuration", "pcrs.3", "pcrs.4", "pcrs.8", "module_id"],
 )
 def test_every_table_must_be_there(table: str, policy_folder: Path) -> None:
     lines = forge.POLICY.splitlines()
@@ -103,6 +122,16 @@ def test_every_table_must_be_there(table: str, policy_folder: Path) -> None:
         ("[debug]\nforbid = true", '[debug]\naccept = "  "', "wrong_value", "debug.accept"),
         ("[debug]\nforbid = true", "[debug]\naccept = true", "wrong_value", "debug.accept"),
         ("[debug]\nforbid = true", '[debug]\nignore = "why"', "missing_field", "debug"),
+        # binding
+        ('purpose = "channel"', 'purpose = "anything"', "unknown_value", "binding.purpose"),
+        ('purpose = "channel"', "purpose = 1", "wrong_value", "binding.purpose"),
+        ('purpose = "channel"', 'purpose = "channel"\nmore = 1', "unknown_field", "binding.more"),
+        ('purpose = "channel"', 'purpose = "document"', "missing_field", "binding.public_key"),
+        ('purpose = "channel"', f"{DOCUMENT}\nmore = 1", "unknown_field", "binding.user_data.more"),
+        ('purpose = "channel"', DOCUMENT.replace("forbid", "require"), "wrong_value", "binding.public_key.require"),
+        ('purpose = "channel"', f"{REQUIRED}[]", "empty_list", "binding.public_key.require"),
+        ('purpose = "channel"', f'{REQUIRED}["0"]', "wrong_value", "binding.public_key.require[0]"),
+        ('purpose = "channel"', f'{REQUIRED}["{"00" * 1025}"]', "wrong_value", "binding.public_key.require[0]"),
         # releases
         (RELEASE_ONE + RELEASE_TWO, "", "missing_field", "release"),
         (RELEASE_ONE + RELEASE_TWO, "[release]\n", "wrong_value", "release"),
@@ -127,11 +156,23 @@ def test_every_table_must_be_there(table: str, policy_folder: Path) -> None:
         ("[model]\n", '[model]\nignore = "why"\n', "contradiction", "model"),
         ("[model]\n", "[model]\nforbid = true\n", "unknown_field", "model.forbid"),
         ("[configuration]\n", "[configuration]\nmore = 1\n", "unknown_field", "configuration.more"),
+        (MODEL, "[model]\nreleased = true", "contradiction", "model.released"),
+        (MODEL, "[model]\nreleased = false", "wrong_value", "model.released"),
+        (MODEL, '[model]\nmanifests = ["one.manifest"]', "missing_field", "model.minimum_version"),
+        (MODEL, "[model]\nminimum_version = 1\nmanifests = []", "empty_list", "model.manifests"),
+        (MODEL, f"{MANIFEST}\nmore = 1", "unknown_field", "model.more"),
+        (MODEL, MANIFEST.replace("= 3", "= 4"), "contradiction", "model.minimum_version"),
+        (MODEL, MANIFEST.replace("one", "absent"), "unreadable_manifest", "model.manifests[0]"),
+        (MODEL, MANIFEST.replace("one.manifest", "leaf.der"), "malformed_manifest", "model.manifests[0]"),
+        ('name = "one"', 'name = "one"\nmodels = []', "empty_list", "release[0].models"),
+        ('name = "one"', 'name = "one"\nconfigurations = ["00"]', "wrong_value", "release[0].configurations[0]"),
         # registers
         ("[pcrs.3]\nforbid = true", '[pcrs.3]\nforbid = true\nignore = "why"', "contradiction", "pcrs.3"),
         ("[pcrs.3]\nforbid = true", "[pcrs.3]\nforbid = false", "wrong_value", "pcrs.3.forbid"),
         ("[pcrs.3]\nforbid = true", "[pcrs.3]\nignore = true", "wrong_value", "pcrs.3.ignore"),
         ("[pcrs.3]\nforbid = true", "[pcrs.3]\nrequire = []", "empty_list", "pcrs.3.require"),
+        ("[pcrs.3]\nforbid = true", "[pcrs.3]\nmeasures = []", "empty_list", "pcrs.3.measures"),
+        ("[pcrs.3]\nforbid = true", '[pcrs.3]\nmeasures = [""]', "wrong_value", "pcrs.3.measures[0]"),
         ("[pcrs.3]\nforbid = true", "[pcrs.3]\nrequire = [1]", "wrong_value", "pcrs.3.require[0]"),
         ("[pcrs.3]\nforbid = true", "[pcrs.3]\nforbid = true\nmore = 1", "unknown_field", "pcrs.3.more"),
         ("[pcrs.3]\nforbid = true", "[pcrs]\n3 = true", "wrong_value", "pcrs.3"),
@@ -151,6 +192,7 @@ def test_every_table_must_be_there(table: str, policy_folder: Path) -> None:
 def test_what_is_wrong_is_named(old: str, new: str, code: str, field: str | None, policy_folder: Path) -> None:
     (policy_folder / "leaf.der").write_bytes(forge.GOOD_CHAIN.certificate)
     (policy_folder / "large.der").write_bytes(bytes(1025))
+    (policy_folder / "one.manifest").write_bytes(ONE.encode())
     assert old in forge.POLICY
     error = _error(forge.POLICY.replace(old, new, 1), policy_folder)
     assert (error.code, error.field) == (code, field)
@@ -176,6 +218,23 @@ def test_aws_root_under_the_emulators_name_is_refused(policy_folder: Path) -> No
 def test_signed_releases_need_no_rule_for_pcr8(policy_folder: Path) -> None:
     text = forge.POLICY.replace(RELEASE_ONE, "").replace("[pcrs.8]\nforbid = true\n", "")
     assert AppraisalPolicy.parse(text, policy_folder).pcrs.keys() == {3, 4}
+
+
+def test_a_model_is_named_by_its_manifest(policy_folder: Path) -> None:
+    (policy_folder / "one.manifest").write_bytes(ONE.encode())
+    policy = AppraisalPolicy.parse(forge.POLICY.replace(MODEL, MANIFEST), policy_folder)
+    assert policy.model == Manifests((("one.manifest", ONE),), minimum_version=3)
+    text = write_policy(policy, root="root.der", notes=["a note"])
+    assert "# a note\n" in text
+    assert AppraisalPolicy.parse(text, policy_folder) == policy
+
+
+def test_a_role_is_named_by_its_arn(policy_folder: Path) -> None:
+    arn = "arn:aws:iam::123456789012:role/enclave"
+    text = forge.POLICY.replace("[pcrs.3]\nforbid = true", f'[pcrs.3]\nmeasures = ["{arn}"]')
+    rule = AppraisalPolicy.parse(text, policy_folder).pcrs[3]
+    assert isinstance(rule, Measures)
+    assert rule.values == (once_extended(arn.encode()),)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -217,6 +276,8 @@ def test_a_file_that_is_no_policy(content: bytes | None, code: str, tmp_path: Pa
         {"leeway_seconds": 601},
         {"accept_debug": ""},
         {"pcrs": {}},
+        {"model": Released()},
+        {"configuration": Released()},
         {"pcrs": {3: Forbid(), 4: Forbid()}},
         {"pcrs": {3: Forbid(), 4: Forbid(), 8: Forbid(), 17: Forbid()}},
         {"pcrs": {3: Forbid(), 4: Forbid(), 8: Forbid(), -1: Forbid()}},
@@ -229,7 +290,19 @@ def test_no_program_builds_a_policy_that_no_file_could_say(policy: AppraisalPoli
 
 
 def test_no_rule_is_empty() -> None:
-    for make in (lambda: Require[bytes](()), lambda: Ignore(""), lambda: Require(("",)), lambda: Ignore("a\nb")):
+    makers: list[Callable[[], object]] = [
+        lambda: Require[bytes](()),
+        lambda: Ignore(""),
+        lambda: Require(("",)),
+        lambda: Ignore("a\nb"),
+        lambda: Measures(()),
+        lambda: Measures(("",)),
+        lambda: Manifests((), 0),
+        lambda: DocumentBinding(Require((bytes(1025),)), Forbid()),
+        lambda: Release("one", PcrSet(bytes(48), b"1" * 48, b"2" * 48)),
+        lambda: Release("one", PcrSet(b"0" * 48, b"1" * 48, b"2" * 48), models=(b"short",)),
+    ]
+    for make in makers:
         with pytest.raises(PolicyError):
             make()
 
@@ -245,7 +318,13 @@ REGISTERS = st.binary(min_size=48, max_size=48).filter(any)
 TEXTS = st.text(st.characters(min_codepoint=33, exclude_categories=("C", "Z")), min_size=1, max_size=40)
 REASONS = st.builds(Ignore, TEXTS)
 DIGESTS = st.builds(Require, st.lists(st.binary(min_size=48, max_size=48), min_size=1, max_size=3).map(tuple))
-RULES = REASONS | DIGESTS | st.just(Forbid())
+RULES = REASONS | DIGESTS | st.just(Forbid()) | st.builds(Measures, st.lists(TEXTS, min_size=1, max_size=2).map(tuple))
+FIELDS = (
+    REASONS
+    | st.just(Forbid())
+    | st.builds(Require, st.lists(st.binary(min_size=1, max_size=1024), min_size=1, max_size=2).map(tuple))
+)
+BINDINGS = st.just(ChannelBinding()) | st.builds(DocumentBinding, FIELDS, FIELDS)
 PCR_SETS = st.builds(PcrSet, REGISTERS, REGISTERS, REGISTERS, st.none())
 
 
@@ -256,14 +335,17 @@ def _policies(draw: st.DrawFn) -> AppraisalPolicy:
         **draw(st.dictionaries(st.sampled_from([5, 9, 18, 31]), RULES)),
         **{index: draw(RULES) for index in (3, 4, 8)},
     }
+    named = draw(st.lists(st.binary(min_size=48, max_size=48), max_size=2).map(tuple))
+    digests = REASONS | DIGESTS | (st.just(Released()) if named else st.nothing())
     return AppraisalPolicy(
         anchor=draw(st.sampled_from([AWS_NITRO_G1, Anchor.emulated(forge.ROOT_DER)])),
         max_age_seconds=draw(st.integers(1, 86400)),
         leeway_seconds=draw(st.integers(0, 600)),
         accept_debug=draw(st.none() | TEXTS),
-        releases=tuple(Release(name, draw(PCR_SETS)) for name in names),
-        model=draw(REASONS | DIGESTS),
-        configuration=draw(REASONS | DIGESTS),
+        binding=draw(BINDINGS),
+        releases=tuple(Release(name, draw(PCR_SETS), named, named) for name in names),
+        model=draw(digests),
+        configuration=draw(digests),
         pcrs=rules,
         module_id=draw(REASONS | st.builds(Require, st.lists(TEXTS, min_size=1, max_size=2).map(tuple))),
     )
@@ -271,15 +353,15 @@ def _policies(draw: st.DrawFn) -> AppraisalPolicy:
 
 @given(policy=_policies())
 def test_what_is_written_is_read_back(policy: AppraisalPolicy, policy_folder: Path) -> None:
-    text = policy.emit(root="root.der" if policy.anchor.is_emulated else None)
+    text = write_policy(policy, root="root.der" if policy.anchor.is_emulated else None)
     assert AppraisalPolicy.parse(text, policy_folder) == policy
 
 
 def test_a_written_policy_names_its_root(policy: AppraisalPolicy) -> None:
     with pytest.raises(ValueError, match="root"):
-        policy.emit()
+        write_policy(policy)
     with pytest.raises(ValueError, match="root"):
-        replace(policy, anchor=AWS_NITRO_G1).emit(root="root.der")
+        write_policy(replace(policy, anchor=AWS_NITRO_G1), root="root.der")
 
 
 @given(st.text(max_size=200) | st.sampled_from(["[" * 5000, "a = " + "[" * 100_000, "a = " + "9" * 5000]))

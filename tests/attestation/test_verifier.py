@@ -23,8 +23,9 @@ from attestation.chain import Anchor, Trust
 from attestation.checks import STEPS, Status
 from attestation.commitment import Entropy
 from attestation.errors import AppraisalError, EvidenceError
-from attestation.policy import AppraisalPolicy, Ignore, NameRule, RegisterRule, Require
+from attestation.policy import AppraisalPolicy
 from attestation.reference import ZERO_PCR, once_extended
+from attestation.rules import Ignore, NameRule, RegisterRule, Require
 from attestation.verifier import AttestationResult, AuthenticDocument, Label, authenticate, verify
 from tests.pki import forge
 
@@ -245,7 +246,7 @@ def test_an_authentic_document_is_no_verdict(policy: AppraisalPolicy) -> None:
     document = forge.document(forge.payload_fields(pcrs=forge.DEBUG_PCRS, nonce=None, user_data=None))
     authentic = authenticate(document, anchor=policy.anchor, at=forge.NOW + timedelta(hours=2))
     assert authentic.claims.pcrs == forge.DEBUG_PCRS
-    assert authentic.labels == {Label.EMULATED}
+    assert authentic.labels == {Label.EMULATED, Label.DEBUG}
     assert [check.step for check in authentic.checks] == [1, 2, 3, 4, 5]
 
 
@@ -299,11 +300,12 @@ def test_a_result_cannot_be_copied_into_another(policy: AppraisalPolicy) -> None
 
 def test_a_result_constructed_elsewhere_does_not_type_check(tmp_path: Path) -> None:
     def complaints(body: str) -> str:
-        snippet = tmp_path / "snippet.py"
+        snippet = tmp_path / f"snippet_{len(list(tmp_path.iterdir()))}.py"  # mypy remembers files by name and size
         snippet.write_text(
-            "from attestation.verifier import AttestationResult, AuthenticDocument\n"
+            "from attestation.verifier import ArchivedResult, AttestationResult, AuthenticDocument, DocumentResult\n"
             "def open_channel(result: AttestationResult) -> None: ...\n"
-            f"def use(genuine: AttestationResult, authentic: AuthenticDocument) -> None:\n    {body}\n"
+            "def use(genuine: AttestationResult, authentic: AuthenticDocument, archived: ArchivedResult,\n"
+            f"        document: DocumentResult) -> None:\n    {body}\n"
         )
         options = ["--strict", "--follow-imports=silent", "--cache-dir", str(REPOSITORY / ".mypy_cache" / "snippets")]
         out, _, _ = mypy.run([*options, "--config-file", str(REPOSITORY / "pyproject.toml"), str(snippet)])
@@ -317,6 +319,8 @@ def test_a_result_constructed_elsewhere_does_not_type_check(tmp_path: Path) -> N
     assert 'Missing named argument "proof"' in complaints(made.format(""))
     assert 'Argument "proof" to "AttestationResult" has incompatible type' in complaints(made.format(", proof=None"))
     assert 'incompatible type "AuthenticDocument"' in complaints("open_channel(authentic)")
+    assert 'incompatible type "ArchivedResult"' in complaints("open_channel(archived)")
+    assert 'incompatible type "DocumentResult"' in complaints("open_channel(document)")
 
 
 # --- whatever comes in ------------------------------------------------------------------------------------------------

@@ -313,6 +313,8 @@ max_age_seconds = 300
 leeway_seconds = 120
 [debug]
 forbid = true
+[binding]
+purpose = "channel"
 [[release]]
 name = "one"
 pcr0 = "{PCRS[0].hex()}"

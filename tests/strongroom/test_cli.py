@@ -26,7 +26,9 @@ import pytest
 from rich.console import Console
 
 from attestation.chain import Anchor
-from attestation.policy import AppraisalPolicy, Require
+from attestation.policy import AppraisalPolicy
+from attestation.policy_writer import write_policy as policy_text
+from attestation.rules import Require
 from parent import commands as parent_commands
 from parent.registry import Registry, State
 from strongroom import cli, conversation, prepare
@@ -480,7 +482,7 @@ def test_evidence_under_another_anchor(strongroom: Terminal, street: Street, tmp
     policy = replace(street.policy, anchor=Anchor.emulated(forge.ROOT_DER))
     (tmp_path / "root.der").write_bytes(forge.ROOT_DER)
     path = tmp_path / "policy.toml"
-    path.write_text(policy.emit(root="root.der"))
+    path.write_text(policy_text(policy, root="root.der"))
     options = ("--url", street.url, "--policy", str(path))
     ran = strongroom("verify", *options)
     assert ran.code == 3

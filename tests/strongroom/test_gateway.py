@@ -13,7 +13,7 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
-from attestation.policy import Require
+from attestation.rules import Require
 from enclave.generation import EngineFailed, Overloaded
 from strongroom import gateway as gateway_module
 from strongroom.gateway import MAX_BODY_BYTES, Gateway

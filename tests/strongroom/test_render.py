@@ -16,8 +16,9 @@ from rich.console import Console
 
 from attestation.checks import STEPS, Check, Status
 from attestation.errors import AppraisalError, EvidenceError
-from attestation.policy import AppraisalPolicy, Release, Require
+from attestation.policy import AppraisalPolicy
 from attestation.reference import PcrSet
+from attestation.rules import Release, Require
 from attestation.verifier import AttestationResult, Label, verify
 from strongroom.render import (
     MARKS,

@@ -15,7 +15,8 @@ import pytest
 
 from attestation.chain import Anchor
 from attestation.errors import AppraisalError, EvidenceError, StrongroomError
-from attestation.policy import AppraisalPolicy, Require
+from attestation.policy import AppraisalPolicy
+from attestation.rules import Require
 from emulator.pki import DevelopmentRoot
 from enclave.generation import ContextExceeded, EngineFailed, Overloaded
 from strongroom import session as session_module

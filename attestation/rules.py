@@ -1,0 +1,172 @@
+"""The rules of an Appraisal Policy, as values: what may be said of one register, digest, field or name.
+
+A rule requires, forbids, or ignores with a written reason. There is no fourth way, and no rule is empty.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Generic, TypeAlias, TypeVar
+
+from attestation.document import MAX_FIELD
+from attestation.errors import PolicyError
+from attestation.manifest import ModelManifest
+from attestation.reference import DIGEST_SIZE, ZERO_PCR, PcrSet, once_extended
+from attestation.strict_toml import printable
+
+T = TypeVar("T", bytes, str)
+
+
+@dataclass(frozen=True, slots=True)
+class Require(Generic[T]):
+    """One of these values and no other. Raises PolicyError for an empty list, and for a text that is not printable."""
+
+    values: tuple[T, ...]
+
+    def __post_init__(self) -> None:
+        _require_some("require", self.values)
+        for value in self.values:
+            if isinstance(value, str):
+                printable("require", value)
+
+
+@dataclass(frozen=True, slots=True)
+class Forbid:
+    """Nothing may be there: a register is zero, a field absent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ignore:
+    """Any value, for the reason that stands in every report. Raises PolicyError for a reason that says nothing."""
+
+    reason: str
+
+    def __post_init__(self) -> None:
+        printable("ignore", self.reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Measures:
+    """The register was extended once, from zero, with one of these texts (UTF-8).
+
+    So AWS fills PCR3 with the ARN of the parent's IAM role, and PCR4 with its instance id. Raises PolicyError for an
+    empty list, and for a text that is not printable.
+    """
+
+    texts: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        _require_some("measures", self.texts)
+        for text in self.texts:
+            printable("measures", text)
+
+    @property
+    def values(self) -> tuple[bytes, ...]:
+        """The register's values, 48 bytes each."""
+        return tuple(once_extended(text.encode()) for text in self.texts)
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """One of the digests that the matched release names beside its image."""
+
+
+@dataclass(frozen=True, slots=True)
+class Manifests:
+    """One of these model manifests, if its ``version`` is at least ``minimum_version``.
+
+    Each stands with the name of its file, relative to the policy's folder. Raises PolicyError for an empty list, and
+    when every manifest is older than that.
+    """
+
+    files: tuple[tuple[str, ModelManifest], ...]
+    minimum_version: int
+
+    def __post_init__(self) -> None:
+        _require_some("manifests", self.files)
+        newest = max(manifest.version for _, manifest in self.files)
+        if newest < self.minimum_version:
+            raise PolicyError(
+                "contradiction",
+                "every manifest is older than the minimum version: this rule accepts nothing",
+                field="minimum_version",
+                expected=f"at most {newest}",
+                got=self.minimum_version,
+            )
+
+
+RegisterRule: TypeAlias = Require[bytes] | Measures | Forbid | Ignore
+FieldRule: TypeAlias = Require[bytes] | Forbid | Ignore
+DigestRule: TypeAlias = Require[bytes] | Released | Ignore
+ModelRule: TypeAlias = DigestRule | Manifests
+NameRule: TypeAlias = Require[str] | Ignore
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelBinding:
+    """The document opens a Strongroom channel: it carries no key of its own, and its ``user_data`` binds the commitment
+    beside it (PROTOCOL.md section 2).
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentBinding:
+    """A bare document, of any Nitro enclave: what it carries is judged by these rules.
+
+    Raises PolicyError for a value that no document can carry.
+    """
+
+    public_key: FieldRule
+    user_data: FieldRule
+
+    def __post_init__(self) -> None:
+        for name, rule in (("public_key", self.public_key), ("user_data", self.user_data)):
+            for value in rule.values if isinstance(rule, Require) else ():
+                if len(value) > MAX_FIELD:
+                    raise PolicyError(
+                        "wrong_value",
+                        "longer than any document's field",
+                        field=f"binding.{name}",
+                        expected=f"at most {MAX_FIELD} bytes",
+                        got=f"{len(value)} bytes",
+                    )
+
+
+Binding: TypeAlias = ChannelBinding | DocumentBinding
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A named image, and what may run in it. Its registers are compared together, so that no two releases can be mixed.
+
+    ``models`` (digests of manifests) and ``configurations`` (digests) are asked for by the rule :class:`Released`
+    alone, which no empty tuple satisfies. Raises PolicyError for a register of zero, which is what an enclave in debug
+    mode reports, and for digests that are not 48 bytes.
+    """
+
+    name: str
+    pcrs: PcrSet
+    models: tuple[bytes, ...] = ()
+    configurations: tuple[bytes, ...] = ()
+
+    def __post_init__(self) -> None:
+        printable("release.name", self.name)
+        for index, register in self.pcrs.as_registers().items():
+            if register == ZERO_PCR:
+                raise PolicyError(
+                    "contradiction",
+                    "zero is what an enclave in debug mode reports, and measures nothing",
+                    field=f"release.pcr{index}",
+                    expected="a measurement",
+                    got="zero",
+                )
+        for digest in (*self.models, *self.configurations):
+            if len(digest) != DIGEST_SIZE:
+                raise PolicyError(
+                    "wrong_value", "not a digest", field="release", expected=f"{DIGEST_SIZE} bytes", got=len(digest)
+                )
+
+
+def _require_some(field: str, values: tuple[object, ...]) -> None:
+    if not values:
+        raise PolicyError("empty_list", "an empty list accepts nothing", field=field)
