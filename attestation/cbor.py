@@ -236,6 +236,10 @@ class Record:
             raise self.refusal(field, f"a printable text of 1 to {longest} characters", shown(value))
         return value
 
+    def optional_text(self, field: str, longest: int) -> str | None:
+        """None for a field that is absent or null."""
+        return None if self._fields.get(field) is None else self.text(field, longest)
+
     def octets(self, field: str, low: int, high: int) -> bytes:
         return self.octets_of(self._fields[field], field, low, high)
 
