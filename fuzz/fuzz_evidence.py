@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import json
-from collections.abc import Callable, Iterator
-from datetime import datetime
+from collections.abc import Callable
 from pathlib import Path
 
 import cbor2
@@ -16,17 +13,15 @@ from attestation.document import AttestationDocument
 from attestation.errors import AppraisalError, EvidenceError
 from attestation.policy import AppraisalPolicy
 from attestation.verifier import authenticate, verify
+from conformance.vectors import Subject, load
 
-VECTORS = Path(__file__).resolve().parent.parent / "tests" / "vectors" / "evidence"
-POLICY = AppraisalPolicy.load(VECTORS / "policy.toml")
+FOLDER = Path(__file__).resolve().parent.parent / "tests" / "vectors" / "evidence"
+POLICY = AppraisalPolicy.load(FOLDER / "policy.toml")
 
-_GOOD = json.loads((VECTORS / "accepted.json").read_text())
-_NONCE, _AT = bytes.fromhex(_GOOD["nonce"]), datetime.fromisoformat(_GOOD["at"])
-
-
-def _vectors() -> Iterator[bytes]:
-    for path in sorted(VECTORS.glob("*.json")):
-        yield base64.b64decode(json.loads(path.read_text())["evidence"])
+_VECTORS = dict(load(FOLDER))
+_GOOD = _VECTORS["accepted"]
+assert _GOOD.nonce is not None
+_NONCE, _AT = _GOOD.nonce, _GOOD.time
 
 
 def _payload(evidence: bytes) -> bytes:
@@ -44,7 +39,8 @@ def _is_accepted(evidence: bytes) -> bool:
     return True
 
 
-SIGNED = frozenset(_payload(evidence) for evidence in _vectors() if _is_accepted(evidence))
+_EVIDENCE = [vector.payload for vector in _VECTORS.values() if vector.subject is Subject.EVIDENCE]
+SIGNED = frozenset(_payload(evidence) for evidence in _EVIDENCE if _is_accepted(evidence))
 """What was signed and is accepted. The signature beside it is malleable; this is not."""
 
 
@@ -68,8 +64,7 @@ def one_input(data: bytes) -> None:
 
 
 def seeds() -> list[bytes]:
-    good = base64.b64decode(_GOOD["evidence"])
-    parts, payload = Evidence.decode(good), _payload(good)
+    parts, payload = Evidence.decode(_GOOD.payload), _payload(_GOOD.payload)
     fields = cbor2.loads(payload)
     pieces = [
         parts.document,
@@ -79,4 +74,4 @@ def seeds() -> list[bytes]:
         fields["certificate"],
         *fields["cabundle"],
     ]
-    return [*_vectors(), *pieces]
+    return [*(vector.payload for vector in _VECTORS.values()), *pieces]

@@ -107,7 +107,7 @@ def test_every_proof_of_the_threat_model_exists() -> None:
     missing = [f"{file}::{name}" for file, name in proofs if name not in names_in(ROOT / file)]
     assert missing == []
     vectors = set(re.findall(r"`(\d\d-[\w-]+)`", text))
-    assert {name for name in vectors if not (ROOT / "tests/vectors/evidence" / f"{name}.json").is_file()} == set()
+    assert {name for name in vectors if not (ROOT / "tests/vectors/evidence" / f"{name}.vector").is_file()} == set()
 
 
 def test_every_threat_has_a_mitigation_and_a_proof() -> None:

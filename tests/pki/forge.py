@@ -299,7 +299,8 @@ def document(
 
 def evidence(made: bytes | None = None, commitment: bytes | None = None) -> bytes:
     """Evidence as an enclave would send it; without arguments, the good one."""
-    return Evidence(document() if made is None else made, commitment or COMMITMENT.encode()).encode()
+    encoded = COMMITMENT.encode() if commitment is None else commitment
+    return Evidence(document() if made is None else made, encoded).encode()
 
 
 POLICY = f"""\
