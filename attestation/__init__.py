@@ -1,1 +1,122 @@
-"""What a relying party must trust: Evidence -> Claims -> Verdict, and the measurements it is held against."""
+"""What a relying party must trust: Evidence -> Claims -> Verdict, and the measurements it is held against.
+
+    from datetime import UTC, datetime
+    from attestation import AppraisalPolicy, verify
+
+    policy = AppraisalPolicy.load("policy.toml")
+    result = verify(evidence, policy=policy, nonce=nonce, at=datetime.now(UTC))
+    print(result.release, result.claims.module_id)
+
+``evidence`` is what the enclave sent, ``nonce`` the 32 fresh bytes that it answers. ``verify`` returns a result, or
+raises EvidenceError or AppraisalError with every check in it. It does no I/O; only what is called ``load`` reads files.
+
+These names are the verifier's and its policy's. What reference values are computed from has modules of its own, such as
+``attestation.measure`` for the files of an emulated enclave.
+"""
+
+TYPE_CHECKING = False  # as in typing, which is not loaded for it
+if TYPE_CHECKING:
+    from attestation.anchors import AWS_NITRO_G1
+    from attestation.chain import Anchor, Trust
+    from attestation.checks import Check, Status
+    from attestation.commitment import Commitment, Entropy
+    from attestation.document import AttestationDocument
+    from attestation.errors import AppraisalError, EvidenceError, PolicyError, StrongroomError
+    from attestation.gguf import ModelError
+    from attestation.manifest import ModelManifest
+    from attestation.policy import AppraisalPolicy
+    from attestation.policy_writer import write_policy
+    from attestation.reference import PcrSet
+    from attestation.rules import (
+        ChannelBinding,
+        DocumentBinding,
+        Forbid,
+        Ignore,
+        Manifests,
+        Measures,
+        Release,
+        Released,
+        Require,
+    )
+    from attestation.verifier import (
+        NONCE_SIZE,
+        ArchivedResult,
+        AttestationResult,
+        AuthenticDocument,
+        DocumentResult,
+        Label,
+        authenticate,
+        verify,
+        verify_archived,
+        verify_document,
+    )
+else:
+    # Loaded when first asked for. An enclave's processes import this package before they have shut out what nobody
+    # measured (enclave/imports.py), and its engine never loads cryptography.
+    _NAMES = {
+        "anchors": "AWS_NITRO_G1",
+        "chain": "Anchor Trust",
+        "checks": "Check Status",
+        "commitment": "Commitment Entropy",
+        "document": "AttestationDocument",
+        "errors": "AppraisalError EvidenceError PolicyError StrongroomError",
+        "gguf": "ModelError",
+        "manifest": "ModelManifest",
+        "policy": "AppraisalPolicy",
+        "policy_writer": "write_policy",
+        "reference": "PcrSet",
+        "rules": "ChannelBinding DocumentBinding Forbid Ignore Manifests Measures Release Released Require",
+        "verifier": (
+            "NONCE_SIZE ArchivedResult AttestationResult AuthenticDocument DocumentResult Label "
+            "authenticate verify verify_archived verify_document"
+        ),
+    }
+    _HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        return value
+
+
+__all__ = [
+    "AWS_NITRO_G1",
+    "NONCE_SIZE",
+    "Anchor",
+    "AppraisalError",
+    "AppraisalPolicy",
+    "ArchivedResult",
+    "AttestationDocument",
+    "AttestationResult",
+    "AuthenticDocument",
+    "ChannelBinding",
+    "Check",
+    "Commitment",
+    "DocumentBinding",
+    "DocumentResult",
+    "Entropy",
+    "EvidenceError",
+    "Forbid",
+    "Ignore",
+    "Label",
+    "Manifests",
+    "Measures",
+    "ModelError",
+    "ModelManifest",
+    "PcrSet",
+    "PolicyError",
+    "Release",
+    "Released",
+    "Require",
+    "Status",
+    "StrongroomError",
+    "Trust",
+    "authenticate",
+    "verify",
+    "verify_archived",
+    "verify_document",
+    "write_policy",
+]

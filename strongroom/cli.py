@@ -14,6 +14,7 @@ from typing import NoReturn
 import click
 
 from attestation.errors import StrongroomError
+from strongroom.extras import MissingExtra, require
 
 COMMANDS = {
     "run": "strongroom.run:run",
@@ -28,6 +29,17 @@ COMMANDS = {
     "chat": "strongroom.conversation:chat",
     "serve": "strongroom.serving:serve",
 }
+NEEDS = {
+    "run": ("parent", "enclave"),
+    "init": ("enclave",),
+    "start": ("parent", "enclave"),
+    "ps": ("parent",),
+    "logs": ("parent",),
+    "stop": ("parent",),
+    "proxy": ("parent",),
+    "serve": ("serve",),
+}
+"""The extras of a command beyond ``cli``. An emulated enclave is measured and run from this installation."""
 USAGE, UNAVAILABLE, DEFECT, INTERRUPTED, TERMINATED = 2, 4, 70, 130, 143
 WRONG_FILE = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 """What a person named that is not there, not theirs or not of its kind. Other trouble is not their doing."""
@@ -42,10 +54,25 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
+        try:
+            require(f"strongroom {cmd_name}", NEEDS.get(cmd_name, ()))
+        except MissingExtra as error:
+            return _NotInstalled(cmd_name, error)
         module, _, name = COMMANDS[cmd_name].partition(":")
         command = getattr(importlib.import_module(module), name)
         assert isinstance(command, click.Command)
         return command
+
+
+class _NotInstalled(click.Command):
+    """Stands for a command whose extra is missing: it is listed, and whatever its arguments it says what to install."""
+
+    def __init__(self, name: str, error: MissingExtra) -> None:
+        super().__init__(name, short_help=f"(not installed: {error.install})")
+        self._error = error
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> NoReturn:
+        raise self._error
 
 
 @click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
