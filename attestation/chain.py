@@ -1,21 +1,27 @@
 """Trust anchors, and X.509 path validation from one of them to a document's certificate.
 
-RFC 5280 section 6.1, done by cryptography's ``x509.verification`` under a profile as strict as AWS's real chains allow.
-Revocation is not checked, as AWS's attestation process says: leaves live for three hours.
+RFC 5280 section 6.1, one certificate at a time from the root down: each step takes the state behind the certificates
+before it and gives the state behind its own, and cryptography's ``x509.verification`` checks the certificate and its
+issuer under a profile as strict as AWS's real chains allow. A path can thus begin at any state that was reached before
+(``ChainCache``) and cannot end elsewhere than one that began at the root; and a bundle is its path, in its order, or is
+refused. Revocation is not checked, as AWS's attestation process says: leaves live for three hours.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
+from typing import Generic, TypeVar
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import SignatureAlgorithmOID
+from cryptography.x509.oid import ExtensionOID, SignatureAlgorithmOID
 from cryptography.x509.verification import (
     Criticality,
     ExtensionPolicy,
@@ -29,6 +35,10 @@ from attestation.errors import EvidenceError, PolicyError
 
 AWS_NITRO_G1_SHA256 = "641a0321a3e244efe456463195d606317ed7cdcc3c1756e09893f3c68f79bb5b"
 """The fingerprint that AWS publishes for its root certificate, over the DER."""
+
+
+MAX_INTERMEDIATES = 8
+"""CAs between root and leaf, under a root that allows as many. AWS's chains have three."""
 
 
 class Trust(StrEnum):
@@ -48,8 +58,12 @@ class Anchor:
 
     trust: Trust
     der: bytes
+    fingerprint: str = field(init=False, repr=False, compare=False)
+    """SHA-256 of the DER, in hexadecimal."""
+    _state: _Issuer = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "fingerprint", hashlib.sha256(self.der).hexdigest())
         if (self.trust is Trust.AWS_NITRO_G1) != (self.fingerprint == AWS_NITRO_G1_SHA256):
             raise PolicyError(
                 "bad_anchor",
@@ -59,28 +73,20 @@ class Anchor:
             )
         try:
             certificate = _load(self.der)
-            constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
+            constraints = _constraints(certificate)
             usage = certificate.extensions.get_extension_for_class(x509.KeyUsage).value
             certificate.verify_directly_issued_by(certificate)
+            period = _Period.of(certificate)
         except x509.ExtensionNotFound as error:
             raise PolicyError(
                 "bad_anchor", "the certificate cannot be a root: it lacks basicConstraints or keyUsage"
             ) from error
-        except (
-            _Refused,
-            ValueError,
-            InvalidSignature,
-            x509.DuplicateExtension,
-            x509.UnsupportedGeneralNameType,
-        ) as error:
+        except (*_REFUSALS, InvalidSignature) as error:
             raise PolicyError("bad_anchor", f"the certificate cannot be a root: {_reason(error)}") from error
         if not (constraints.ca and usage.key_cert_sign):
             raise PolicyError("bad_anchor", "the certificate cannot be a root: it may not sign certificates")
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the DER, in hexadecimal."""
-        return hashlib.sha256(self.der).hexdigest()
+        length = _path_length(constraints, MAX_INTERMEDIATES)
+        object.__setattr__(self, "_state", _Issuer((self.der,), certificate, length, period))
 
     @property
     def is_emulated(self) -> bool:
@@ -93,14 +99,21 @@ class Anchor:
 
 
 def validate(
-    certificate: bytes, cabundle: Sequence[bytes], *, anchor: Anchor, at: datetime
+    certificate: bytes,
+    cabundle: Sequence[bytes],
+    *,
+    anchor: Anchor,
+    at: datetime,
+    cache: ChainCache | None = None,
 ) -> ec.EllipticCurvePublicKey:
     """The public key of ``certificate``, proven by the whole ``cabundle`` (root first) up to ``anchor``, at ``at``.
 
     ``at`` is the verification time, with a time zone. The key is returned here and nowhere else, so that no signature
-    can be checked with a key that has no chain.
-    Raises EvidenceError ``untrusted_chain``.
+    can be checked with a key that has no chain. A ``cache`` changes how long this takes, and never what it says.
+    Raises EvidenceError ``untrusted_chain``; ValueError for an ``at`` without a time zone.
     """
+    if at.tzinfo is None:
+        raise ValueError("at: a time without a time zone could be any of twenty-four")
     # The bundle's own root is never trusted, only compared with ours.
     if cabundle[0] != anchor.der:
         raise EvidenceError(
@@ -109,40 +122,182 @@ def validate(
             expected=f"root sha256 {anchor.fingerprint}",
             got=f"root sha256 {hashlib.sha256(cabundle[0]).hexdigest()}",
         )
+    path = tuple(cabundle)
+    known = None if cache is None else cache._leaf(path, certificate, at)
+    if known is not None:
+        return known.key
+    issuer = anchor._state if cache is None else cache._longest(path, at) or anchor._state
+    proven = []
     try:
-        root = _load(anchor.der)
-        intermediates = [_load(der) for der in cabundle[1:]]
-        leaf = _load(certificate)
-        verifier = (
-            PolicyBuilder()
-            .store(Store([root]))
-            .time(at)
-            .extension_policies(ca_policy=_CA_PROFILE, ee_policy=_LEAF_PROFILE)
-            .build_client_verifier()
-        )
-        path = verifier.verify(leaf, intermediates).chain
-    except (_Refused, VerificationError, ValueError) as error:
+        for der in path[len(issuer.path) :]:
+            issuer = issuer.followed_by(der, at)
+            proven.append(issuer)
+        leaf = issuer.ended_by(certificate, at)
+    except _REFUSALS as error:
+        place = len(issuer.path)
+        link = f"cabundle[{place - 1}] to {'the leaf' if place == len(path) else f'cabundle[{place}]'}"
         raise EvidenceError(
             "untrusted_chain",
             f"the chain to the anchor {anchor.trust.value} does not hold: {_reason(error)}",
             expected=f"a valid path at {at.isoformat()}",
-            got=_reason(error),
+            got=f"from {link}: {_reason(error)}",
         ) from error
-    # The path may leave certificates of the bundle out; a bundle is the path, or something foreign is in it.
-    if path != [leaf, *reversed(intermediates), root]:
-        raise EvidenceError(
-            "untrusted_chain",
-            "the bundle holds certificates that are not on the path",
-            expected=f"a path of {len(cabundle) + 1} certificates in the bundle's order",
-            got=f"a path of {len(path)}",
+    if cache is not None:
+        cache._remember(proven, leaf)
+    return leaf.key
+
+
+@dataclass(frozen=True, slots=True)
+class _Period:
+    """When every certificate of a path is valid at once. Both ends belong to it, to the second (RFC 5280 4.1.2.5)."""
+
+    not_before: datetime
+    not_after: datetime
+
+    @classmethod
+    def of(cls, certificate: x509.Certificate) -> _Period:
+        return cls(certificate.not_valid_before_utc, certificate.not_valid_after_utc)
+
+    def __and__(self, other: _Period) -> _Period:
+        return _Period(max(self.not_before, other.not_before), min(self.not_after, other.not_after))
+
+    def __contains__(self, at: datetime) -> bool:
+        return self.not_before <= at.replace(microsecond=0) <= self.not_after
+
+
+@dataclass(frozen=True, slots=True)
+class _Leaf:
+    """What stands at the end of a path (RFC 5280 section 6.1.5)."""
+
+    path: tuple[bytes, ...]
+    certificate: bytes
+    key: ec.EllipticCurvePublicKey
+    period: _Period
+
+
+@dataclass(frozen=True, slots=True)
+class _Issuer:
+    """The state of path validation behind the certificates of ``path``, all of them CAs (RFC 5280 section 6.1.2).
+
+    It is all that the profile lets one certificate ask of those behind it: names, policies and whatever else would have
+    to be carried along are refused in a CA.
+    """
+
+    path: tuple[bytes, ...]
+    """DER, root first."""
+    certificate: x509.Certificate
+    """The last of them, which signs the next."""
+    max_path_length: int
+    """How many CAs may still follow, self-issued ones counted too."""
+    period: _Period
+
+    def followed_by(self, der: bytes, at: datetime) -> _Issuer:
+        """6.1.3 and 6.1.4: the state behind one more CA. Raises one of ``_REFUSALS``."""
+        if self.max_path_length == 0:
+            raise _Refused("path length constraint violated")
+        certificate = _load(der)
+        self._verify(certificate, _CA_PROFILE, at)
+        length = _path_length(_constraints(certificate), self.max_path_length - 1)
+        return _Issuer((*self.path, der), certificate, length, self.period & _Period.of(certificate))
+
+    def ended_by(self, der: bytes, at: datetime) -> _Leaf:
+        """6.1.3 and 6.1.5: the leaf. Raises one of ``_REFUSALS``."""
+        certificate = _load(der)
+        self._verify(certificate, _LEAF_PROFILE, at)
+        key = certificate.public_key()
+        assert isinstance(key, ec.EllipticCurvePublicKey)  # by _load
+        return _Leaf(self.path, der, key, self.period & _Period.of(certificate))
+
+    def _verify(self, certificate: x509.Certificate, profile: ExtensionPolicy, at: datetime) -> None:
+        """``certificate`` fits ``profile``, ``self.certificate`` that of a CA; both are valid; one signed the other."""
+        verifier = (
+            PolicyBuilder()
+            .store(Store([self.certificate]))
+            .time(at)
+            .max_chain_depth(0)
+            .extension_policies(ca_policy=_CA_PROFILE, ee_policy=profile)
+            .build_client_verifier()
         )
-    key = leaf.public_key()
-    assert isinstance(key, ec.EllipticCurvePublicKey)  # by _load
-    return key
+        # A certificate that is itself in the store would be a path of one, on which nothing was signed by anything.
+        if verifier.verify(certificate, []).chain != [certificate, self.certificate]:
+            raise _Refused("a certificate stands behind itself")
+
+
+K = TypeVar("K")
+S = TypeVar("S", _Issuer, _Leaf)
+
+
+class ChainCache:
+    """Paths that were found valid, so that ``validate`` verifies no certificate twice while it and all before it last.
+
+    A path is known by its certificates, byte for byte from the root down, and under no other: where the root is not
+    that of the anchor, nothing is looked up. Failures are not remembered. At most ``capacity`` paths to CAs and as many
+    leaves are kept, a few kilobytes each; those that were not used for longest go first. Safe in several threads.
+    """
+
+    def __init__(self, capacity: int = 512) -> None:
+        """ValueError for a ``capacity`` below 1."""
+        if capacity < 1:
+            raise ValueError(f"capacity: expected at least 1, got {capacity}")
+        self._issuers: _Recent[tuple[bytes, ...], _Issuer] = _Recent(capacity)
+        self._leaves: _Recent[tuple[tuple[bytes, ...], bytes], _Leaf] = _Recent(capacity)
+
+    def _leaf(self, path: tuple[bytes, ...], certificate: bytes, at: datetime) -> _Leaf | None:
+        """What is known of ``certificate`` behind ``path``, if all of it is valid at ``at``."""
+        return self._leaves.get((path, certificate), at)
+
+    def _longest(self, path: tuple[bytes, ...], at: datetime) -> _Issuer | None:
+        """The state behind as much of the beginning of ``path`` as is known and valid at ``at``."""
+        for length in range(len(path), 1, -1):
+            issuer = self._issuers.get(path[:length], at)
+            if issuer is not None:
+                return issuer
+        return None
+
+    def _remember(self, issuers: Iterable[_Issuer], leaf: _Leaf) -> None:
+        """A whole path: the new states behind its CAs, and its leaf."""
+        for issuer in issuers:
+            self._issuers.put(issuer.path, issuer)
+        self._leaves.put((leaf.path, leaf.certificate), leaf)
+
+
+class _Recent(Generic[K, S]):
+    """States by key, as many as fit; the least recently used goes first."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._states: OrderedDict[K, S] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: K, at: datetime) -> S | None:
+        with self._lock:
+            state = self._states.get(key)
+            if state is None or at not in state.period:
+                return None
+            self._states.move_to_end(key)
+            return state
+
+    def put(self, key: K, state: S) -> None:
+        with self._lock:
+            self._states[key] = state
+            self._states.move_to_end(key)
+            if len(self._states) > self._capacity:
+                self._states.popitem(last=False)
 
 
 class _Refused(Exception):
-    """A certificate outside our profile, before path validation."""
+    """A certificate that the library would take, outside our profile."""
+
+
+_REFUSALS = (
+    _Refused,
+    VerificationError,
+    # What extensions can make the library raise where they are read; Warning where warnings are set to be errors.
+    ValueError,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+    Warning,
+)
 
 
 def _load(der: bytes) -> x509.Certificate:
@@ -159,6 +314,30 @@ def _load(der: bytes) -> x509.Certificate:
     if algorithm != SignatureAlgorithmOID.ECDSA_WITH_SHA384:
         raise _Refused("a certificate is not signed with ecdsa-with-SHA384")
     return certificate
+
+
+def _constraints(certificate: x509.Certificate) -> x509.BasicConstraints:
+    """The basicConstraints of a CA that has no extension which a ``_Issuer`` does not carry.
+
+    Raises x509.ExtensionNotFound, and one of ``_REFUSALS``.
+    """
+    extensions = certificate.extensions
+    for extension in extensions:
+        if extension.oid in _NOT_CARRIED:
+            raise _Refused(f"a CA constrains {_NOT_CARRIED[extension.oid]}")
+    return extensions.get_extension_for_class(x509.BasicConstraints).value
+
+
+_NOT_CARRIED = {
+    ExtensionOID.NAME_CONSTRAINTS: "names",
+    ExtensionOID.POLICY_CONSTRAINTS: "policies",
+    ExtensionOID.INHIBIT_ANY_POLICY: "policies",
+}
+
+
+def _path_length(constraints: x509.BasicConstraints, limit: int) -> int:
+    """How many CAs may follow: as many as this one says, and no more than ``limit`` (RFC 5280 section 6.1.4 (m))."""
+    return limit if constraints.path_length is None else min(constraints.path_length, limit)
 
 
 def _reason(error: Exception) -> str:
