@@ -100,23 +100,24 @@ def _judge_image(
     checklist: Checklist, policy: AppraisalPolicy, claims: AttestationDocument, debug: bool, at: datetime
 ) -> Release | None:
     """11. The release whose registers are, together, those of the document."""
-    for release in policy.releases:
+    for release in policy.accepted_releases:
         registers = release.pcrs.as_registers()
         if all(claims.pcrs.get(index) == value for index, value in registers.items()):
             expected, got = (
                 f"release {release.name} ({registers_text(registers)})",
                 registers_text(claims.pcrs, registers),
             )
-            if policy.expires is not None and at > policy.expires:
+            if policy.expires is not None and at >= policy.expires:
                 expected = f"releases that are accepted at {at.isoformat()}"
-                got = f"release {release.name}, accepted until {policy.expires.isoformat()}"
-                checklist.add(_judged(11, STEPS[11], False, expected, got, "expired_releases"))
+                got = f"release {release.name}, accepted before {policy.expires.isoformat()}"
+                checklist.add(_judged(11, STEPS[11], False, expected, got, "expired_release"))
             else:
                 checklist.add(Check(11, STEPS[11], Status.PASSED, expected, got))
             return release
-    named = sorted({index for release in policy.releases for index in release.pcrs.as_registers()})
+    named = sorted({index for release in policy.accepted_releases for index in release.pcrs.as_registers()})
     expected = " or ".join(
-        f"release {release.name} ({registers_text(release.pcrs.as_registers())})" for release in policy.releases
+        f"release {release.name} ({registers_text(release.pcrs.as_registers())})"
+        for release in policy.accepted_releases
     )
     got = registers_text(claims.pcrs, named)
     if debug and policy.accept_debug is not None:
@@ -179,7 +180,7 @@ def _judge_registers(
 ) -> None:
     """14, for registers. One that is absent from a document was never locked; nothing is known to be in it."""
     elsewhere = _JUDGED_ELSEWHERE
-    if any(one.pcrs.pcr8 is not None for one in (policy.releases if release is None else (release,))):
+    if any(one.pcrs.pcr8 is not None for one in (policy.accepted_releases if release is None else (release,))):
         elsewhere |= {PCR_SIGNER}  # judged with the image
     for index, rule in sorted(policy.pcrs.items()):
         if index not in elsewhere:
@@ -241,7 +242,7 @@ def _judged(step: int, name: str, accepted: bool, expected: str, got: str, code:
 _MEANING = {
     "debug_mode": "an enclave in debug mode: its host can read its memory",
     "wrong_image": "no release of the policy has these registers together",
-    "expired_releases": "the signed releases have expired: a newer history is needed, or somebody is holding it back",
+    "expired_release": "the signed releases have expired: a newer history is needed, or somebody is holding it back",
     "wrong_model": "the enclave runs a model that the policy does not name",
     "wrong_configuration": "the enclave runs under a configuration that the policy does not name",
     "wrong_pcr": "something was measured that the policy does not accept",

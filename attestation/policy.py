@@ -34,6 +34,9 @@ from attestation.reference import (
     PCR_SIGNER,
     PcrSet,
 )
+from attestation.release_heads import HeadMemory
+from attestation.release_signing import PublicKey, ReleaseError
+from attestation.releases import MAX_HISTORY, ReleaseHistory
 from attestation.rules import (
     Binding,
     ChannelBinding,
@@ -50,6 +53,7 @@ from attestation.rules import (
     Release,
     Released,
     Require,
+    SignedReleases,
 )
 from attestation.strict_toml import Table, missing, printable, wrong_value
 
@@ -84,7 +88,8 @@ class AppraisalPolicy:
     """The written reason for accepting an enclave in debug mode, whose memory its host can read. None: refused."""
     binding: Binding
     """What a document must be bound to, and so whether the policy judges channels or bare documents."""
-    releases: tuple[Release, ...]
+    releases: tuple[Release, ...] | SignedReleases
+    """Written in the policy, or signed by a publisher; :attr:`accepted_releases` is what both come to."""
     model: ModelRule
     """What PCR16 commits to: digests of model manifests."""
     configuration: DigestRule
@@ -99,19 +104,18 @@ class AppraisalPolicy:
         _require_bounds("freshness.leeway_seconds", self.leeway_seconds, 0, MAX_LEEWAY)
         if self.accept_debug is not None:
             printable("debug.accept", self.accept_debug)
-        if not self.releases:
+        releases = self.accepted_releases
+        if not releases:
             raise PolicyError("missing_field", "at least one release must be named", field="release", got="none")
         names: set[str] = set()
-        for position, release in enumerate(self.releases):
+        for position, release in enumerate(releases):
             if release.name in names:
                 raise PolicyError(
                     "contradiction", "two releases have one name", field=f"release[{position}].name", got=release.name
                 )
             names.add(release.name)
-        self._require_released("model", self.model, [release.models for release in self.releases])
-        self._require_released(
-            "configuration", self.configuration, [release.configurations for release in self.releases]
-        )
+        self._require_released("model", self.model, [release.models for release in releases])
+        self._require_released("configuration", self.configuration, [release.configurations for release in releases])
         self._require_register_rules()
 
     def _require_released(self, field: str, rule: ModelRule, named: list[tuple[bytes, ...]]) -> None:
@@ -138,7 +142,7 @@ class AppraisalPolicy:
         for index in (PCR_ROLE, PCR_INSTANCE):
             if index not in self.pcrs:
                 raise missing(f"pcrs.{index}")
-        unsigned = [release.name for release in self.releases if release.pcrs.pcr8 is None]
+        unsigned = [release.name for release in self.accepted_releases if release.pcrs.pcr8 is None]
         if unsigned and PCR_SIGNER not in self.pcrs:
             raise missing(f"pcrs.{PCR_SIGNER}")
         if not unsigned and PCR_SIGNER in self.pcrs:
@@ -150,23 +154,33 @@ class AppraisalPolicy:
             )
 
     @property
+    def accepted_releases(self) -> tuple[Release, ...]:
+        """Never empty."""
+        return self.releases.releases if isinstance(self.releases, SignedReleases) else self.releases
+
+    @property
     def expires(self) -> datetime | None:
-        """When the releases are accepted no more. None: they were written by hand, and stay."""
-        return None
+        """From when on the releases are accepted no more. None: they stand in the policy itself, and stay."""
+        return self.releases.history.expires if isinstance(self.releases, SignedReleases) else None
 
     @classmethod
-    def load(cls, path: Path) -> AppraisalPolicy:
-        """Reads ``path``; the names of files in it are relative to its folder. Raises PolicyError."""
+    def load(cls, path: Path | str, *, heads: HeadMemory | None = None) -> AppraisalPolicy:
+        """Reads ``path``; the names of files in it are relative to its folder.
+
+        ``heads`` remembers signed histories, so that an older one is refused: a policy that names one needs it. Raises
+        PolicyError; ReleaseError and HeadError for a history.
+        """
+        path = Path(path)
         data = _read(path, MAX_POLICY, "unreadable_policy", field=None)
         try:
             text = data.decode("utf-8")
         except UnicodeDecodeError as error:
             raise PolicyError("malformed_policy", f"{path} is not UTF-8 text") from error
-        return cls.parse(text, path.parent)
+        return cls.parse(text, path.parent, heads=heads)
 
     @classmethod
-    def parse(cls, text: str, directory: Path) -> AppraisalPolicy:
-        """``directory`` is where the names of files in ``text`` start. Raises PolicyError, never anything else."""
+    def parse(cls, text: str, directory: Path, *, heads: HeadMemory | None = None) -> AppraisalPolicy:
+        """``directory`` is where the names of files in ``text`` start. Raises as :meth:`load`."""
         try:
             top = Table("", tomllib.loads(text))
         except (ValueError, RecursionError) as error:
@@ -186,13 +200,15 @@ class AppraisalPolicy:
             leeway_seconds=leeway,
             accept_debug=_debug(top.table("debug")),
             binding=_binding(top.table("binding")),
-            releases=tuple(_release(table) for table in top.tables("release")),
+            releases=_releases(top, directory, heads),
             model=_model_rule(top.table("model"), directory),
             configuration=_digest_rule(top.table("configuration")),
             pcrs=_register_rules(top.table("pcrs")),
             module_id=_name_rule(top.table("module_id")),
         )
         top.finish()
+        if isinstance(policy.releases, SignedReleases) and heads is not None:
+            heads.remember(policy.releases.history)
         return policy
 
 
@@ -259,6 +275,32 @@ def _binding(table: Table) -> Binding:
         )
     table.finish()
     return binding
+
+
+def _releases(top: Table, directory: Path, heads: HeadMemory | None) -> tuple[Release, ...] | SignedReleases:
+    if not top.has("releases"):
+        return tuple(_release(table) for table in top.tables("release"))
+    top.one_of("release", "releases")
+    table = top.table("releases")
+    file, name, minimum = table.text("history"), table.text("name"), table.integer("minimum_sequence")
+    field = table.field("key")
+    try:
+        key = PublicKey.parse(table.text("key"))
+    except ReleaseError as error:
+        raise PolicyError(error.code, error.message, field=field, expected=error.expected, got=error.got) from error
+    table.finish()
+    if heads is None:
+        raise PolicyError(
+            "no_memory",
+            "a signed history can be rolled back unless its head is remembered",
+            field=table.field("history"),
+            expected="a memory of heads",
+            got="none",
+        )
+    data = _read(directory / file, MAX_HISTORY, "unreadable_history", field=table.field("history"))
+    head = heads.recall(key, name)
+    history = ReleaseHistory.verify(data, key=key, name=name, minimum_sequence=minimum, head=head)
+    return SignedReleases(file, minimum, history)
 
 
 def _release(table: Table) -> Release:

@@ -22,6 +22,7 @@ from attestation.rules import (
     RegisterRule,
     Release,
     Released,
+    SignedReleases,
 )
 
 _HEADER = """\
@@ -71,10 +72,7 @@ def _lines(policy: AppraisalPolicy, root: str | None, notes: Sequence[str]) -> I
     yield ""
     yield from _binding(policy.binding)
     yield ""
-    yield "# The measured images that may run. The registers of one release belong together."
-    for release in policy.releases:
-        yield from _release(release)
-        yield ""
+    yield from _releases(policy.releases)
     yield "# The model manifest's digest, committed to PCR16."
     yield "[model]"
     yield from _model(policy.model)
@@ -119,6 +117,23 @@ def _binding(binding: Binding) -> Iterator[str]:
         for name, rule in (("public_key", binding.public_key), ("user_data", binding.user_data)):
             yield f"[binding.{name}]"
             yield from _values(rule)
+
+
+def _releases(releases: tuple[Release, ...] | SignedReleases) -> Iterator[str]:
+    if isinstance(releases, SignedReleases):
+        yield "# The measured images that may run are those that a publisher has signed, in a history whose last entry"
+        yield "# counts. What was seen of it is remembered: an older history, or another one, is refused."
+        yield "[releases]"
+        yield f"history = {_quoted(releases.file)}"
+        yield f'key = "{releases.history.key}"'
+        yield f"name = {_quoted(releases.history.current.name)}"
+        yield f"minimum_sequence = {releases.minimum_sequence}  # what a client goes by that has never seen it"
+        yield ""
+        return
+    yield "# The measured images that may run. The registers of one release belong together."
+    for release in releases:
+        yield from _release(release)
+        yield ""
 
 
 def _release(release: Release) -> Iterator[str]:

@@ -12,6 +12,7 @@ from attestation.document import MAX_FIELD
 from attestation.errors import PolicyError
 from attestation.manifest import ModelManifest
 from attestation.reference import DIGEST_SIZE, ZERO_PCR, PcrSet, once_extended
+from attestation.releases import ReleaseHistory
 from attestation.strict_toml import printable
 
 T = TypeVar("T", bytes, str)
@@ -165,6 +166,33 @@ class Release:
                 raise PolicyError(
                     "wrong_value", "not a digest", field="release", expected=f"{DIGEST_SIZE} bytes", got=len(digest)
                 )
+
+
+@dataclass(frozen=True, slots=True)
+class SignedReleases:
+    """The releases of a history that a publisher has signed, and where a policy says to find it.
+
+    Raises PolicyError when everything in it has been taken back.
+    """
+
+    file: str
+    """The history's name, relative to the policy's folder."""
+    minimum_sequence: int
+    """The fewest entries that the history may have: what a client goes by that has never seen it."""
+    history: ReleaseHistory
+
+    def __post_init__(self) -> None:
+        if not self.history.current.releases:
+            raise PolicyError(
+                "no_release", "the publisher has taken every release back", field="releases.history", got="none"
+            )
+
+    @property
+    def releases(self) -> tuple[Release, ...]:
+        return tuple(
+            Release(image.name, image.pcrs, image.models, image.configurations)
+            for image in self.history.current.releases
+        )
 
 
 def _require_some(field: str, values: tuple[object, ...]) -> None:
