@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.hashes import SHA384
 
 from attestation import cbor, chain
 from attestation.appraisal import appraise, field_text, is_debug, registers_text
-from attestation.chain import Anchor
+from attestation.chain import Anchor, ChainCache
 from attestation.checks import STEPS, Check, Checklist, Finding, Status
 from attestation.commitment import MAX_DOCUMENT, MAX_EVIDENCE, Commitment, Evidence, Purpose, UserData
 from attestation.cose import COSE_SIGN1_TAG, SIGNATURE_SIZE, CoseSign1, payload_of
@@ -138,18 +138,22 @@ class ArchivedResult(_Appraised):
         return {**said, **(_carried(self.claims) if self.commitment is None else _committed(self.commitment))}
 
 
-def authenticate(document: bytes, *, anchor: Anchor, at: datetime) -> AuthenticDocument:
+def authenticate(
+    document: bytes, *, anchor: Anchor, at: datetime, cache: ChainCache | None = None
+) -> AuthenticDocument:
     """Steps 1 to 5: what ``document`` says, and that it said so under ``anchor``, whose chain must hold at ``at``.
 
-    For whoever judges documents by other rules than a policy's. ``at`` has a time zone, else ValueError. Raises
-    EvidenceError.
+    For whoever judges documents by other rules than a policy's. ``at`` has a time zone, else ValueError. A ``cache``
+    remembers certificates between calls, as in the functions below. Raises EvidenceError.
     """
-    verification = _Verification(anchor, _utc(at), timedelta(0), last=5)
+    verification = _Verification(anchor, _utc(at), timedelta(0), cache, last=5)
     claims = verification.prove(document)
     return AuthenticDocument(claims, verification.labels(claims), verification.checklist.complete(), proof=_PROVEN)
 
 
-def verify(evidence: bytes, *, policy: AppraisalPolicy, nonce: bytes, at: datetime) -> AttestationResult:
+def verify(
+    evidence: bytes, *, policy: AppraisalPolicy, nonce: bytes, at: datetime, cache: ChainCache | None = None
+) -> AttestationResult:
     """The verdict on the ``evidence`` that answers the request with ``nonce``, judged at ``at`` (with a time zone).
 
     Raises EvidenceError when the Evidence proves nothing (steps 1 to 9), AppraisalError when what it proves is not what
@@ -159,7 +163,7 @@ def verify(evidence: bytes, *, policy: AppraisalPolicy, nonce: bytes, at: dateti
     if len(nonce) != NONCE_SIZE:
         raise ValueError(f"nonce: expected {NONCE_SIZE} bytes, got {len(nonce)}")
     _require_binding(policy, ChannelBinding)
-    verification = _Verification.of(policy, at)
+    verification = _Verification.of(policy, at, cache)
     claims, encoded = verification.prove_evidence(evidence)
     verification.require_nonce(claims, nonce)
     age = verification.require_fresh(claims, policy)
@@ -176,7 +180,9 @@ def verify(evidence: bytes, *, policy: AppraisalPolicy, nonce: bytes, at: dateti
     )
 
 
-def verify_document(document: bytes, *, policy: AppraisalPolicy, nonce: bytes, at: datetime) -> DocumentResult:
+def verify_document(
+    document: bytes, *, policy: AppraisalPolicy, nonce: bytes, at: datetime, cache: ChainCache | None = None
+) -> DocumentResult:
     """The verdict on a bare ``document`` of any Nitro enclave that was asked for with ``nonce``, judged at ``at``.
 
     ``document`` is the NSM's COSE_Sign1, as bytes. The steps about a channel's commitment are not applicable. Raises as
@@ -186,7 +192,7 @@ def verify_document(document: bytes, *, policy: AppraisalPolicy, nonce: bytes, a
     if not MIN_NONCE <= len(nonce) <= MAX_FIELD:
         raise ValueError(f"nonce: expected {MIN_NONCE} to {MAX_FIELD} bytes, got {len(nonce)}")
     _require_binding(policy, DocumentBinding)
-    verification = _Verification.of(policy, at)
+    verification = _Verification.of(policy, at, cache)
     claims = verification.prove(document)
     verification.require_nonce(claims, nonce)
     age = verification.require_fresh(claims, policy)
@@ -202,14 +208,16 @@ def verify_document(document: bytes, *, policy: AppraisalPolicy, nonce: bytes, a
     )
 
 
-def verify_archived(archived: bytes, *, policy: AppraisalPolicy, nonce: bytes | None = None) -> ArchivedResult:
+def verify_archived(
+    archived: bytes, *, policy: AppraisalPolicy, nonce: bytes | None = None, cache: ChainCache | None = None
+) -> ArchivedResult:
     """Whether ``archived`` would have been accepted at the time that it states itself.
 
     Evidence under a policy for channels, a document under one for documents. Its age is not judged, and its nonce only
     if one is given: both stand as ignored. So does everything that the years since have shown: a key that leaked, a
     release that was withdrawn. Raises EvidenceError and AppraisalError as :func:`verify`.
     """
-    verification = _Verification.of(policy, None)
+    verification = _Verification.of(policy, None, cache)
     if isinstance(policy.binding, ChannelBinding):
         claims, encoded = verification.prove_evidence(archived)
     else:
@@ -243,6 +251,7 @@ class _Verification:
         anchor: Anchor,
         at: datetime | None,
         leeway: timedelta,
+        cache: ChainCache | None,
         *,
         last: int = max(STEPS),
     ) -> None:
@@ -251,11 +260,12 @@ class _Verification:
         self._anchor = anchor
         self._at = at
         self._leeway = leeway
+        self._cache = cache
 
     @classmethod
-    def of(cls, policy: AppraisalPolicy, at: datetime | None) -> _Verification:
+    def of(cls, policy: AppraisalPolicy, at: datetime | None, cache: ChainCache | None) -> _Verification:
         leeway = timedelta(seconds=policy.leeway_seconds)
-        return cls(policy.anchor, None if at is None else _utc(at), leeway)
+        return cls(policy.anchor, None if at is None else _utc(at), leeway, cache)
 
     @property
     def at(self) -> datetime:
@@ -293,7 +303,7 @@ class _Verification:
         # 4. The chain, at the verification time.
         with self.checklist.proving(4) as finding:
             at = self._chain_time(claims)
-            key = chain.validate(claims.certificate, claims.cabundle, anchor=self._anchor, at=at)
+            key = chain.validate(claims.certificate, claims.cabundle, anchor=self._anchor, at=at, cache=self._cache)
             finding.expected = f"{self._anchor.trust.value}, sha256 {self._anchor.fingerprint}"
             finding.got = f"{len(claims.cabundle) + 1} certificates to it, valid at {at.isoformat()}"
 
