@@ -32,6 +32,8 @@ STEPS = {
 
 
 class Status(StrEnum):
+    """What became of a step of the checklist."""
+
     PASSED = "passed"
     FAILED = "failed"
     IGNORED = "ignored"

@@ -124,8 +124,8 @@ class ProcessImage:
 
 
 def measure_process_image(python: Path, configuration: Path, *, application: Path | None = None) -> PcrSet:
-    """PCR0, 1 and 2 of an enclave that ``python`` runs with ``configuration``; arguments and errors as of
-    :func:`process_image`."""
+    """PCR0, 1 and 2 of an enclave that ``python`` runs with ``configuration``; arguments as of
+    :func:`process_image`. Raises MeasurementError."""
     return process_image(python, configuration, application=application).pcrs()
 
 
@@ -209,7 +209,9 @@ def _dependencies(found: _Found) -> Iterator[tuple[str, Path]]:
     for name, distribution in found.dependencies.items():
         if distribution is None or not distribution[1]:
             raise MeasurementError(
-                "missing_dependency", "the interpreter lacks a package that the enclave needs", expected=name
+                "missing_dependency",
+                "the interpreter lacks a package that the enclave needs; the extra enclave brings it",
+                expected=name,
             )
         root, entries = distribution
         for entry in entries:

@@ -44,8 +44,8 @@ def configuration_digest(enclave_toml: bytes) -> bytes:
 class PcrSet:
     """The measurements of one image.
 
-    They are only ever compared together: each alone says little (Trail of Bits, 2024-02). Each value is 48 bytes;
-    ``pcr8`` is None for an unsigned image.
+    They are only ever compared together: each alone says little (Trail of Bits, 2024-02). Each value is 48 bytes, else
+    it raises ValueError; ``pcr8`` is None for an unsigned image.
     """
 
     pcr0: bytes

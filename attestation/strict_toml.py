@@ -15,7 +15,10 @@ MAX_TEXT = 500
 
 
 class Table:
-    """One table of the file. Each field is taken by its type; what nobody took is unknown, and an error."""
+    """One table of the file. Each field is taken by its type; what nobody took is unknown, and an error.
+
+    Whatever takes a field, and :meth:`finish`, raises PolicyError with the field's path.
+    """
 
     def __init__(self, path: str, values: Mapping[str, object]) -> None:
         self._path = path

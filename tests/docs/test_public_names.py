@@ -1,0 +1,185 @@
+"""Every public name of the verifier says what it is, and which errors it raises.
+
+What a function raises is read from the code: its own ``raise`` statements and those of the package's functions that it
+calls, less what it catches. ValueError is a caller's mistake, and said where it is raised; TypeError is one that a type
+checker reports.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import attestation
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+Place = tuple[str, str]
+"""A module, and a name in it: ``function``, ``Class`` or ``Class.method``."""
+
+FOLDER = Path(attestation.__file__).parent
+FILES = {path.stem: path for path in FOLDER.glob("[!_]*.py")}
+FILES |= {path.parent.name: path for path in FOLDER.glob("*/__init__.py")}
+MODULES = {module: ast.parse(path.read_text()) for module, path in FILES.items()}
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A function, or what runs when a class is constructed."""
+
+    said: str
+    bodies: tuple[Function, ...]
+    owner: str | None
+
+
+def _defined() -> Iterator[tuple[Place, Definition]]:
+    for module, tree in MODULES.items():
+        for node in tree.body:
+            if isinstance(node, Function):
+                yield (module, node.name), Definition(ast.get_docstring(node) or "", (node,), None)
+            elif isinstance(node, ast.ClassDef):
+                methods = [each for each in node.body if isinstance(each, Function)]
+                making = tuple(each for each in methods if each.name in ("__init__", "__post_init__"))
+                said = " ".join(ast.get_docstring(each) or "" for each in (node, *making))
+                yield (module, node.name), Definition(said, making, node.name)
+                for each in methods:
+                    said = f"{ast.get_docstring(node)} {ast.get_docstring(each)}"
+                    yield (module, f"{node.name}.{each.name}"), Definition(said, (each,), node.name)
+
+
+DEFINED = dict(_defined())
+
+
+@cache
+def _imported(module: str) -> dict[str, Place]:
+    """What a name of ``module`` stands for: a place of another module, or with an empty name that module itself."""
+    found: dict[str, Place] = {}
+    for node in ast.walk(MODULES[module]):
+        if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.startswith("attestation"):
+            for name in node.names:
+                home = node.module.partition(".")[2]
+                found[name.name] = (home, name.name) if home else (name.name, "")
+    return found
+
+
+def _resolved(module: str, owner: str | None, called: ast.expr, instances: Mapping[str, str]) -> Place | None:
+    """The definition that a call leads to, where it is one of this package. ``instances``: the class of a variable."""
+    place: Place | None = None
+    match called:
+        case ast.Attribute(value=ast.Name(id=variable), attr=name) if variable in instances:
+            home, top = _imported(module).get(instances[variable], (module, instances[variable]))
+            place = (home, f"{top}.{name}")
+        case ast.Name(id=name):
+            place = _imported(module).get(name, (module, name))
+        case ast.Attribute(value=ast.Name(id="self" | "cls"), attr=name):
+            place = (module, f"{owner}.{name}")
+        case ast.Attribute(value=ast.Name(id=base), attr=name):
+            home, top = _imported(module).get(base, (module, base))
+            place = (home, f"{top}.{name}" if top else name)
+    return place if place in DEFINED else None
+
+
+def _caught(node: ast.Try) -> set[str]:
+    types = [handler.type for handler in node.handlers if handler.type is not None]
+    return {name.id for each in types for name in ast.walk(each) if isinstance(name, ast.Name)}
+
+
+def _instances(function: Function) -> dict[str, str]:
+    """Variables that are assigned what a class of the package makes: ``x = Class(...)``, ``x = Class.method(...)``."""
+    found = {}
+    for node in ast.walk(function):
+        match node:
+            case ast.Assign(
+                targets=[ast.Name(id=variable)],
+                value=ast.Call(func=ast.Name(id=made) | ast.Attribute(value=ast.Name(id=made))),
+            ) if made.lstrip("_")[:1].isupper():
+                found[variable] = made
+    return found
+
+
+def _raised_in(place: Place, definition: Definition, seen: frozenset[Place]) -> set[str]:
+    module, found = place[0], set[str]()
+    instances: dict[str, str] = {}
+
+    def visit(node: ast.AST, caught: frozenset[str]) -> None:
+        errors: set[str] = set()
+        match node:
+            case ast.Try(body=body):
+                for each in body:
+                    visit(each, caught | _caught(node))
+                for outside in (*node.handlers, *node.orelse, *node.finalbody):
+                    visit(outside, caught)
+                return
+            case ast.Raise(exc=ast.Call(func=ast.Name(id=name))) if name.lstrip("_")[:1].isupper():
+                errors = {name}
+            case ast.Raise(exc=ast.Name(id=name)) if name in instances:
+                errors = {instances[name]}
+            case ast.Raise(exc=ast.Call(func=called)) if factory := _resolved(
+                module, definition.owner, called, instances
+            ):
+                returns = DEFINED[factory].bodies[0].returns
+                errors = {returns.id} if isinstance(returns, ast.Name) else set()
+            case ast.Call(func=called) if callee := _resolved(module, definition.owner, called, instances):
+                errors = raised(callee, seen) - {"ValueError"}
+        found.update(errors - caught)
+        for child in ast.iter_child_nodes(node):
+            visit(child, caught)
+
+    for body in definition.bodies:
+        instances = _instances(body)
+        for statement in body.body:
+            visit(statement, frozenset())
+    return found
+
+
+def raised(place: Place, seen: frozenset[Place] = frozenset()) -> set[str]:
+    """The names of the errors that leave a function, or a class's construction."""
+    return set() if place in seen else _raised_in(place, DEFINED[place], seen | {place})
+
+
+def _is_public(place: Place) -> bool:
+    return not any(part.startswith("_") for part in place[1].split("."))
+
+
+@pytest.mark.parametrize("name", attestation.__all__)
+def test_every_public_name_says_what_it_is(name: str) -> None:
+    (home,) = (module for module, tree in MODULES.items() if name in _said(tree))
+    assert len(_said(MODULES[home])[name]) > 20
+
+
+def _said(tree: ast.Module) -> dict[str, str]:
+    """What stands with each top-level name: its docstring, or the text behind a constant."""
+    said: dict[str, str] = {}
+    for node, behind in zip(tree.body, [*tree.body[1:], ast.Pass()], strict=True):
+        match node, behind:
+            case (ast.ClassDef() | ast.FunctionDef(), _):
+                said[node.name] = ast.get_docstring(node) or ""
+            case (
+                ast.Assign(targets=[ast.Name(id=name)]) | ast.AnnAssign(target=ast.Name(id=name)),
+                ast.Expr(value=ast.Constant(value=str(text))),
+            ):
+                said[name] = text
+    return said
+
+
+@pytest.mark.parametrize("place", [*filter(_is_public, DEFINED)], ids=".".join)
+def test_what_a_function_raises_stands_in_its_docstring(place: Place) -> None:
+    said = DEFINED[place].said
+    for other in re.findall(r"as\s+:(?:meth|func|class):`(\w+)`", said):
+        owner = DEFINED[place].owner
+        said += DEFINED[place[0], f"{owner}.{other}" if owner else other].said
+    errors = {name for name in raised(place) if not name.startswith("_")}
+    missing = {name for name in errors if name not in said} - {"TypeError"}
+    assert not missing, f"{'.'.join(place)} raises {', '.join(sorted(missing))}; it says: {said!r}"
+
+
+def test_the_reading_of_code_finds_what_is_known() -> None:
+    """Else an empty set would pass everywhere."""
+    assert raised(("verifier", "verify")) >= {"EvidenceError", "AppraisalError"}
+    assert raised(("policy", "AppraisalPolicy.load")) >= {"PolicyError"}
+    assert raised(("reference", "PcrSet")) == {"ValueError"}
