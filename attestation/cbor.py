@@ -9,7 +9,8 @@ lets two readers of the same signed bytes see two different documents.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Iterable, Set
+from functools import partial
 from typing import TypeAlias
 
 from attestation.errors import EvidenceError
@@ -22,7 +23,8 @@ MAX_DEPTH = 8
 _UNSIGNED, _NEGATIVE, _BYTES, _TEXT, _ARRAY, _MAP, _TAG, _SIMPLE = range(8)
 _NULL = 22
 _INDEFINITE = 31
-_BREAK = 0xFF
+_INDEFINITE_MAP = b"\xbf"
+_BREAK = b"\xff"
 
 
 def decode(
@@ -45,7 +47,7 @@ def decode(
     reader = _Reader(data, deterministic, code)
     if optional_tag is not None:
         reader.skip_tag(optional_tag)
-    value = reader.value(depth=0, indefinite_map=indefinite_top_map)
+    value = reader.indefinite_map() if indefinite_top_map and reader.skip(_INDEFINITE_MAP) else reader.value(0)
     if reader.position != len(data):
         raise reader.error("bytes follow the value", expected="nothing", got=f"{len(data) - reader.position} bytes")
     return value
@@ -64,14 +66,23 @@ def shown(value: Value) -> str:
             return f"h'{value.hex()}'" if len(value) <= 64 else f"{len(value)} bytes"
         case list():
             return f"array of {len(value)}"
-        case dict():
+        case _:
             return f"map of {len(value)}"
 
 
 class _Reader:
+    """One pass over ``data``. Every method begins at ``position`` and leaves it behind what it has read.
+
+    Evidence of the usual size holds about a hundred values, so that what one of them costs is felt: hence slots, and
+    the order in which ``value`` asks.
+    """
+
+    __slots__ = ("_code", "_data", "_deterministic", "_size", "position")
+
     def __init__(self, data: bytes, deterministic: bool, code: str) -> None:
         self.position = 0
         self._data = data
+        self._size = len(data)
         self._deterministic = deterministic
         self._code = code
 
@@ -86,44 +97,50 @@ class _Reader:
         elif argument != tag:
             raise self.error("a tag that has no place here", expected=tag, got=argument)
 
-    def value(self, depth: int, *, indefinite_map: bool = False) -> Value:
-        if indefinite_map and self._peek() == (_MAP << 5 | _INDEFINITE):
-            self.position += 1
-            return self._map(self._until_break, depth)
-        major, argument = self._head()
-        match major:
-            case 0:
-                return argument
-            case 1:
-                return -1 - argument
-            case 2:
-                return self._take(argument)
-            case 3:
-                return self._text(argument)
-            case 4:
-                return self._array(argument, depth)
-            case 5:
-                return self._map(_counter(argument), depth)
-            case 7 if argument == _NULL:
-                return None
-        raise self.error("a tag, float or simple value that has no place here", got=f"major type {major}, {argument}")
+    def skip(self, initial: bytes) -> bool:
+        """Whether that byte was next, and is now behind us."""
+        if self._data[self.position : self.position + 1] != initial:
+            return False
+        self.position += 1
+        return True
 
-    def _peek(self) -> int:
-        if self.position >= len(self._data):
-            raise self.error("the input ends too early", expected="another value", got="the end")
-        return self._data[self.position]
+    def indefinite_map(self) -> Value:
+        """Behind its first byte."""
+        return self._map(iter(partial(self.skip, _BREAK), True), depth=0)
+
+    def value(self, depth: int) -> Value:
+        major, argument = self._head()
+        if major == _BYTES:
+            return self._take(argument)
+        if major == _UNSIGNED:
+            return argument
+        if major == _TEXT:
+            return self._text(argument)
+        if major == _MAP:
+            return self._map(range(argument), depth)
+        if major == _ARRAY:
+            return self._array(argument, depth)
+        if major == _NEGATIVE:
+            return -1 - argument
+        if major == _SIMPLE and argument == _NULL:
+            return None
+        raise self.error("a tag, float or simple value that has no place here", got=f"major type {major}, {argument}")
 
     def _head(self) -> tuple[int, int]:
         """Major type and argument (RFC 8949 section 3)."""
-        initial = self._peek()
-        major, short = initial >> 5, initial & 0x1F
+        try:
+            initial = self._data[self.position]
+        except IndexError:
+            raise self.error("the input ends too early", expected="another value", got="the end") from None
         self.position += 1
+        major, short = initial >> 5, initial & 0x1F
         if short < 24:
             return major, short
         if short > 27:
             what = "an indefinite length" if short == _INDEFINITE else f"reserved additional information {short}"
             raise self.error("a length that is not definite", expected="a definite length", got=what)
-        argument = int.from_bytes(self._take(1 << (short - 24)), "big")
+        behind = self._take(1 << (short - 24))
+        argument = behind[0] if short == 24 else int.from_bytes(behind, "big")
         if major == _SIMPLE:
             raise self.error("a float or simple value that has no place here", got=f"major type {major}")
         if self._deterministic and argument < (24, 0x100, 0x1_0000, 0x1_0000_0000)[short - 24]:
@@ -131,12 +148,11 @@ class _Reader:
         return major, argument
 
     def _take(self, size: int) -> bytes:
-        left = len(self._data) - self.position
-        if size > left:
-            raise self.error("the input ends too early", expected=f"{size} bytes", got=f"{left} bytes")
-        taken = self._data[self.position : self.position + size]
-        self.position += size
-        return taken
+        start, end = self.position, self.position + size
+        if end > self._size:
+            raise self.error("the input ends too early", expected=f"{size} bytes", got=f"{self._size - start} bytes")
+        self.position = end
+        return self._data[start:end]
 
     def _text(self, size: int) -> str:
         taken = self._take(size)
@@ -152,46 +168,28 @@ class _Reader:
 
     def _array(self, count: int, depth: int) -> list[Value]:
         inner = self._descend(depth)
-        items: list[Value] = []
-        while len(items) < count:  # grows by what is there, not by what the head claims
-            items.append(self.value(inner))
-        return items
+        # Grows by what is there, not by what the head claims.
+        return [self.value(inner) for _ in range(count)]
 
-    def _map(self, another: Callable[[], bool], depth: int) -> dict[int | str, Value]:
+    def _map(self, turns: Iterable[object], depth: int) -> dict[int | str, Value]:
+        """One entry for each of ``turns``."""
         inner = self._descend(depth)
         entries: dict[int | str, Value] = {}
         previous = b""
-        while another():
+        for _ in turns:
             start = self.position
             key = self.value(inner)
-            if not isinstance(key, int | str):
+            if not (isinstance(key, str) or isinstance(key, int)):  # noqa: SIM101 - a union or tuple takes thrice as long
                 raise self.error("a map key that is neither an integer nor a text", got=shown(key))
             if key in entries:
                 raise self.error("a duplicate key", expected="each key once", got=shown(key))
-            encoded = self._data[start : self.position]
-            if self._deterministic and encoded <= previous:
-                raise self.error("map keys that are out of order", expected="bytewise order", got=shown(key))
-            previous = encoded
+            if self._deterministic:
+                encoded = self._data[start : self.position]
+                if encoded <= previous:
+                    raise self.error("map keys that are out of order", expected="bytewise order", got=shown(key))
+                previous = encoded
             entries[key] = self.value(inner)
         return entries
-
-    def _until_break(self) -> bool:
-        if self._peek() != _BREAK:
-            return True
-        self.position += 1
-        return False
-
-
-def _counter(count: int) -> Callable[[], bool]:
-    """Says ``count`` times that there is another."""
-    left = count
-
-    def another() -> bool:
-        nonlocal left
-        left -= 1
-        return left >= 0
-
-    return another
 
 
 class Record:
@@ -205,12 +203,12 @@ class Record:
         self._code = code
         if not isinstance(value, dict):
             raise self.refusal("", "a map", shown(value))
-        unknown = [key for key in value if key not in required | optional]
-        if unknown:
-            raise self.refusal("", "known fields only", f"unknown field {shown(unknown[0])}")
-        missing = required - value.keys()
-        if missing:
-            raise self.refusal("", f"field {min(missing)}", "none")
+        known = required | optional
+        if not value.keys() <= known:
+            unknown = next(key for key in value if key not in known)
+            raise self.refusal("", "known fields only", f"unknown field {shown(unknown)}")
+        if not required <= value.keys():
+            raise self.refusal("", f"field {min(required - value.keys())}", "none")
         self._fields = value
 
     def refusal(self, field: str, expected: object, got: object) -> EvidenceError:
@@ -249,12 +247,10 @@ class Record:
         return None if value is None else self.octets_of(value, field, 0, high)
 
     def octets_of(self, value: Value, field: str, low: int, high: int) -> bytes:
+        if isinstance(value, bytes) and low <= len(value) <= high:
+            return value
         size = f"{low} bytes" if low == high else f"{low} to {high} bytes"
-        if not isinstance(value, bytes):
-            raise self.refusal(field, size, shown(value))
-        if not low <= len(value) <= high:
-            raise self.refusal(field, size, f"{len(value)} bytes")
-        return value
+        raise self.refusal(field, size, f"{len(value)} bytes" if isinstance(value, bytes) else shown(value))
 
     def array(self, field: str) -> list[Value]:
         value = self._fields[field]

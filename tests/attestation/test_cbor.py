@@ -187,3 +187,42 @@ def test_a_record_of_other_fields_is_refused(value: cbor.Value) -> None:
     with pytest.raises(EvidenceError) as caught:
         _record(value)
     assert caught.value.code == "malformed_thing"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected", "got"),
+    [
+        ("integer", "5", "an integer", "'5'"),
+        ("integer", 8, "1 to 7", "8"),
+        ("octets", "abc", "1 to 3 bytes", "'abc'"),
+        ("octets", bytes(4), "1 to 3 bytes", "4 bytes"),
+        ("octets", b"", "1 to 3 bytes", "0 bytes"),
+        ("exactly", bytes(2), "3 bytes", "2 bytes"),
+        ("array", {}, "an array", "map of 0"),
+        ("map", [], "a map", "array of 0"),
+        ("text", b"a", "a printable text of 1 to 3 characters", "h'61'"),
+        ("text", "", "a printable text of 1 to 3 characters", "''"),
+        ("text", "a\n", "a printable text of 1 to 3 characters", "'a\\n'"),
+        ("literal", 2, "1", "2"),
+        ("literal", None, "1", "null"),
+    ],
+)
+def test_a_field_of_another_kind_is_refused(field: str, value: cbor.Value, expected: str, got: str) -> None:
+    record = cbor.Record({field: value}, "thing", required={field}, code="malformed_thing")
+    with pytest.raises(EvidenceError, match=f"thing, {field}") as caught:
+        match field:
+            case "integer":
+                record.integer(field, 1, 7)
+            case "octets":
+                record.octets(field, 1, 3)
+            case "exactly":
+                record.octets(field, 3, 3)
+            case "array":
+                record.array(field)
+            case "map":
+                record.map(field)
+            case "text":
+                record.text(field, 3)
+            case _:
+                record.literal(field, 1)
+    assert (caught.value.code, caught.value.expected, caught.value.got) == ("malformed_thing", expected, got)
