@@ -178,6 +178,19 @@ def test_a_file_that_cannot_be_read_is_a_typed_error(tmp_path: Path) -> None:
     assert caught.value.code == "unreadable_model"
 
 
+def test_a_file_that_shrinks_while_it_is_read_is_a_typed_error() -> None:
+    class Shrinking(io.BytesIO):
+        """Says one size, and has another by the time that it is read."""
+
+        def read(self, size: int | None = -1, /) -> bytes:
+            self.truncate(100)
+            return super().read(size)
+
+    with pytest.raises(ModelError) as caught:
+        read_header(Shrinking(TINY))
+    assert caught.value.code == "truncated_gguf"
+
+
 @given(st.data())
 def test_a_changed_byte_parses_or_is_a_typed_error(data: st.DataObject) -> None:
     damaged = bytearray(TINY[: read(TINY).data_offset])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cbor2
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attestation.gguf import ModelError
-from attestation.manifest import MAX_MANIFEST_SIZE, MAX_TEMPLATE_SIZE, ManifestFile, ModelManifest
+from attestation.manifest import MAX_FILE_SIZE, MAX_MANIFEST_SIZE, MAX_TEMPLATE_SIZE, ManifestFile, ModelManifest
 from tests.gguf_files import CHAT_TEMPLATE, tiny_model
 
 FILE = ManifestFile("tiny.gguf", 1000, bytes(range(48)))
@@ -62,6 +64,52 @@ def test_the_encoding_is_deterministic_and_the_digest_has_a_domain() -> None:
 )
 def test_a_manifest_out_of_its_bounds_is_refused(change: dict[str, object]) -> None:
     refused(cbor2.dumps({**as_map(), **change}, canonical=True))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": ""},
+        {"name": "x" * 129},
+        {"name": "two\nlines"},
+        {"files": ()},
+        {"files": (FILE, FILE)},
+        {"chat_template": ""},
+        {"chat_template": "é" * (MAX_TEMPLATE_SIZE // 2 + 1)},
+        {"chat_template": "\ud800"},
+        {"version": -1},
+        {"version": 2**63},
+    ],
+)
+def test_a_manifest_out_of_its_bounds_is_not_made(change: dict[str, Any]) -> None:
+    with pytest.raises(ModelError) as caught:
+        replace(MANIFEST, **change)
+    assert caught.value.code == "malformed_manifest"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "../a"},
+        {"name": "a\\b"},
+        {"name": "."},
+        {"name": "x" * 129},
+        {"size": 0},
+        {"size": MAX_FILE_SIZE + 1},
+        {"sha384": bytes(47)},
+        {"sha384": bytes(49)},
+    ],
+)
+def test_a_file_out_of_its_bounds_is_not_named(change: dict[str, Any]) -> None:
+    with pytest.raises(ModelError) as caught:
+        replace(FILE, **change)
+    assert caught.value.code == "malformed_manifest"
+
+
+def test_the_largest_of_everything_is_accepted() -> None:
+    file = ManifestFile("x" * 128, MAX_FILE_SIZE, FILE.sha384)
+    largest = ModelManifest("y" * 128, (file,), "é" * (MAX_TEMPLATE_SIZE // 2), 2**63 - 1)
+    assert ModelManifest.decode(largest.encode()) == largest
 
 
 def test_another_encoding_of_the_same_map_is_refused() -> None:

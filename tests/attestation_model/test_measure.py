@@ -134,6 +134,21 @@ def test_interpreter_or_dependency_changes_pcr0_and_pcr1(installation: Installat
     assert changed(before, installation.measure()) == {0, 1}
 
 
+def test_extension_modules_that_stand_outside_the_library_are_measured(installation: Installation) -> None:
+    """So some distributions build Python: ``DESTSHARED`` is another folder."""
+    inside = installation.measure()
+    extension = installation.root / "lib/python3/lib-dynload"
+    extension.rename(installation.root / "lib/extensions")
+    installation.answer["extensions"] = str(installation.root / "lib/extensions")
+    installation.publish()
+    assert installation.measure() == inside
+    installation.write("lib/extensions/_ssl.so", b"changed")
+    assert changed(inside, installation.measure()) == {0, 1}
+    installation.answer["extensions"] = None
+    installation.publish()
+    assert changed(inside, installation.measure()) == {0, 1}
+
+
 @pytest.mark.parametrize(
     "path",
     [

@@ -43,19 +43,3 @@ def test_the_packages_own_words_are_the_readmes() -> None:
     assert attestation.__doc__ is not None
     said = [line.strip() for line in attestation.__doc__.splitlines()]
     assert [line for line in VERIFYING.splitlines() if line not in said] == []
-
-
-def test_every_public_name_is_there_once() -> None:
-    """For programs, for type checkers and for ``import *`` there is one list."""
-    (checked,) = (node for node in ast.parse(Path(attestation.__file__).read_text()).body if isinstance(node, ast.If))
-    seen = [name.name for node in checked.body if isinstance(node, ast.ImportFrom) for name in node.names]
-    assert sorted(attestation.__all__) == sorted(seen)
-    for node in checked.body:
-        assert isinstance(node, ast.ImportFrom)
-        for name in node.names:
-            home = __import__(node.module or "", fromlist=[name.name])
-            assert getattr(attestation, name.name) is getattr(home, name.name)
-
-
-def test_another_name_is_not() -> None:
-    assert not hasattr(attestation, "nothing")

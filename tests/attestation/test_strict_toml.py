@@ -1,0 +1,69 @@
+"""Tables are read by type, whole, and every error names its field."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from attestation.errors import PolicyError
+from attestation.strict_toml import MAX_TEXT, Table
+
+
+def table(value: object) -> Table:
+    return Table("above", {"key": value})
+
+
+def refused(take: Callable[[], object]) -> PolicyError:
+    with pytest.raises(PolicyError) as caught:
+        take()
+    return caught.value
+
+
+def test_fields_of_the_right_type_are_taken() -> None:
+    whole = Table(
+        "",
+        {"table": {"a": 1}, "tables": [{}], "integer": -(2**63), "true": True, "text": "x" * MAX_TEXT, "hex": "0aFF"},
+    )
+    assert whole.table("table").integer("a") == 1
+    assert len(whole.tables("tables")) == 1
+    assert whole.integer("integer") == -(2**63)
+    whole.true("true")
+    assert whole.text("text") == "x" * MAX_TEXT
+    assert whole.hexadecimal("hex", 2) == b"\x0a\xff"
+    assert list(whole) == ["table", "tables", "integer", "true", "text", "hex"]
+    whole.finish()
+    assert table(["one", "two"]).texts("key") == [("above.key[0]", "one"), ("above.key[1]", "two")]
+    assert table(2**63 - 1).integer("key") == 2**63 - 1
+
+
+@pytest.mark.parametrize(
+    ("take", "wrong"),
+    [
+        (Table.table, [None, 1, [], "text"]),
+        (Table.tables, [{}, [1], "text"]),
+        (Table.integer, [True, 1.0, "1", 2**63, -(2**63) - 1]),
+        (Table.true, [False, 1, "true"]),
+        (Table.text, [1, "", "  ", "two\nlines", "\x1b[2J", "x" * (MAX_TEXT + 1)]),
+        (lambda each, key: each.hexadecimal(key, 2), [b"\x00\x00", "00", "00000", "0x00", "zzzz", "00 0"]),
+        (Table.texts, ["text", {}, [1], [""]]),
+    ],
+)
+def test_anything_else_is_refused_with_its_field(take: Callable[[Table, str], object], wrong: list[object]) -> None:
+    for value in wrong:
+        error = refused(lambda value=value: take(table(value), "key"))  # type: ignore[misc]
+        assert error.code == "wrong_value", value
+        assert (error.field or "").startswith("above.key"), value
+    assert (missing := refused(lambda: take(Table("above", {}), "key"))).code == "missing_field"
+    assert missing.field == "above.key"
+
+
+def test_what_is_unknown_empty_or_contradictory_is_refused() -> None:
+    unknown = refused(Table("", {"a\nb": 1}).finish)
+    assert (unknown.code, unknown.field) == ("unknown_field", "a\\nb")
+    assert refused(lambda: table([]).texts("key")).code == "empty_list"
+    both = Table("above", {"forbid": True, "ignore": "x"})
+    assert refused(lambda: both.one_of("forbid", "ignore", "require")).code == "contradiction"
+    assert refused(lambda: table(1).one_of("forbid", "ignore")).code == "missing_field"
+    assert both.one_of("forbid", "require") == "forbid"
+    assert (both.has("forbid"), both.has("require")) == (True, False)
