@@ -29,6 +29,13 @@ def test_another_name_is_not() -> None:
 
 def test_nothing_is_loaded_before_it_is_asked_for() -> None:
     """An enclave's processes import the package before they have shut out what nobody measured."""
-    program = "import sys; before = set(sys.modules); import attestation; print(*set(sys.modules) - before)"
+    folder = str(Path(attestation.__file__).parents[1])
+    program = f"""
+import sys
+sys.path.insert(0, {folder!r})
+before = set(sys.modules)
+import attestation
+print(*set(sys.modules) - before)
+"""
     done = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["attestation"]

@@ -144,7 +144,7 @@ def test_extension_modules_that_stand_outside_the_library_are_measured(installat
     assert installation.measure() == inside
     installation.write("lib/extensions/_ssl.so", b"changed")
     assert changed(inside, installation.measure()) == {0, 1}
-    installation.answer["extensions"] = None
+    installation.answer["extensions"] = ""
     installation.publish()
     assert changed(inside, installation.measure()) == {0, 1}
 
