@@ -118,7 +118,7 @@ class Commitment:
         record.literal("v", _COMMITMENT_VERSION)
         record.literal("suite", CHANNEL_SUITE)
         entropy = record.text("entropy", longest=16)
-        if entropy not in set(Entropy):
+        if entropy not in _ENTROPIES:
             raise record.refusal("entropy", " or ".join(Entropy), cbor.shown(entropy))
         commitment = cls(
             key=record.octets("key", CHANNEL_KEY_SIZE, CHANNEL_KEY_SIZE),
@@ -140,6 +140,7 @@ class Commitment:
         return commitment
 
 
+_ENTROPIES = frozenset(Entropy)
 _COMMITMENT_FIELDS = frozenset(
     ("v", "suite", "key", "key_id", "lifetime", "boot_id", "receipt_key", "model", "configuration", "entropy")
 )
@@ -164,7 +165,7 @@ class UserData:
         """Raises EvidenceError ``wrong_binding``."""
         match cbor.decode(data, deterministic=True, code="wrong_binding"):
             case [int(version), str(purpose), bytes(digest)] if (
-                version == _USER_DATA_VERSION and purpose in set(Purpose) and len(digest) == DIGEST_SIZE
+                version == _USER_DATA_VERSION and purpose in _PURPOSES and len(digest) == DIGEST_SIZE
             ):
                 return cls(Purpose(purpose), digest)
             case other:
@@ -174,6 +175,9 @@ class UserData:
                     expected=f"[{_USER_DATA_VERSION}, purpose, {DIGEST_SIZE} bytes]",
                     got=cbor.shown(other),
                 )
+
+
+_PURPOSES = frozenset(Purpose)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,9 @@ from attestation.errors import EvidenceError
 COSE_SIGN1_TAG = 18
 ALGORITHM_HEADER = 1
 ES384 = -35
+_ES384_HEADER = bytes((0xA1, ALGORITHM_HEADER, 0x38, -1 - ES384))
+"""``{1: -35}``, as every encoder but a wasteful one writes it."""
+
 SIGNATURE_SIZE = 96
 """Bytes: r and s, 48 each, raw (RFC 9053 section 2.1)."""
 
@@ -58,6 +61,8 @@ def payload_of(value: cbor.Value) -> bytes | None:
 
 
 def _require_es384(protected: bytes) -> None:
+    if protected == _ES384_HEADER:
+        return
     # RFC 9052 section 3 writes an empty header as an empty byte string.
     header = cbor.decode(protected, code="malformed_cose") if protected else {}
     if not isinstance(header, dict):

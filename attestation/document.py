@@ -25,6 +25,7 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _LAST_TIMESTAMP = 253_402_300_799_999
 """Milliseconds: the end of the year 9999, the last that a datetime can say."""
 
+_PCR_NAMES = tuple(f"PCR{index}" for index in range(PCR_COUNT))
 _REQUIRED = frozenset(("module_id", "digest", "timestamp", "pcrs", "certificate", "cabundle"))
 _OPTIONAL = frozenset(("public_key", "user_data", "nonce"))
 
@@ -53,9 +54,9 @@ class AttestationDocument:
         milliseconds = record.integer("timestamp", 1, _LAST_TIMESTAMP)
         pcrs: dict[int, bytes] = {}
         for index, register in record.map("pcrs").items():
-            if not isinstance(index, int) or not 0 <= index < PCR_COUNT:
+            if not (isinstance(index, int) and 0 <= index < PCR_COUNT):
                 raise record.refusal("pcrs", f"indexes 0 to {PCR_COUNT - 1}", cbor.shown(index))
-            pcrs[index] = record.octets_of(register, f"PCR{index}", DIGEST_SIZE, DIGEST_SIZE)
+            pcrs[index] = record.octets_of(register, _PCR_NAMES[index], DIGEST_SIZE, DIGEST_SIZE)
         if not pcrs:
             raise record.refusal("pcrs", "at least one register", "none")
         cabundle = tuple(
