@@ -30,6 +30,25 @@ STEPS = {
     15: "entropy",
 }
 
+MEANINGS = {
+    1: "The Evidence is bounded, canonical CBOR: two readers of it cannot see two different things.",
+    2: "The document is a COSE_Sign1 under ES384, the one algorithm of the Nitro Secure Module.",
+    3: "The document has the fields that AWS specifies, each of its type and within its bounds.",
+    4: "Every certificate leads to the anchor that the policy names, and all are valid at the verification time.",
+    5: "The key of that chain has signed exactly these bytes.",
+    6: "The document answers this request: it is not a recording.",
+    7: "The document is no older than the policy allows, and not from the future.",
+    8: "The enclave had the document signed for this channel: its user_data is the digest of the commitment.",
+    9: "The commitment is whole, and the locked registers PCR16 and PCR17 say the same of model and configuration.",
+    10: "The host cannot read the enclave's memory: PCR0, PCR1 and PCR2 are not all zero.",
+    11: "The image is one release of the policy, all of its registers together.",
+    12: "The model is one that the policy names; PCR16 commits to it.",
+    13: "The configuration is one that the policy names; PCR17 commits to it.",
+    14: "Nothing else was measured than what the policy knows of, and the enclave is one that it may be.",
+    15: "The enclave's keys come from the hardware's randomness, which the host does not choose.",
+}
+"""What is known once a step holds."""
+
 
 class Status(StrEnum):
     """What became of a step of the checklist."""

@@ -18,13 +18,16 @@ from strongroom.extras import MissingExtra, require
 
 COMMANDS = {
     "run": "strongroom.run:run",
-    "init": "strongroom.commands:init",
+    "init": "strongroom.initialise:init",
     "start": "parent.commands:start",
     "ps": "parent.commands:ps",
     "logs": "parent.commands:logs",
     "stop": "parent.commands:stop",
     "proxy": "parent.commands:proxy",
-    "verify": "strongroom.commands:verify",
+    "verify": "strongroom.verification:verify_command",
+    "inspect": "strongroom.verification:inspect_command",
+    "evidence": "strongroom.verification:evidence_command",
+    "release": "strongroom.release_commands:release",
     "ask": "strongroom.conversation:ask",
     "chat": "strongroom.conversation:chat",
     "serve": "strongroom.serving:serve",

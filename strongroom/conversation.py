@@ -14,9 +14,8 @@ from pathlib import Path
 import click
 
 from attestation.errors import StrongroomError
-from attestation.policy import AppraisalPolicy
 from attestation.verifier import AttestationResult
-from strongroom.commands import F, err, out, session_options
+from strongroom.options import F, err, load_policy, out, session_options
 from strongroom.render import printable, verdict_line, warn_of_labels
 from strongroom.session import Session
 from vsockrpc.messages import MAX_SEED, ChatMessage, ChatRequest, Delta, Done
@@ -103,7 +102,7 @@ def write_now(text: str) -> None:
 def open_session(url: str, policy: Path) -> Iterator[tuple[asyncio.Runner, Session]]:
     """A session, and the runner that every use of it goes through: waiting for a person is outside the event loop."""
     with asyncio.Runner() as runner:
-        session = Session(url, AppraisalPolicy.load(policy))
+        session = Session(url, load_policy(policy))
         try:
             yield runner, session
         finally:

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.text import Text
 
-from attestation.checks import Check, Status
-from attestation.verifier import AttestationResult, Label
+from attestation.checks import MEANINGS, STEPS, Check, Status
+from attestation.verifier import ArchivedResult, AttestationResult, DocumentResult, Label
 
 WIDTH_WITHOUT_TERMINAL = 120
 MARKS = {
@@ -20,11 +20,14 @@ MARKS = {
     Status.FAILED: ("FAILED", "bold red"),
     Status.IGNORED: ("ignored", "yellow"),
     Status.NOT_REACHED: ("not reached", "dim"),
+    Status.NOT_APPLICABLE: ("n/a", "dim"),
 }
 WARNINGS = {
+    Label.ARCHIVED: "ARCHIVED: judged at its own time, by what was known then; it says nothing about now.",
     Label.EMULATED: "EMULATED: no hardware vouches for this enclave; whoever runs this machine can read the prompt.",
     Label.DEBUG: "DEBUG: this enclave shows its memory to its host.",
 }
+Verdict = AttestationResult | DocumentResult | ArchivedResult
 TITLES = ("step", "check", "verdict", "expected", "got")
 _GAP = "  "
 _DIGEST = re.compile(r"[0-9a-f]{32,}")
@@ -71,7 +74,7 @@ def show_verdict(console: Console, checks: Iterable[Check], *, whole: bool = Fal
 
 def _values(check: Check, whole: bool) -> tuple[str, str]:
     expected, got = (value if whole else shorten(value) for value in (check.expected or "", check.got or ""))
-    if check.status is Status.IGNORED and check.explanation:
+    if check.status in (Status.IGNORED, Status.NOT_APPLICABLE) and check.explanation:
         expected = f"({check.explanation})"
     same = check.expected is not None and check.expected == check.got
     return printable(expected), "the same" if same else printable(got)
@@ -109,15 +112,48 @@ def printable(text: str) -> str:
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
 
-def verdict_line(result: AttestationResult) -> Text:
-    line = Text("ACCEPTED", "bold green")
+def explain_verdict(console: Console, checks: Iterable[Check]) -> None:
+    """Every step with what it means, and each check of it with expected and got, whole."""
+    shown = 0
+    for check in checks:
+        if check.step != shown:
+            shown = check.step
+            console.print(Text(f"\n{shown:>2}  {STEPS[shown]}", "bold"), soft_wrap=True)
+            console.print(Text(f"    {MEANINGS[shown]}"), soft_wrap=True)
+        mark, style = MARKS[check.status]
+        line = Text("    ").append(mark, style)
+        if check.name != STEPS[check.step]:
+            line.append(f"  {check.name}")
+        if check.code is not None:
+            line.append(f"  [{check.code}]")
+        if check.explanation is not None:
+            line.append(f"  {printable(check.explanation)}")
+        console.print(line, soft_wrap=True)
+        for title, value in (("expected", check.expected), ("got", check.got)):
+            if value is not None:
+                console.print(Text(f"      {title:<8}  {printable(value)}"), soft_wrap=True)
+
+
+def verdict_line(result: Verdict) -> Text:
+    line = Text("ACCEPTED WHEN MADE" if isinstance(result, ArchivedResult) else "ACCEPTED", "bold green")
     for label in sorted(result.labels):
         line.append(f"  {label}", "bold yellow")
-    line.append(f"  release {result.release or 'none'}, valid for {result.valid_seconds:.0f} s", "default")
+    line.append(f"  release {result.release or 'none'}, ", "default")
+    if isinstance(result, ArchivedResult):
+        line.append(f"made at {result.claims.timestamp.isoformat(timespec='seconds')}", "default")
+    else:
+        line.append(f"valid for {result.valid_seconds:.0f} s", "default")
     return line
 
 
-def warn_of_labels(console: Console, result: AttestationResult) -> None:
-    """What must be said whenever a result is used: that the enclave is emulated, or in debug mode."""
+def refusal_line(message: str, code: str, labels: Iterable[Label]) -> Text:
+    line = Text("REFUSED", "bold red")
+    for label in sorted(labels):
+        line.append(f"  {label}", "bold yellow")
+    return line.append(f"  {printable(message)} [{code}]", "bold red")
+
+
+def warn_of_labels(console: Console, result: Verdict) -> None:
+    """What must be said whenever a result is used: that it is archived, the enclave emulated or in debug mode."""
     for label in sorted(result.labels):
         console.print(Text(WARNINGS[label], "bold yellow"), soft_wrap=True)

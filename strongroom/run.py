@@ -22,8 +22,9 @@ from rich.text import Text
 
 from attestation.errors import StrongroomError
 from attestation.verifier import AttestationResult
-from strongroom.commands import engine_options, err, model_or_installed, out
 from strongroom.conversation import Sampling, Spoken, open_session, sampling_options, talk, write_now
+from strongroom.initialise import model_or_installed
+from strongroom.options import engine_options, err, out
 from strongroom.prepare import Prepared, Settings, prepare
 from strongroom.render import hashing_bar, show_verdict, verdict_line, warn_of_labels
 from vsockrpc.messages import ChatMessage

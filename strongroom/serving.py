@@ -8,9 +8,8 @@ from pathlib import Path
 
 import click
 
-from attestation.policy import AppraisalPolicy
-from strongroom.commands import err, session_options
 from strongroom.gateway import Gateway
+from strongroom.options import err, load_policy, session_options
 from strongroom.render import verdict_line, warn_of_labels
 from strongroom.session import Session
 from vsockrpc.http import is_loopback
@@ -51,7 +50,7 @@ def serve(url: str, policy: Path, listen: str, token_file: Path | None, as_json:
         raise click.UsageError(f"{address.host} is not loopback: name a --token-file that clients must know")
 
     async def run() -> None:
-        async with Session(url, AppraisalPolicy.load(policy)) as session:
+        async with Session(url, load_policy(policy)) as session:
             result = await session.verify()
             if not as_json:
                 err.print(verdict_line(result))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -17,23 +16,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Self
-from urllib.parse import urlsplit
 
 import httpx2
 
+from attestation.chain import ChainCache
 from attestation.errors import StrongroomError
 from attestation.policy import AppraisalPolicy
 from attestation.verifier import NONCE_SIZE, AttestationResult, verify
-from vsockrpc.http import (
-    EVIDENCE_PATH,
-    EVIDENCE_TYPE,
-    KEY_ID_HEADER,
-    MAX_EVIDENCE_BYTES,
-    SEALED_PATH,
-    SEALED_TYPE,
-    STATUS_OF_FAULT,
-    is_loopback,
-)
+from strongroom.proxy_client import ClearFault, ProxyClient
 from vsockrpc.messages import (
     REQUEST_ID_SIZE,
     Answer,
@@ -50,27 +40,8 @@ from vsockrpc.messages import (
 )
 from vsockrpc.sealed import AnswerOpener, SealedError, SealedRequest, Truncated, seal_request
 
-MAX_FAULT_BYTES = 4096
-CONNECT_SECONDS = 10.0
-EVIDENCE_SECONDS = 60.0
-"""For Evidence as a whole, however it drips. The proxy gives an enclave half of it."""
-"""Of one request: the second only after a clear ``unknown_key`` and a new verification (section 6.3)."""
 SILENCE_SECONDS = 300.0
 """How long an answer may be silent. With pacing on, an enclave never is."""
-
-
-class Unreachable(StrongroomError):
-    """Nobody answers at the address (``unreachable``), or not with this protocol (``not_strongroom``), or it is no
-    address (``bad_url``).
-    """
-
-    @property
-    def exit_code(self) -> int:  # type: ignore[override]
-        return 2 if self.code == "bad_url" else 4
-
-
-class ClearFault(StrongroomError):
-    """A refusal in clear. Anybody on the way can forge one: it changes no verdict and no parameter."""
 
 
 class EnclaveRestarted(StrongroomError):
@@ -114,20 +85,18 @@ class Session:
         now: Callable[[], datetime] = _wall_clock,
     ) -> None:
         """Raises Unreachable ``bad_url``."""
-        self.url = url.rstrip("/")
         self.policy = policy
         self._silence_seconds = silence_seconds
         self._monotonic = monotonic
         self._now = now
+        self._certificates = ChainCache()
         self._verified: _Verified | None = None
         self._verification: asyncio.Future[AttestationResult] | None = None
-        self._http = httpx2.AsyncClient(
-            base_url=self.url,
-            timeout=httpx2.Timeout(silence_seconds, connect=CONNECT_SECONDS),
-            trust_env=not is_loopback(_host_of(self.url)),
-            limits=httpx2.Limits(max_connections=None),
-            headers={"Accept-Encoding": "identity"},  # sealed bytes do not compress, and nobody on the way should try
-        )
+        self._proxy = ProxyClient(url, silence_seconds=silence_seconds)
+
+    @property
+    def url(self) -> str:
+        return self._proxy.url
 
     async def __aenter__(self) -> Self:
         return self
@@ -140,7 +109,7 @@ class Session:
     async def close(self) -> None:
         if self._verification is not None:
             self._verification.cancel()
-        await self._http.aclose()
+        await self._proxy.close()
 
     # --- Verification --------------------------------------------------------------------------------------------
 
@@ -169,8 +138,8 @@ class Session:
         self._verified = None
         nonce = secrets.token_bytes(NONCE_SIZE)
         requested = self._monotonic()
-        evidence = await self._fetch_evidence(nonce)
-        result = verify(evidence, policy=self.policy, nonce=nonce, at=self._now())
+        evidence = await self._proxy.evidence(nonce)
+        result = verify(evidence, policy=self.policy, nonce=nonce, at=self._now(), cache=self._certificates)
         self._verified = _Verified(result, requested + result.valid_seconds)
         return result
 
@@ -178,17 +147,6 @@ class Session:
         self._verification = None
         if not verification.cancelled():
             verification.exception()  # seen, also when everybody who waited for it has left
-
-    async def _fetch_evidence(self, nonce: bytes) -> bytes:
-        try:
-            async with (
-                asyncio.timeout(EVIDENCE_SECONDS),
-                self._http.stream("GET", EVIDENCE_PATH, params={"nonce": nonce.hex()}) as response,
-            ):
-                await _require(response, EVIDENCE_TYPE)
-                return await _read_bounded(response, MAX_EVIDENCE_BYTES)
-        except (httpx2.HTTPError, TimeoutError) as error:
-            raise self._unreachable(error) from error
 
     # --- Requests ------------------------------------------------------------------------------------------------
 
@@ -246,13 +204,11 @@ class Session:
                 yield answer
 
     async def _attempt(self, sealed: SealedRequest) -> AsyncGenerator[Answer]:
-        headers = {"Content-Type": SEALED_TYPE, KEY_ID_HEADER: sealed.key_id.hex()}
         messages = MessageReader()
         begun, ended = False, False
         failure: Failure | None = None
         try:
-            async with self._http.stream("POST", SEALED_PATH, content=sealed.body, headers=headers) as response:
-                await _require(response, SEALED_TYPE)
+            async with self._proxy.sealed(sealed.body, sealed.key_id) as response:
                 begun = True
                 async for chunk in self._while_records_come(response, sealed.answer):
                     for answer in _decoded(messages, sealed.answer.feed(chunk)):
@@ -265,7 +221,7 @@ class Session:
                             yield answer
         except httpx2.HTTPError as error:
             if not begun:
-                raise self._unreachable(error) from error
+                raise self._proxy.unreachable(error) from error
             if not ended:
                 self._verified = None  # most likely another boot answers next: it is verified before it is spoken to
                 raise Truncated("the answer broke off: the enclave, the proxy or the network went away") from error
@@ -295,11 +251,6 @@ class Session:
                 if answer.opened > opened:
                     opened, due = answer.opened, loop.time() + self._silence_seconds
 
-    def _unreachable(self, error: Exception) -> Unreachable:
-        return Unreachable(
-            "unreachable", f"nobody answers at {self.url}: {error or type(error).__name__}", got=type(error).__name__
-        )
-
 
 def _new_request(body: ChatRequest | DescribeRequest) -> Request:
     return Request(secrets.token_bytes(REQUEST_ID_SIZE), body)
@@ -311,56 +262,3 @@ def _decoded(messages: MessageReader, content: bytes) -> Iterator[Answer]:
             yield decode_answer(message)
     except MessageError as error:
         raise SealedError("malformed", error.message, expected=error.expected, got=error.got) from error
-
-
-async def _require(response: httpx2.Response, media_type: str) -> None:
-    """Raises ClearFault for a refusal, and Unreachable when what answers is no Strongroom proxy."""
-    if response.status_code != httpx2.codes.OK:
-        raise await _fault_of(response)
-    got = response.headers.get("content-type", "none")
-    if got != media_type:
-        raise Unreachable("not_strongroom", "this is not a Strongroom proxy", expected=media_type, got=got[:64])
-
-
-async def _fault_of(response: httpx2.Response) -> ClearFault | Unreachable:
-    """The clear fault in a response, or that this is no Strongroom proxy."""
-    try:
-        fault = json.loads(await _read_bounded(response, MAX_FAULT_BYTES))["fault"]
-    except (ValueError, KeyError, TypeError, RecursionError, Unreachable):
-        fault = None
-    if not isinstance(fault, str) or fault not in STATUS_OF_FAULT:
-        return Unreachable(
-            "not_strongroom",
-            "this is not a Strongroom proxy",
-            expected="a clear fault",
-            got=f"HTTP {response.status_code}",
-        )
-    return ClearFault(fault, FAULT_TEXTS[fault])
-
-
-FAULT_TEXTS = {
-    "unknown_key": "the enclave does not know the key that it was verified with: it restarted, or is another one",
-    "overloaded": "the enclave has too much to do; try again",
-    "unavailable": "the proxy reaches no enclave that serves; is one running?",
-    "malformed": "the request was refused as malformed",
-}
-
-
-async def _read_bounded(response: httpx2.Response, limit: int) -> bytes:
-    data = bytearray()
-    async for chunk in response.aiter_raw():
-        data += chunk
-        if len(data) > limit:
-            raise Unreachable("not_strongroom", "the answer is too large", expected=f"<= {limit} bytes", got="more")
-    return bytes(data)
-
-
-def _host_of(url: str) -> str:
-    """Raises Unreachable ``bad_url``."""
-    try:
-        parts = urlsplit(url)
-        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
-            return parts.hostname
-    except ValueError:  # brackets without an IPv6 address, or a port out of range
-        pass
-    raise Unreachable("bad_url", "this is no address of a proxy", expected="http://HOST:PORT", got=ascii(url)[:128])

@@ -52,8 +52,8 @@ def _error(text: str, folder: Path) -> PolicyError:
 def test_it_is_read(policy: AppraisalPolicy) -> None:
     assert policy.anchor == Anchor.emulated(forge.ROOT_DER)
     assert (policy.max_age_seconds, policy.leeway_seconds, policy.accept_debug) == (300, 120, None)
-    assert [release.name for release in policy.releases] == ["one", "two"]
-    assert policy.releases[0].pcrs == PcrSet(forge.PCRS[0], forge.PCRS[1], forge.PCRS[2])
+    assert [release.name for release in policy.accepted_releases] == ["one", "two"]
+    assert policy.accepted_releases[0].pcrs == PcrSet(forge.PCRS[0], forge.PCRS[1], forge.PCRS[2])
     assert policy.model == Require((forge.COMMITMENT.model,))
     assert policy.pcrs == {3: Forbid(), 4: Require((forge.PCRS[4],)), 8: Forbid()}
     assert policy.module_id == Ignore("it changes at every start")

@@ -5,9 +5,7 @@ Commands run in this process where they can. The house that they ask runs in a t
 
 from __future__ import annotations
 
-import asyncio
 import errno
-import io
 import json
 import os
 import signal
@@ -15,9 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,101 +31,10 @@ from strongroom import cli, conversation, prepare
 from strongroom.cli import COMMANDS
 from tests.attested import write_policy
 from tests.gguf_files import TEXT, Gguf
-from tests.house import house
 from tests.pki import forge
+from tests.terminal import Ran, Street, Terminal
 
 MODEL = Gguf([("tokenizer.chat_template", TEXT, "{{ messages }}")]).encode()
-
-
-@dataclass(frozen=True)
-class Ran:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-@dataclass
-class Terminal:
-    """Runs the front door as a person does."""
-
-    monkeypatch: pytest.MonkeyPatch
-    capsys: pytest.CaptureFixture[str]
-
-    def __call__(self, *arguments: str, stdin: bytes = b"") -> Ran:
-        self.monkeypatch.setattr(sys, "argv", ["strongroom", *arguments])
-        self.monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), "utf-8"))
-        before = signal.getsignal(signal.SIGTERM)
-        try:
-            with pytest.raises(SystemExit) as caught:
-                cli.main()
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        said = self.capsys.readouterr()
-        assert "Traceback" not in said.out + said.err
-        assert isinstance(caught.value.code, int)
-        return Ran(caught.value.code, said.out, said.err)
-
-
-@pytest.fixture
-def strongroom(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory
-) -> Terminal:
-    monkeypatch.setenv("STRONGROOM_HOME", str(tmp_path_factory.mktemp("home")))
-    for name in ("STRONGROOM_URL", "STRONGROOM_POLICY", "COLUMNS"):
-        monkeypatch.delenv(name, raising=False)
-    return Terminal(monkeypatch, capsys)
-
-
-@dataclass(frozen=True)
-class Street:
-    """Where a house stands that the whole file asks."""
-
-    url: str
-    policy: AppraisalPolicy
-    policy_file: str
-
-    @property
-    def options(self) -> tuple[str, ...]:
-        return ("--url", self.url, "--policy", self.policy_file)
-
-
-@pytest.fixture(scope="module")
-def street(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Street]:
-    folder = tmp_path_factory.mktemp("street")
-    opened: list[Street] = []
-    ready, loops, ending = threading.Event(), list[asyncio.AbstractEventLoop](), asyncio.Event()
-
-    async def live() -> None:
-        async with house(folder) as home:
-            opened.append(Street(home.url, home.policy, str(home.behind.write_policy())))
-            loops.append(asyncio.get_running_loop())
-            ready.set()
-            await ending.wait()
-
-    def main() -> None:
-        try:
-            asyncio.run(live())
-        finally:
-            ready.set()
-
-    thread = threading.Thread(target=main)
-    thread.start()
-    ready.wait()
-    yield opened[0]
-    loops[0].call_soon_threadsafe(ending.set)
-    thread.join()
-
-
-@pytest.fixture
-def nobody() -> str:
-    """An address at which nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    return f"http://127.0.0.1:{port}"
 
 
 # --- Help ----------------------------------------------------------------------------------------------------------
@@ -148,7 +53,7 @@ def test_every_command_has_an_example_that_is_a_command(strongroom: Terminal, na
     ran = strongroom(name, "--help")
     assert ran.code == 0
     assert f"Usage: strongroom {name} " in ran.out
-    _, _, examples = ran.out.partition("\n  Example:\n")
+    _, _, examples = ran.out.replace("\n  Examples:\n", "\n  Example:\n").partition("\n  Example:\n")
     lines = examples.partition("\n\n")[0].splitlines()
     assert any(f"strongroom {name}" in line for line in lines)
     for line in lines:
@@ -382,7 +287,7 @@ def test_an_empty_token_file(strongroom: Terminal, street: Street, tmp_path: Pat
 
 
 def test_no_model_is_installed(monkeypatch: pytest.MonkeyPatch, strongroom: Terminal, tmp_path: Path) -> None:
-    monkeypatch.setattr("strongroom.commands.installed_model", lambda: None)
+    monkeypatch.setattr("strongroom.initialise.installed_model", lambda: None)
     ran = strongroom("init", "--directory", str(tmp_path / "demo"))
     assert ran.code == 2
     assert "smollm2" in ran.err
@@ -402,7 +307,7 @@ def model(tmp_path: Path) -> Path:
 @pytest.fixture
 def unmeasured(monkeypatch: pytest.MonkeyPatch, street: Street) -> None:
     """Measuring the disk takes seconds, and is another file's matter."""
-    monkeypatch.setattr(prepare, "measure_process_image", lambda *_: street.policy.releases[0].pcrs)
+    monkeypatch.setattr(prepare, "measure_process_image", lambda *_: street.policy.accepted_releases[0].pcrs)
 
 
 @pytest.mark.usefixtures("unmeasured")
@@ -525,7 +430,7 @@ def test_hostile_text_in_an_error_moves_no_cursor(capsys: pytest.CaptureFixture[
 
 
 def test_an_interrupt(monkeypatch: pytest.MonkeyPatch, strongroom: Terminal, street: Street) -> None:
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(AppraisalPolicy, "load", interrupted)

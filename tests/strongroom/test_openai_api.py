@@ -21,7 +21,8 @@ from strongroom.openai_api import (
     api_error_of,
     parse_completion_request,
 )
-from strongroom.session import ClearFault, RequestFailed, Unreachable
+from strongroom.proxy_client import ClearFault, Unreachable
+from strongroom.session import RequestFailed
 from vsockrpc.messages import MAX_SEED, ChatMessage, ChatRequest, Done
 from vsockrpc.sealed import SealedError
 

@@ -19,8 +19,9 @@ from attestation.policy import AppraisalPolicy
 from attestation.rules import Require
 from emulator.pki import DevelopmentRoot
 from enclave.generation import ContextExceeded, EngineFailed, Overloaded
-from strongroom import session as session_module
-from strongroom.session import ClearFault, EnclaveRestarted, RequestFailed, Session, Unreachable
+from strongroom import proxy_client
+from strongroom.proxy_client import ClearFault, Unreachable
+from strongroom.session import EnclaveRestarted, RequestFailed, Session
 from tests.house import SETTINGS, Forged, House, ask, house, prompt, served
 from vsockrpc.http import EVIDENCE_PATH, EVIDENCE_TYPE, SEALED_PATH
 from vsockrpc.messages import Delta, Done, Start, encode_message
@@ -255,7 +256,7 @@ async def test_evidence_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch, 
     async def silent(*_: object) -> None:
         await never.wait()
 
-    monkeypatch.setattr(session_module, "EVIDENCE_SECONDS", 0.01)
+    monkeypatch.setattr(proxy_client, "EVIDENCE_SECONDS", 0.01)
     home.hostile.application = silent
     with pytest.raises(Unreachable) as caught:
         await session.verify()

@@ -1,0 +1,77 @@
+"""What commands share: their options, their consoles, and how they load a policy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from attestation.policy import AppraisalPolicy
+from attestation.release_heads import FileHeads
+from strongroom.render import open_console
+
+DEFAULT_URL = "http://127.0.0.1:8080"
+F = TypeVar("F", bound=Callable[..., Any])
+
+out = open_console()
+err = open_console(stderr=True)
+
+
+def policy_option(command: F) -> F:
+    """``--policy``, for every command that judges."""
+    return click.option(
+        "--policy", type=click.Path(path_type=Path, dir_okay=False), default="policy.toml", show_default=True,
+        envvar="STRONGROOM_POLICY", show_envvar=True, help="The appraisal policy: which enclave may read a prompt.",
+    )(command)  # fmt: skip
+
+
+def url_option(command: F) -> F:
+    """``--url``, for every command that asks an enclave."""
+    return click.option(
+        "--url", default=DEFAULT_URL, show_default=True, envvar="STRONGROOM_URL", show_envvar=True,
+        help="The parent's proxy.",
+    )(command)  # fmt: skip
+
+
+def session_options(command: F) -> F:
+    """``--url`` and ``--policy``, for every command that has a session."""
+    return url_option(policy_option(command))
+
+
+def load_policy(path: Path) -> AppraisalPolicy:
+    """The policy, with this user's memory of the release histories that it may name.
+
+    The memory is ``heads`` in ``$STRONGROOM_HOME``, else in ``$XDG_STATE_HOME/strongroom``, else in
+    ``~/.local/state/strongroom``. Raises as :meth:`AppraisalPolicy.load`.
+    """
+    return AppraisalPolicy.load(path, heads=FileHeads(_state_directory() / "heads"))
+
+
+def _state_directory() -> Path:
+    if home := os.environ.get("STRONGROOM_HOME"):
+        return Path(home)
+    if state := os.environ.get("XDG_STATE_HOME"):
+        return Path(state) / "strongroom"
+    return Path.home() / ".local" / "state" / "strongroom"
+
+
+def engine_options(command: F) -> F:
+    """``--context`` and ``--threads``, for every command that writes an ``enclave.toml``."""
+    threads = click.option(
+        "--threads",
+        type=click.IntRange(0, 256),
+        default=0,
+        show_default=True,
+        help="Threads that decode; 0: one for each CPU.",
+    )
+    context = click.option(
+        "--context",
+        type=click.IntRange(64, 1 << 20),
+        default=2048,
+        show_default=True,
+        help="Tokens, prompt and answer together.",
+    )
+    return context(threads(command))

@@ -1,0 +1,259 @@
+"""``verify``, ``inspect`` and ``evidence``: the verdict, a look without one, and what an auditor keeps."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import click
+from click.core import ParameterSource
+
+from attestation.bundle import MAX_BUNDLE, Bundle, read_kept
+from attestation.errors import AppraisalError, EvidenceError
+from attestation.policy import AppraisalPolicy
+from attestation.rules import ChannelBinding
+from attestation.verifier import MIN_NONCE, NONCE_SIZE, Label, verify, verify_archived, verify_document
+from strongroom.inspection import inspect, show_inspection
+from strongroom.options import err, load_policy, out, policy_option, url_option
+from strongroom.proxy_client import ProxyClient
+from strongroom.render import (
+    Verdict,
+    explain_verdict,
+    refusal_line,
+    show_verdict,
+    verdict_line,
+    warn_of_labels,
+)
+from strongroom.session import Session
+
+FILE = click.argument("file", required=False, type=click.Path(path_type=Path, allow_dash=True, dir_okay=False))
+
+
+class Nonce(click.ParamType[bytes]):
+    """Hexadecimal digits, of at least ``MIN_NONCE`` bytes."""
+
+    name = "hex"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> bytes:
+        if isinstance(value, bytes):
+            return value
+        try:
+            nonce = bytes.fromhex(str(value))
+        except ValueError:
+            self.fail("not hexadecimal", param, ctx)
+        if not MIN_NONCE <= len(nonce) <= 1024:
+            self.fail(f"expected {MIN_NONCE} to 1024 bytes, got {len(nonce)}", param, ctx)
+        return nonce
+
+
+# --- verify -------------------------------------------------------------------------------------------------------
+
+
+@click.command("verify")
+@FILE
+@url_option
+@policy_option
+@click.option("--nonce", type=Nonce(), help="The nonce that you asked with; for a FILE that you judge as of now.")
+@click.option("--archived", is_flag=True, help="Judge a FILE at its own time. Says ARCHIVED everywhere.")
+@click.option("--explain", is_flag=True, help="Every step: what it means, expected and got whole.")
+@click.option("--full", is_flag=True, help="Print digests whole.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object: verdict, every check, claims.")
+@click.pass_context
+def verify_command(
+    context: click.Context,
+    file: Path | None,
+    url: str,
+    policy: Path,
+    nonce: bytes | None,
+    archived: bool,
+    explain: bool,
+    full: bool,
+    as_json: bool,
+) -> int:
+    """Challenge an enclave and judge its Evidence, or judge what is in FILE (- is standard input). Every check is
+    listed.
+
+    FILE is a bundle of `strongroom evidence`, Evidence, or under a policy for documents the attestation document of any
+    Nitro enclave; as bytes, in base64 or in hexadecimal digits. A nonce is never optional: whoever judges a FILE as of
+    now gives the one that he asked with, and whoever cannot says --archived.
+
+    \b
+    Examples:
+      strongroom verify --url http://127.0.0.1:8080 --policy policy.toml
+      strongroom verify --explain
+      strongroom verify evidence.json --archived
+      strongroom verify document.cbor --nonce 000102030405060708090a0b0c0d0e0f --policy nitro.toml
+      curl ... | strongroom verify - --archived --json
+
+    Exit codes: 0 accepted, 1 refused by the policy, 2 usage or policy, 3 malformed or untrusted Evidence, 4 no enclave
+    answers.
+    """
+    _require_sense(context, file, nonce, archived)
+    judged_by = load_policy(policy)
+    try:
+        if file is None:
+            result: Verdict = asyncio.run(_challenge(url, judged_by))
+        else:
+            result = _judge(_read(file), judged_by, nonce, archived)
+    except (EvidenceError, AppraisalError) as error:
+        labels = [Label.ARCHIVED] if archived else []
+        if as_json:
+            checks = [check.as_json() for check in error.checks]
+            click.echo(json.dumps({"verdict": "refused", "labels": labels, "error": error.as_json(), "checks": checks}))
+        else:
+            if explain:
+                explain_verdict(out, error.checks)
+            elif error.checks:
+                show_verdict(out, error.checks, whole=full)
+            out.print()
+            out.print(refusal_line(error.message, error.code, labels), soft_wrap=True)
+        return error.exit_code
+    if as_json:
+        click.echo(json.dumps(result.as_json()))
+    else:
+        if explain:
+            explain_verdict(out, result.checks)
+            out.print()
+        else:
+            show_verdict(out, result.checks, whole=full)
+        out.print(verdict_line(result), soft_wrap=True)
+        warn_of_labels(out, result)
+    return 0
+
+
+def _require_sense(context: click.Context, file: Path | None, nonce: bytes | None, archived: bool) -> None:
+    """Raises click.UsageError for options that contradict each other, or leave the nonce out in silence."""
+    if file is None:
+        if archived:
+            raise click.UsageError("--archived judges a FILE; what an enclave answers now is judged as of now")
+        if nonce is not None:
+            raise click.UsageError("--nonce is for a FILE; an enclave is asked with a fresh one")
+    elif context.get_parameter_source("url") is ParameterSource.COMMANDLINE:
+        raise click.UsageError("give a FILE or --url, not both")
+    elif nonce is None and not archived:
+        raise click.UsageError(
+            "a FILE needs --nonce HEX, the one that you asked with, or --archived to judge it at its own time; "
+            "the nonce that a bundle names is its saver's, and proves nothing to you"
+        )
+
+
+async def _challenge(url: str, policy: AppraisalPolicy) -> Verdict:
+    async with Session(url, policy) as session:
+        return await session.verify()
+
+
+def _judge(data: bytes, policy: AppraisalPolicy, nonce: bytes | None, archived: bool) -> Verdict:
+    kept = read_kept(data)
+    evidence = kept.evidence if isinstance(kept, Bundle) else kept
+    if archived:
+        saved_with = kept.nonce if isinstance(kept, Bundle) else None
+        return verify_archived(evidence, policy=policy, nonce=nonce or saved_with)
+    assert nonce is not None  # by _require_sense
+    if not isinstance(policy.binding, ChannelBinding):
+        return verify_document(evidence, policy=policy, nonce=nonce, at=datetime.now(UTC))
+    if len(nonce) != NONCE_SIZE:
+        raise click.BadParameter(f"a channel's has {NONCE_SIZE} bytes, got {len(nonce)}", param_hint="--nonce")
+    return verify(evidence, policy=policy, nonce=nonce, at=datetime.now(UTC))
+
+
+def _read(file: Path) -> bytes:
+    """Bounded; one byte more than a bundle may have, so that the reader refuses it."""
+    if str(file) == "-":
+        return sys.stdin.buffer.read(MAX_BUNDLE + 1)
+    with file.open("rb") as opened:
+        return opened.read(MAX_BUNDLE + 1)
+
+
+# --- inspect ------------------------------------------------------------------------------------------------------
+
+
+@click.command("inspect")
+@FILE
+@url_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.pass_context
+def inspect_command(context: click.Context, file: Path | None, url: str, as_json: bool) -> int:
+    """Decode Evidence without judging it: from an enclave, or from FILE (- is standard input).
+
+    Nothing that it shows is proven, and it says so: anybody can write such bytes. Where something is not as specified,
+    it says what, and shows the rest.
+
+    \b
+    Examples:
+      strongroom inspect --url http://127.0.0.1:8080
+      strongroom inspect evidence.json
+      strongroom inspect - --json < document.cbor
+
+    Exit codes: 0 decoded, 3 nothing could be decoded, 4 no enclave answers.
+    """
+    if file is None:
+        kept: Bundle | bytes = asyncio.run(_fetch(url, secrets.token_bytes(NONCE_SIZE)))
+    elif context.get_parameter_source("url") is ParameterSource.COMMANDLINE:
+        raise click.UsageError("give a FILE or --url, not both")
+    else:
+        kept = read_kept(_read(file))
+    seen = inspect(kept)
+    if as_json:
+        click.echo(json.dumps(seen))
+    else:
+        show_inspection(out, seen)
+    return 0
+
+
+# --- evidence -----------------------------------------------------------------------------------------------------
+
+
+@click.command("evidence")
+@url_option
+@click.option(
+    "--output", "-o", type=click.Path(path_type=Path, allow_dash=True, dir_okay=False), default="evidence.json",
+    show_default=True, help="Where the bundle goes; - is standard output.",
+)  # fmt: skip
+@click.option("--nonce", type=Nonce(), help="32 bytes to ask with.  [default: fresh random ones]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object about the bundle.")
+def evidence_command(url: str, output: Path, nonce: bytes | None, as_json: bool) -> int:
+    """Ask an enclave for Evidence and save it as a bundle, which an auditor can verify offline later.
+
+    The bundle is saved as it came, and not judged. An existing file is not overwritten.
+
+    \b
+    Examples:
+      strongroom evidence --url http://127.0.0.1:8080 --output evidence.json
+      strongroom verify evidence.json --archived --policy policy.toml
+
+    Exit codes: 0 saved, 2 usage, 4 no enclave answers.
+    """
+    if nonce is not None and len(nonce) != NONCE_SIZE:
+        raise click.BadParameter(f"expected {NONCE_SIZE} bytes, got {len(nonce)}", param_hint="--nonce")
+    to_stdout = str(output) == "-"
+    if not to_stdout and output.exists():
+        raise FileExistsError(17, "File exists; nothing was changed", str(output))
+    bundle = asyncio.run(_fetch(url, nonce or secrets.token_bytes(NONCE_SIZE)))
+    encoded = bundle.encode()
+    if to_stdout:
+        sys.stdout.write(encoded.decode("ascii"))
+    else:
+        with output.open("xb") as file:
+            file.write(encoded)
+    if as_json and not to_stdout:
+        body = {
+            "bundle": str(output),
+            "fetched": bundle.fetched.isoformat(),
+            "nonce": bundle.nonce.hex(),
+            "verified": False,
+        }
+        click.echo(json.dumps(body))
+    elif not to_stdout:
+        click.echo(f"wrote {output}, as it came")
+        err.print(f"not judged yet: strongroom verify {output} --archived", soft_wrap=True)
+    return 0
+
+
+async def _fetch(url: str, nonce: bytes) -> Bundle:
+    async with ProxyClient(url) as proxy:
+        evidence = await proxy.evidence(nonce)
+        return Bundle(evidence, nonce, datetime.now(UTC), proxy.url)
