@@ -122,12 +122,9 @@ def test_every_threat_has_a_mitigation_and_a_proof() -> None:
 
 
 def command_lines() -> list[tuple[str, list[str]]]:
-    """Commands of the README with their options."""
-    found = []
-    for line in re.findall(r"(?:^ {4}|`)strongroom ([a-z]+[^`\n]*)", read("README.md"), re.MULTILINE):
-        command, *rest = line.partition("#")[0].partition("|")[0].split()
-        found.append((command, [word.partition("=")[0] for word in rest if word.startswith("--")]))
-    return found
+    """Commands of the README with the words behind them."""
+    lines = re.findall(r"(?:^ {4}|`)strongroom ([a-z]+[^`\n]*)", read("README.md"), re.MULTILINE)
+    return [(words[0], words[1:]) for words in (line.partition("#")[0].partition("|")[0].split() for line in lines)]
 
 
 def test_the_readme_names_every_command_and_no_other() -> None:
@@ -135,12 +132,15 @@ def test_the_readme_names_every_command_and_no_other() -> None:
 
 
 def test_options_of_the_readme_exist() -> None:
-    group = cli.strongroom
-    assert isinstance(group, click.Group)
-    for name, options in command_lines():
-        command = group.get_command(click.Context(group), name)
-        assert command is not None
-        assert set(options) <= {option for parameter in command.params for option in parameter.opts}, name
+    for name, words in command_lines():
+        command: click.Command | None = cli.strongroom
+        for part in (name, *words):
+            if not isinstance(command, click.Group):
+                break
+            command = command.get_command(click.Context(command), part)
+        assert command is not None, (name, words)
+        options = {word.partition("=")[0] for word in words if word.startswith("--")}
+        assert options <= {option for parameter in command.params for option in parameter.opts}, name
 
 
 def test_exit_codes() -> None:

@@ -1,0 +1,383 @@
+"""``release``: a publisher signs reference values, and anybody checks them. PROTOCOL.md section 4.1."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from rich.text import Text
+
+from attestation.manifest import ModelManifest
+from attestation.reference import DIGEST_SIZE, PcrSet, configuration_digest
+from attestation.release_heads import FileHeads
+from attestation.release_signing import LocalSigner, PublicKey, ReleaseError, Signer
+from attestation.releases import (
+    MAX_ENTRIES,
+    MAX_VALIDITY,
+    ReleasedImage,
+    ReleaseHistory,
+    Source,
+)
+from strongroom.options import err, out
+from strongroom.release_file import Outcome, ReleaseFile, read_history, read_key, write_key
+from strongroom.release_report import as_json_object, show_history, time_text
+from strongroom.render import hashing_bar
+
+DEFAULT_VALIDITY_DAYS = 90
+_DIGEST = "sha384:"
+MAX_CONFIGURATION = 1 << 20
+"""Bytes of an ``enclave.toml``."""
+
+F = TypeVar("F", bound=Callable[..., Any])
+ANY_FILE = click.Path(path_type=Path, dir_okay=False)
+READABLE_FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
+
+
+def _octets(text: str, *sizes: int) -> bytes:
+    if len(text) not in [2 * size for size in sizes] or not re.fullmatch(r"[0-9A-Fa-f]+", text):
+        raise click.BadParameter(f"{' or '.join(str(2 * size) for size in sizes)} hexadecimal digits are needed")
+    return bytes.fromhex(text)
+
+
+def _register(context: click.Context, parameter: click.Parameter, text: str | None) -> bytes | None:
+    return None if text is None else _octets(text, DIGEST_SIZE)
+
+
+def _commit(context: click.Context, parameter: click.Parameter, text: str) -> str:
+    return _octets(text, 20, 32).hex()
+
+
+def _digests_or_files(
+    context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]
+) -> tuple[bytes | Path, ...]:
+    """``sha384:HEX``, or a file to compute it from."""
+
+    def read(text: str) -> bytes | Path:
+        if text.startswith(_DIGEST):
+            return _octets(text.removeprefix(_DIGEST), DIGEST_SIZE)
+        path: Path = READABLE_FILE.convert(text, parameter, context)
+        return path
+
+    return tuple(map(read, texts))
+
+
+def _pinned_key(context: click.Context, parameter: click.Parameter, text: str) -> PublicKey:
+    try:
+        return PublicKey.parse(text)
+    except ReleaseError as error:
+        raise click.BadParameter(f"{error.message}; expected {error.expected}") from error
+
+
+name_option = click.option("--name", required=True, metavar="PRODUCT", help="The product that the history is about.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+expires_option = click.option(
+    "--expires",
+    "days",
+    metavar="DAYS",
+    type=click.IntRange(1, MAX_VALIDITY.days),
+    default=DEFAULT_VALIDITY_DAYS,
+    show_default=True,
+    help="Days until nothing counts any more, unless a later entry renews it.",
+)
+
+
+def signer_options(command: F) -> F:
+    """``--key`` and ``--kms-key``, of which one is given."""
+    kms = click.option("--kms-key", metavar="ARN", help="A KMS key of spec ECC_NIST_P384, by its full ARN.")
+    return click.option("--key", type=READABLE_FILE, help="A private key in PEM: Ed25519, or ECDSA on P-384.")(
+        kms(command)
+    )
+
+
+@click.group()
+def release() -> None:
+    """Sign reference values, or check those that somebody signed.
+
+    A release history is a file of signed entries, to be published beside the images. Each entry says which releases
+    count from then on, and until when; a client pins the key and remembers what it has seen.
+
+    \b
+    Example:
+      strongroom release keygen publisher.pem
+      strongroom release add releases.jsonl --key publisher.pem --name assistant --release 1.0 \\
+        --from-eif enclave.eif --repository https://example.org/assistant.git --commit $(git rev-parse HEAD)
+      strongroom release check releases.jsonl --key ed25519:... --name assistant
+    """
+
+
+# --- Keys ---------------------------------------------------------------------------------------------------------
+
+
+@release.command()
+@click.argument("file", type=ANY_FILE)
+@json_option
+def keygen(file: Path, as_json: bool) -> None:
+    """Make an Ed25519 key in FILE, for its owner's eyes only, and print what clients pin.
+
+    \b
+    Example:
+      strongroom release keygen publisher.pem
+    """
+    signer = LocalSigner.generate()
+    write_key(file, signer)
+    _print_key(signer.public_key, as_json)
+
+
+@release.command()
+@signer_options
+@json_option
+def pin(key: Path | None, kms_key: str | None, as_json: bool) -> None:
+    """Print what clients pin: the public key.
+
+    \b
+    Example:
+      strongroom release pin --kms-key arn:aws:kms:eu-central-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab
+    """
+    with _signer(key, kms_key) as signer:
+        _print_key(signer.public_key, as_json)
+
+
+def _print_key(key: PublicKey, as_json: bool) -> None:
+    click.echo(json.dumps({"key": str(key), "key_id": key.key_id}) if as_json else str(key))
+
+
+@contextlib.contextmanager
+def _signer(key: Path | None, kms_key: str | None) -> Iterator[Signer]:
+    if key is not None and kms_key is None:
+        yield read_key(key)
+    elif kms_key is not None and key is None:
+        from strongroom.kms_signer import KmsSigner
+
+        with KmsSigner(kms_key) as signer:
+            yield signer
+    else:
+        raise click.UsageError("name one of --key and --kms-key")
+
+
+# --- Signing ------------------------------------------------------------------------------------------------------
+
+
+@release.command()
+@click.argument("history", type=ANY_FILE)
+@signer_options
+@name_option
+@click.option("--release", "release_name", required=True, metavar="NAME", help="What this release is called.")
+@click.option("--from-eif", type=READABLE_FILE, help="Measure this image file, and state its digest.")
+@click.option("--from-measurements", type=READABLE_FILE, help="What nitro-cli build-enclave printed (JSON).")
+@click.option("--pcr0", callback=_register, metavar="HEX", help="In place of a file: the image.")
+@click.option("--pcr1", callback=_register, metavar="HEX", help="In place of a file: kernel and boot ramdisk.")
+@click.option("--pcr2", callback=_register, metavar="HEX", help="In place of a file: the application.")
+@click.option(
+    "--pcr8", callback=_register, metavar="HEX", help="In place of a file: the signing certificate, of a signed image."
+)
+@click.option("--image", type=READABLE_FILE, help="State the digest of this image file; it is not measured.")
+@click.option("--repository", required=True, help="Where the source is.")
+@click.option(
+    "--commit", required=True, metavar="HEX", callback=_commit, help="The commit that the image was built from."
+)
+@click.option(
+    "--model",
+    metavar="FILE|sha384:HEX",
+    callback=_digests_or_files,
+    multiple=True,
+    help="A GGUF file or a manifest's digest; repeatable.",
+)
+@click.option(
+    "--configuration",
+    metavar="FILE|sha384:HEX",
+    callback=_digests_or_files,
+    multiple=True,
+    help="An enclave.toml or its digest; repeatable.",
+)
+@expires_option
+@json_option
+def add(
+    history: Path,
+    key: Path | None,
+    kms_key: str | None,
+    name: str,
+    release_name: str,
+    from_eif: Path | None,
+    from_measurements: Path | None,
+    pcr0: bytes | None,
+    pcr1: bytes | None,
+    pcr2: bytes | None,
+    pcr8: bytes | None,
+    image: Path | None,
+    repository: str,
+    commit: str,
+    model: tuple[bytes | Path, ...],
+    configuration: tuple[bytes | Path, ...],
+    days: int,
+    as_json: bool,
+) -> None:
+    """Sign an entry of HISTORY with one more release; the others stay. Without the file a new history begins.
+
+    Registers come from the image file, from nitro-cli's output, or one by one. Models and configurations are those that
+    this release is vouched for with; without any it is vouched for with none, and clients must name their own.
+
+    \b
+    Example:
+      strongroom release add releases.jsonl --key publisher.pem --name assistant --release 1.0 \\
+        --from-measurements measurements.json --image enclave.eif --model model.gguf --configuration enclave.toml \\
+        --repository https://example.org/assistant.git --commit $(git rev-parse HEAD)
+    """
+    registers = {"pcr0": pcr0, "pcr1": pcr1, "pcr2": pcr2, "pcr8": pcr8}
+    measured = _measure(from_eif, from_measurements, {name: value for name, value in registers.items() if value})
+    if from_eif is not None and image is not None:
+        raise click.UsageError("--from-eif states that file's digest already: leave --image out")
+    stated = from_eif or image
+    added = ReleasedImage(
+        name=release_name,
+        pcrs=measured,
+        image=None if stated is None else _sha384(stated),
+        source=Source(repository, commit),
+        models=tuple(each if isinstance(each, bytes) else _manifest_digest(each) for each in model),
+        configurations=tuple(
+            each if isinstance(each, bytes) else _configuration_digest(each) for each in configuration
+        ),
+    )
+
+    with _signer(key, kms_key) as signer:
+        file = ReleaseFile(history, signer, name)
+        _say(file.add(added, at=datetime.now(UTC), validity=timedelta(days=days)), history, as_json)
+
+
+@release.command()
+@click.argument("history", type=READABLE_FILE)
+@click.argument("release_name", metavar="NAME")
+@signer_options
+@name_option
+@expires_option
+@json_option
+def withdraw(
+    history: Path, release_name: str, key: Path | None, kms_key: str | None, name: str, days: int, as_json: bool
+) -> None:
+    """Sign an entry of HISTORY without the release NAME: clients that see it accept that release no more.
+
+    \b
+    Example:
+      strongroom release withdraw releases.jsonl 1.0 --key publisher.pem --name assistant
+    """
+    with _signer(key, kms_key) as signer:
+        file = ReleaseFile(history, signer, name)
+        outcome = file.withdraw(release_name, at=datetime.now(UTC), validity=timedelta(days=days))
+        _say(outcome, history, as_json)
+
+
+@release.command()
+@click.argument("history", type=READABLE_FILE)
+@signer_options
+@name_option
+@expires_option
+@json_option
+def refresh(history: Path, key: Path | None, kms_key: str | None, name: str, days: int, as_json: bool) -> None:
+    """Sign an entry of HISTORY with the same releases and a new expiry.
+
+    \b
+    Example:
+      strongroom release refresh releases.jsonl --key publisher.pem --name assistant --expires 90
+    """
+    with _signer(key, kms_key) as signer:
+        file = ReleaseFile(history, signer, name)
+        _say(file.refresh(at=datetime.now(UTC), validity=timedelta(days=days)), history, as_json)
+
+
+def _say(outcome: Outcome, path: Path, as_json: bool) -> None:
+    history, current = outcome.history, outcome.history.current
+    if as_json:
+        click.echo(json.dumps({"changed": outcome.is_changed, **as_json_object(history)}))
+        return
+    done = f"signed entry {current.sequence} of {path}" if outcome.is_changed else f"nothing to change in {path}"
+    names = ", ".join(release.name for release in current.releases) or "no release"
+    click.echo(f"{done}\nuntil {time_text(history.expires)} these count: {names}\nclients pin {history.key}")
+
+
+def _measure(from_eif: Path | None, from_measurements: Path | None, registers: dict[str, bytes]) -> PcrSet:
+    given = [source for source in (from_eif, from_measurements, registers) if source]
+    if len(given) != 1 or (registers and not {"pcr0", "pcr1", "pcr2"} <= registers.keys()):
+        raise click.UsageError("name one of --from-eif, --from-measurements, and --pcr0, --pcr1 and --pcr2 together")
+    if registers:
+        return PcrSet(**registers)
+    from attestation.eif import MAX_JSON_SIZE, measurements_from_nitro_cli, read_image
+
+    if from_eif is not None:
+        return read_image(from_eif, at=datetime.now(UTC)).measurements
+    assert from_measurements is not None
+    with from_measurements.open("rb") as file:
+        return measurements_from_nitro_cli(file.read(MAX_JSON_SIZE + 1))
+
+
+def _sha384(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha384").digest()
+
+
+def _manifest_digest(stated: bytes | Path) -> bytes:
+    if isinstance(stated, bytes):
+        return stated
+    with hashing_bar(err) as progress:
+        return ModelManifest.from_gguf(stated, progress=progress).digest()
+
+
+def _configuration_digest(stated: bytes | Path) -> bytes:
+    if isinstance(stated, bytes):
+        return stated
+    with stated.open("rb") as file:
+        data = file.read(MAX_CONFIGURATION + 1)
+    if len(data) > MAX_CONFIGURATION:
+        raise click.UsageError(f"{stated} is no configuration: it has more than {MAX_CONFIGURATION} bytes")
+    return configuration_digest(data)
+
+
+# --- Checking -----------------------------------------------------------------------------------------------------
+
+
+@release.command()
+@click.argument("history", type=READABLE_FILE)
+@click.option(
+    "--key", required=True, metavar="TEXT", callback=_pinned_key, help="The pinned key: ed25519:HEX or ecdsa-p384:HEX."
+)
+@name_option
+@click.option(
+    "--minimum-sequence", type=click.IntRange(1, MAX_ENTRIES), default=1, show_default=True,
+    help="Refuse a history with fewer entries.",
+)  # fmt: skip
+@click.option(
+    "--heads", type=click.Path(path_type=Path, file_okay=False),
+    help="A folder that remembers what was seen: an older history, or another one, is refused from then on.",
+)  # fmt: skip
+@click.option("--full", is_flag=True, help="Print digests whole.")
+@json_option
+def check(
+    history: Path, key: PublicKey, name: str, minimum_sequence: int, heads: Path | None, full: bool, as_json: bool
+) -> None:
+    """Verify HISTORY against a pinned key, and show what counts now and what each entry changed.
+
+    \b
+    Example:
+      strongroom release check releases.jsonl --key ed25519:... --name assistant
+
+    Exit codes: 0 verified and current, 3 not signed by this key, broken, rolled back or expired.
+    """
+    memory = None if heads is None else FileHeads(heads)
+    head = None if memory is None else memory.recall(key, name)
+    verified = ReleaseHistory.verify(
+        read_history(history), key=key, name=name, minimum_sequence=minimum_sequence, head=head
+    )
+    if memory is not None:
+        memory.remember(verified)
+    if as_json:
+        verified.require_current(datetime.now(UTC))
+        click.echo(json.dumps(as_json_object(verified)))
+        return
+    show_history(out, verified, whole=full)
+    verified.require_current(datetime.now(UTC))
+    out.print(Text("\nVERIFIED", "bold green").append(f"  signed by {verified.key.key_id}", "default"))

@@ -1,0 +1,110 @@
+"""A release history for people, as two tables, and for programs, as one JSON object."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+
+from rich.console import Console
+from rich.text import Text
+
+from attestation.releases import Entry, ReleasedImage, ReleaseHistory
+from strongroom.render import printable, shorten
+
+RELEASE_TITLES = ("release", "PCR0", "PCR1", "PCR2", "PCR8", "image", "commit", "models", "configurations")
+ENTRY_TITLES = ("entry", "issued", "expires", "what it changed")
+_GAP = "  "
+
+
+def show_history(console: Console, history: ReleaseHistory, *, whole: bool) -> None:
+    """The releases that count, a line each, and then what each entry changed. Digests are shortened, unless ``whole``;
+    the key and the head, which somebody may want to copy, never are.
+    """
+    current = history.current
+    for title, value in (
+        ("product", printable(current.name)),
+        ("key", str(history.key)),
+        ("head", f"entry {current.sequence}, sha384:{history.head.digest.hex()}"),
+        ("expires", time_text(history.expires)),
+    ):
+        console.print(Text(f"{title:<8}").append(value), soft_wrap=True)
+    _show_table(console, RELEASE_TITLES, [_release_row(each, whole) for each in current.releases])
+    if not current.releases:
+        console.print("no release counts: all have been taken back", soft_wrap=True)
+    rows = [
+        (str(entry.statement.sequence), time_text(entry.statement.issued), time_text(entry.statement.expires), change)
+        for entry, change in zip(history.entries, _changes(history.entries), strict=True)
+    ]
+    _show_table(console, ENTRY_TITLES, rows)
+
+
+def as_json_object(history: ReleaseHistory) -> dict[str, object]:
+    current = history.current
+    return {
+        "name": current.name,
+        "key": str(history.key),
+        "sequence": current.sequence,
+        "digest": _digest_text(history.head.digest),
+        "issued": time_text(current.issued),
+        "expires": time_text(current.expires),
+        "releases": [
+            {
+                "name": release.name,
+                "pcrs": {str(index): value.hex() for index, value in release.pcrs.as_registers().items()},
+                "image": None if release.image is None else _digest_text(release.image),
+                "source": {"repository": release.source.repository, "commit": release.source.commit},
+                "models": [_digest_text(digest) for digest in release.models],
+                "configurations": [_digest_text(digest) for digest in release.configurations],
+            }
+            for release in current.releases
+        ],
+        "entries": [
+            {
+                "sequence": entry.statement.sequence,
+                "digest": _digest_text(entry.digest),
+                "issued": time_text(entry.statement.issued),
+                "expires": time_text(entry.statement.expires),
+                "releases": [release.name for release in entry.statement.releases],
+            }
+            for entry in history.entries
+        ],
+    }
+
+
+def time_text(at: datetime) -> str:
+    return at.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _digest_text(digest: bytes) -> str:
+    return f"sha384:{digest.hex()}"
+
+
+def _release_row(release: ReleasedImage, whole: bool) -> tuple[str, ...]:
+    registers = release.pcrs.as_registers()
+    values = (
+        *(registers[index].hex() if index in registers else "unsigned" for index in (0, 1, 2, 8)),
+        "not stated" if release.image is None else release.image.hex(),
+        release.source.commit,
+        ", ".join(digest.hex() for digest in release.models) or "none",
+        ", ".join(digest.hex() for digest in release.configurations) or "none",
+    )
+    return (printable(release.name), *(value if whole else shorten(value) for value in values))
+
+
+def _changes(entries: Sequence[Entry]) -> Iterator[str]:
+    before: dict[str, ReleasedImage] = {}
+    for entry in entries:
+        now = {release.name: release for release in entry.statement.releases}
+        changes = [f"+ {name}" for name in now if name not in before]
+        changes += [f"- {name}" for name in before if name not in now]
+        changes += [f"~ {name}" for name in now if name in before and now[name] != before[name]]
+        yield printable(", ".join(changes)) or "the expiry"
+        before = now
+
+
+def _show_table(console: Console, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    sizes = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    console.print()
+    for row in (titles, *rows):
+        line = _GAP.join(cell.ljust(size) for cell, size in zip(row, sizes, strict=True)).rstrip()
+        console.print(Text(line, "bold" if row is titles else ""), soft_wrap=True)
