@@ -12,7 +12,7 @@ from datetime import datetime
 from attestation import cbor
 from attestation.checks import STEPS, Check, Checklist, Status
 from attestation.commitment import Commitment, Entropy
-from attestation.document import PCR_COUNT, AttestationDocument
+from attestation.document import AttestationDocument
 from attestation.errors import AppraisalError
 from attestation.policy import AppraisalPolicy
 from attestation.reference import (
@@ -103,10 +103,8 @@ def _judge_image(
     for release in policy.accepted_releases:
         registers = release.pcrs.as_registers()
         if all(claims.pcrs.get(index) == value for index, value in registers.items()):
-            expected, got = (
-                f"release {release.name} ({registers_text(registers)})",
-                registers_text(claims.pcrs, registers),
-            )
+            got = registers_text(registers)
+            expected = f"release {release.name} ({got})"
             if policy.expires is not None and at >= policy.expires:
                 expected = f"releases that are accepted at {at.isoformat()}"
                 got = f"release {release.name}, accepted before {policy.expires.isoformat()}"
@@ -185,8 +183,11 @@ def _judge_registers(
     for index, rule in sorted(policy.pcrs.items()):
         if index not in elsewhere:
             _judge_register(checklist, rule, index, claims.pcrs.get(index))
-    unnamed = [index for index in range(PCR_COUNT) if index not in elsewhere and index not in policy.pcrs]
-    used = [index for index in unnamed if claims.pcrs.get(index, ZERO_PCR) != ZERO_PCR]
+    used = sorted(
+        index
+        for index, value in claims.pcrs.items()
+        if value != ZERO_PCR and index not in elsewhere and index not in policy.pcrs
+    )
     got = registers_text(claims.pcrs, used) or "zero"
     checklist.add(_judged(14, "other PCRs", not used, "zero", got, "wrong_pcr"))
 

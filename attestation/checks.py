@@ -5,10 +5,9 @@ The numbers are those of PROTOCOL.md section 3.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from enum import StrEnum
+from types import TracebackType
+from typing import NamedTuple
 
 from attestation.errors import EvidenceError
 
@@ -62,8 +61,7 @@ class Status(StrEnum):
     """A step about the commitment of a channel, where a bare document is judged."""
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
+class Check(NamedTuple):
     """One line of a report. ``code`` is set on a failure only; step 14 has a line for each thing that it judges."""
 
     step: int
@@ -86,15 +84,6 @@ class Check:
         }
 
 
-@dataclass(slots=True)
-class Finding:
-    """What a step that is being proven compares; it becomes the passed check's expected and got."""
-
-    expected: str | None = None
-    got: str | None = None
-    explanation: str | None = None
-
-
 class Checklist:
     """The checks of one verification, in the order of their steps, up to and including ``last``."""
 
@@ -102,17 +91,9 @@ class Checklist:
         self._last = last
         self._checks: list[Check] = []
 
-    @contextmanager
-    def proving(self, step: int) -> Iterator[Finding]:
+    def proving(self, step: int) -> Finding:
         """A step that ends the verification when it fails: its EvidenceError leaves with the whole checklist."""
-        finding = Finding()
-        try:
-            yield finding
-        except EvidenceError as error:
-            self.add(Check(step, STEPS[step], Status.FAILED, error.expected, error.got, error.code, error.message))
-            error.checks = self.complete()
-            raise
-        self.add(Check(step, STEPS[step], Status.PASSED, finding.expected, finding.got, None, finding.explanation))
+        return Finding(self, step)
 
     def add(self, check: Check) -> None:
         self._checks.append(check)
@@ -126,3 +107,30 @@ class Checklist:
         reached = {check.step for check in self._checks}
         behind = (step for step in STEPS if step <= self._last and step not in reached)
         return (*self._checks, *(Check(step, STEPS[step], Status.NOT_REACHED) for step in behind))
+
+
+class Finding:
+    """A step that is being proven, over a ``with`` block; what it compares becomes the check's expected and got."""
+
+    __slots__ = ("_checklist", "_step", "expected", "explanation", "got")
+
+    def __init__(self, checklist: Checklist, step: int) -> None:
+        self._checklist = checklist
+        self._step = step
+        self.expected: str | None = None
+        self.got: str | None = None
+        self.explanation: str | None = None
+
+    def __enter__(self) -> Finding:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None:
+        step, checklist = self._step, self._checklist
+        if error is None:
+            checklist.add(Check(step, STEPS[step], Status.PASSED, self.expected, self.got, None, self.explanation))
+        elif isinstance(error, EvidenceError):
+            failed = Check(step, STEPS[step], Status.FAILED, error.expected, error.got, error.code, error.message)
+            checklist.add(failed)
+            error.checks = checklist.complete()

@@ -364,9 +364,9 @@ class _Verification:
                 PCR_MODEL: once_extended(commitment.model),
                 PCR_CONFIGURATION: once_extended(commitment.configuration),
             }
-            finding.expected = registers_text(committed)
-            finding.got = registers_text(claims.pcrs, committed)
-            if finding.got != finding.expected:
+            finding.expected = finding.got = registers_text(committed)
+            if any(claims.pcrs.get(index) != value for index, value in committed.items()):
+                finding.got = registers_text(claims.pcrs, committed)
                 _refuse("wrong_binding", "the registers do not follow from the commitment", finding)
         return commitment
 

@@ -143,8 +143,7 @@ CHECKS = st.lists(
 ).map(tuple)
 ASCII_CHECKS = CHECKS.map(
     lambda checks: tuple(
-        replace(
-            check,
+        check._replace(
             expected=check.expected and check.expected.encode("ascii", "replace").decode(),
             got=check.got and check.got.encode("ascii", "replace").decode(),
             explanation=check.explanation and check.explanation.encode("ascii", "replace").decode(),
