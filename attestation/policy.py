@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from attestation.anchors import AWS_NITRO_G1
 from attestation.chain import Anchor, Trust
@@ -34,7 +35,6 @@ from attestation.reference import (
     PCR_SIGNER,
     PcrSet,
 )
-from attestation.release_heads import HeadMemory
 from attestation.release_signing import PublicKey, ReleaseError
 from attestation.releases import MAX_HISTORY, ReleaseHistory
 from attestation.rules import (
@@ -56,6 +56,9 @@ from attestation.rules import (
     SignedReleases,
 )
 from attestation.strict_toml import Table, missing, printable, wrong_value
+
+if TYPE_CHECKING:  # where heads are kept is a matter of the system: files and locks
+    from attestation.release_heads import HeadMemory
 
 VERSION = 1
 MAX_POLICY = 1_048_576
