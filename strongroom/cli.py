@@ -28,6 +28,7 @@ COMMANDS = {
     "inspect": "strongroom.verification:inspect_command",
     "evidence": "strongroom.verification:evidence_command",
     "release": "strongroom.release_commands:release",
+    "policy": "strongroom.policy_commands:policy",
     "ask": "strongroom.conversation:ask",
     "chat": "strongroom.conversation:chat",
     "serve": "strongroom.serving:serve",

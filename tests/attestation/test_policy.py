@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from attestation.policy import AppraisalPolicy
 from attestation.policy_writer import write_policy
 from attestation.reference import PcrSet, once_extended
 from attestation.rules import (
-    ChannelBinding,
     DocumentBinding,
     Forbid,
     Ignore,
@@ -31,6 +30,7 @@ from attestation.rules import (
     Require,
 )
 from tests.pki import forge
+from tests.policies import policies
 
 A = "a" * 96
 DOCUMENT = 'purpose = "document"\n[binding.public_key]\nforbid = true\n[binding.user_data]\nforbid = true'
@@ -314,44 +314,7 @@ def test_a_policy_does_not_change_under_its_owner(policy: AppraisalPolicy) -> No
     assert 9 not in mine.pcrs
 
 
-REGISTERS = st.binary(min_size=48, max_size=48).filter(any)
-TEXTS = st.text(st.characters(min_codepoint=33, exclude_categories=("C", "Z")), min_size=1, max_size=40)
-REASONS = st.builds(Ignore, TEXTS)
-DIGESTS = st.builds(Require, st.lists(st.binary(min_size=48, max_size=48), min_size=1, max_size=3).map(tuple))
-RULES = REASONS | DIGESTS | st.just(Forbid()) | st.builds(Measures, st.lists(TEXTS, min_size=1, max_size=2).map(tuple))
-FIELDS = (
-    REASONS
-    | st.just(Forbid())
-    | st.builds(Require, st.lists(st.binary(min_size=1, max_size=1024), min_size=1, max_size=2).map(tuple))
-)
-BINDINGS = st.just(ChannelBinding()) | st.builds(DocumentBinding, FIELDS, FIELDS)
-PCR_SETS = st.builds(PcrSet, REGISTERS, REGISTERS, REGISTERS, st.none())
-
-
-@st.composite
-def _policies(draw: st.DrawFn) -> AppraisalPolicy:
-    names = draw(st.lists(TEXTS, min_size=1, max_size=3, unique=True))
-    rules: Mapping[int, Any] = {
-        **draw(st.dictionaries(st.sampled_from([5, 9, 18, 31]), RULES)),
-        **{index: draw(RULES) for index in (3, 4, 8)},
-    }
-    named = draw(st.lists(st.binary(min_size=48, max_size=48), max_size=2).map(tuple))
-    digests = REASONS | DIGESTS | (st.just(Released()) if named else st.nothing())
-    return AppraisalPolicy(
-        anchor=draw(st.sampled_from([AWS_NITRO_G1, Anchor.emulated(forge.ROOT_DER)])),
-        max_age_seconds=draw(st.integers(1, 86400)),
-        leeway_seconds=draw(st.integers(0, 600)),
-        accept_debug=draw(st.none() | TEXTS),
-        binding=draw(BINDINGS),
-        releases=tuple(Release(name, draw(PCR_SETS), named, named) for name in names),
-        model=draw(digests),
-        configuration=draw(digests),
-        pcrs=rules,
-        module_id=draw(REASONS | st.builds(Require, st.lists(TEXTS, min_size=1, max_size=2).map(tuple))),
-    )
-
-
-@given(policy=_policies())
+@given(policy=policies())
 def test_what_is_written_is_read_back(policy: AppraisalPolicy, policy_folder: Path) -> None:
     text = write_policy(policy, root="root.der" if policy.anchor.is_emulated else None)
     assert AppraisalPolicy.parse(text, policy_folder) == policy
