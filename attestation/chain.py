@@ -294,6 +294,7 @@ _REFUSALS = (
     VerificationError,
     # What extensions can make the library raise where they are read; Warning where warnings are set to be errors.
     ValueError,
+    TypeError,
     x509.DuplicateExtension,
     x509.UnsupportedGeneralNameType,
     Warning,
@@ -313,6 +314,8 @@ def _load(der: bytes) -> x509.Certificate:
         raise _Refused("a certificate's key is not on P-384")
     if algorithm != SignatureAlgorithmOID.ECDSA_WITH_SHA384:
         raise _Refused("a certificate is not signed with ecdsa-with-SHA384")
+    if certificate.serial_number < 1:  # RFC 5280 section 4.1.2.2; of 0 the library only warns
+        raise _Refused("a certificate's serial number is not positive")
     return certificate
 
 

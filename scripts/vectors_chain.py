@@ -120,7 +120,7 @@ def _levels() -> Iterator[Case]:
         "critical": ("has an unknown critical extension", lambda spec: replace(spec, extensions=(_UNKNOWN,))),
         "sha256": ("is signed with ecdsa-with-SHA256", lambda spec: replace(spec, hash=hashes.SHA256())),
         "sha512": ("is signed with ecdsa-with-SHA512", lambda spec: replace(spec, hash=hashes.SHA512())),
-        "issuer-name": ("names another issuer", lambda spec: replace(spec, issuer="somebody")),
+        "issuer-name": ("names another issuer", lambda spec: replace(spec, issuer=forge.name("somebody"))),
         "no-usage": ("has no key usage", lambda spec: replace(spec, usage=None)),
         "no-constraints": ("has no basic constraints", lambda spec: replace(spec, constraints=None)),
         "constraints-not-critical": (
@@ -215,6 +215,16 @@ def _path_lengths() -> Iterator[Case]:
     yield _case("path-length-instance", "a CA below the instance, which allows none", longer)
     wider = forge.chain(instance=limited(forge.INSTANCE, 5))
     yield _case("path-length-grows", "a CA that allows more below it than its issuer does", wider, ACCEPTED)
+    renewed = replace(forge.REGION, key="the renewed region")
+    self_issued = forge.chain_of(forge.ROOT, forge.REGION, renewed, forge.ZONE, forge.INSTANCE, forge.LEAF)
+    yield _case("path-length-self-issued", "a region that issued itself anew, one CA more than it allows", self_issued)
+    renewed = limited(renewed, 1)
+    self_issued = forge.chain_of(forge.ROOT, forge.REGION, renewed, forge.INSTANCE, forge.LEAF)
+    yield _case("self-issued", "a region that issued itself anew, within what it allows", self_issued, ACCEPTED)
+    many = [replace(limited(forge.ZONE, None), name=f"ca {number}", key=f"ca {number}") for number in range(9)]
+    most = forge.chain_of(forge.ROOT, *many[:8], forge.LEAF)
+    yield _case("path-8", "eight CAs between root and leaf", most, ACCEPTED)
+    yield _case("path-9", "nine CAs between root and leaf", forge.chain_of(forge.ROOT, *many, forge.LEAF))
     unlimited = (limited(spec, None) for spec in _CAS.values())
     yield _case(
         "path-length-none", "no CA limits the path", forge.chain_of(forge.ROOT, *unlimited, forge.LEAF), ACCEPTED

@@ -8,7 +8,7 @@ and the script that makes the vectors may load this file, and no policy may name
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
@@ -55,7 +55,7 @@ class Spec:
     extensions: tuple[tuple[x509.ExtensionType, bool], ...] = ()
     curve: ec.EllipticCurve = field(default_factory=ec.SECP384R1)
     hash: hashes.SHA256 | hashes.SHA384 | hashes.SHA512 = field(default_factory=hashes.SHA384)
-    issuer: str | None = None
+    issuer: str | x509.Name | None = None
     """The issuer's name where it is not the true one; the issuer's key signs all the same."""
     subject: x509.Name | None = None
     """The whole subject, in place of the one that ``name`` gives."""
@@ -116,7 +116,9 @@ def issue(spec: Spec, issuer: Spec) -> bytes:
     """The certificate, DER. Nothing is checked: the library's own setters would refuse half of what is wanted here."""
     key, signer = private_key(spec.key, spec.curve), private_key(issuer.key, issuer.curve)
     serial = 1 + int.from_bytes(hashlib.sha256(repr(spec.name).encode()).digest()[:8], "big")
-    issuer_name = _subject(issuer) if spec.issuer is None else _name(spec.issuer)
+    issuer_name = _subject(issuer) if spec.issuer is None else spec.issuer
+    if isinstance(issuer_name, str):
+        issuer_name = name(issuer_name)
     extensions: list[tuple[x509.ExtensionType, bool]] = []
     if spec.constraints is not None:
         extensions.append((spec.constraints, spec.constraints_critical))
@@ -140,11 +142,29 @@ def issue(spec: Spec, issuer: Spec) -> bytes:
     return certificate.public_bytes(Encoding.DER)
 
 
+def resigned(certificate: bytes, edit: Callable[[bytes], bytes], signer: ec.EllipticCurvePrivateKey) -> bytes:
+    """``certificate`` after an edit of the fields that are signed, signed anew: what no builder would make."""
+    signed = x509.load_der_x509_certificate(certificate).tbs_certificate_bytes
+    header = 2 + (signed[1] & 0x7F if signed[1] & 0x80 else 0)
+    signed = tlv(0x30, edit(signed[header:]))
+    signature = signer.sign(signed, ec.ECDSA(hashes.SHA384(), deterministic_signing=True))
+    algorithm = bytes.fromhex("300a06082a8648ce3d040303")  # ecdsa-with-SHA384
+    return tlv(0x30, signed + algorithm + tlv(0x03, b"\x00" + signature))
+
+
+def tlv(tag: int, value: bytes) -> bytes:
+    """DER of a value of less than 64 KiB."""
+    size = len(value)
+    if size < 0x80:
+        return bytes([tag, size]) + value
+    return bytes([tag, 0x81, size] if size < 0x100 else [tag, 0x82, size >> 8, size & 0xFF]) + value
+
+
 def _subject(spec: Spec) -> x509.Name:
-    return _name(spec.name) if spec.subject is None else spec.subject
+    return name(spec.name) if spec.subject is None else spec.subject
 
 
-def _name(common_name: str) -> x509.Name:
+def name(common_name: str) -> x509.Name:
     return x509.Name(
         [
             x509.NameAttribute(NameOID.ORGANIZATION_NAME, "Strongroom tests: the key is public"),
