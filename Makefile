@@ -2,7 +2,7 @@ PROMPT ?= Why is the sky blue? Answer in two sentences.
 export PROMPT
 PY := .venv/bin/python
 
-.PHONY: demo test setup lint types imports coverage unit properties fuzz bench vectors clean
+.PHONY: demo test setup lint types imports coverage unit properties fuzz mutants bench vectors clean
 
 demo: setup  ## One question through an emulated enclave, verified and sealed
 	@.venv/bin/strongroom run --prompt "$$PROMPT"
@@ -39,6 +39,9 @@ properties: setup  ## The property tests alone, with new examples at every run a
 fuzz: setup  ## Coverage-guided fuzzing of every parser of foreign bytes; SECONDS=60 for each
 	@$(PY) -m fuzz --seconds $(or $(SECONDS),60)
 
+mutants:  ## Which changes of the verifier no test notices; an hour or two, with an environment of its own
+	@scripts/mutants
+
 bench: setup  ## The table in bench/README.md, from one run
 	@$(PY) -m bench
 
@@ -46,4 +49,4 @@ vectors: setup  ## Writes tests/vectors anew
 	@$(PY) scripts/make-vectors
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build *.egg-info
+	rm -rf .venv .venv-mutants mutants .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build *.egg-info

@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PIP = [sys.executable, "-I", "-m", "pip", "--disable-pip-version-check"]
-_NOT_SOURCE = shutil.ignore_patterns(".*", "__pycache__", "build", "*.egg-info", "results")
+_NOT_SOURCE = shutil.ignore_patterns(".*", "__pycache__", "build", "mutants", "*.egg-info", "results")
 
 
 def build(folder: Path) -> Path:
