@@ -86,7 +86,7 @@ class Anchor:
         if not (constraints.ca and usage.key_cert_sign):
             raise PolicyError("bad_anchor", "the certificate cannot be a root: it may not sign certificates")
         length = _path_length(constraints, MAX_INTERMEDIATES)
-        object.__setattr__(self, "_state", _Issuer((self.der,), certificate, length, period))
+        object.__setattr__(self, "_state", _Issuer((self.der,), Store([certificate]), length, period))
 
     @property
     def is_emulated(self) -> bool:
@@ -185,8 +185,8 @@ class _Issuer:
 
     path: tuple[bytes, ...]
     """DER, root first."""
-    certificate: x509.Certificate
-    """The last of them, which signs the next."""
+    store: Store
+    """The last of them alone, which signs the next; a store loads its key once."""
     max_path_length: int
     """How many CAs may still follow, self-issued ones counted too."""
     period: _Period
@@ -198,7 +198,8 @@ class _Issuer:
         certificate = _load(der)
         self._verify(certificate, _CA_PROFILE, at)
         length = _path_length(_constraints(certificate), self.max_path_length - 1)
-        return _Issuer((*self.path, der), certificate, length, self.period & _Period.of(certificate))
+        period = self.period & _Period.of(certificate)
+        return _Issuer((*self.path, der), Store([certificate]), length, period)
 
     def ended_by(self, der: bytes, at: datetime) -> _Leaf:
         """6.1.3 and 6.1.5: the leaf. Raises one of ``_REFUSALS``."""
@@ -209,17 +210,17 @@ class _Issuer:
         return _Leaf(self.path, der, key, self.period & _Period.of(certificate))
 
     def _verify(self, certificate: x509.Certificate, profile: ExtensionPolicy, at: datetime) -> None:
-        """``certificate`` fits ``profile``, ``self.certificate`` that of a CA; both are valid; one signed the other."""
+        """``certificate`` fits ``profile``, its issuer that of a CA; both are valid; one has signed the other."""
         verifier = (
             PolicyBuilder()
-            .store(Store([self.certificate]))
+            .store(self.store)
             .time(at)
             .max_chain_depth(0)
             .extension_policies(ca_policy=_CA_PROFILE, ee_policy=profile)
             .build_client_verifier()
         )
         # A certificate that is itself in the store would be a path of one, on which nothing was signed by anything.
-        if verifier.verify(certificate, []).chain != [certificate, self.certificate]:
+        if len(verifier.verify(certificate, []).chain) != 2:
             raise _Refused("a certificate stands behind itself")
 
 
@@ -306,7 +307,7 @@ def _load(der: bytes) -> x509.Certificate:
     try:
         certificate = x509.load_der_x509_certificate(der)
         key = certificate.public_key()
-        algorithm = certificate.signature_algorithm_oid
+        algorithm, serial = certificate.signature_algorithm_oid, certificate.serial_number
     except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion, Warning) as error:
         # Warning: what the library only warns of (a serial number below 1), where warnings are set to be errors.
         raise _Refused("not an X.509 certificate that can be read") from error
@@ -314,7 +315,7 @@ def _load(der: bytes) -> x509.Certificate:
         raise _Refused("a certificate's key is not on P-384")
     if algorithm != SignatureAlgorithmOID.ECDSA_WITH_SHA384:
         raise _Refused("a certificate is not signed with ecdsa-with-SHA384")
-    if certificate.serial_number < 1:  # RFC 5280 section 4.1.2.2; of 0 the library only warns
+    if serial < 1:  # RFC 5280 section 4.1.2.2; of 0 the library only warns
         raise _Refused("a certificate's serial number is not positive")
     return certificate
 
