@@ -17,7 +17,8 @@ These names are the verifier's and its policy's. What reference values are compu
 TYPE_CHECKING = False  # as in typing, which is not loaded for it
 if TYPE_CHECKING:
     from attestation.anchors import AWS_NITRO_G1
-    from attestation.chain import Anchor, Trust
+    from attestation.bundle import Bundle
+    from attestation.chain import Anchor, ChainCache, Trust
     from attestation.checks import Check, Status
     from attestation.commitment import Commitment, Entropy
     from attestation.document import AttestationDocument
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from attestation.policy import AppraisalPolicy
     from attestation.policy_writer import write_policy
     from attestation.reference import PcrSet
+    from attestation.release_heads import FileHeads, HeadError, HeadMemory, MemoryHeads
+    from attestation.release_signing import ReleaseError
     from attestation.rules import (
         ChannelBinding,
         DocumentBinding,
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
         Release,
         Released,
         Require,
+        SignedReleases,
     )
     from attestation.verifier import (
         NONCE_SIZE,
@@ -55,7 +59,8 @@ else:
     # measured (enclave/imports.py), and its engine never loads cryptography.
     _NAMES = {
         "anchors": "AWS_NITRO_G1",
-        "chain": "Anchor Trust",
+        "bundle": "Bundle",
+        "chain": "Anchor ChainCache Trust",
         "checks": "Check Status",
         "commitment": "Commitment Entropy",
         "document": "AttestationDocument",
@@ -65,7 +70,11 @@ else:
         "policy": "AppraisalPolicy",
         "policy_writer": "write_policy",
         "reference": "PcrSet",
-        "rules": "ChannelBinding DocumentBinding Forbid Ignore Manifests Measures Release Released Require",
+        "release_heads": "FileHeads HeadError HeadMemory MemoryHeads",
+        "release_signing": "ReleaseError",
+        "rules": (
+            "ChannelBinding DocumentBinding Forbid Ignore Manifests Measures Release Released Require SignedReleases"
+        ),
         "verifier": (
             "NONCE_SIZE ArchivedResult AttestationResult AuthenticDocument DocumentResult Label "
             "authenticate verify verify_archived verify_document"
@@ -92,6 +101,8 @@ __all__ = [
     "AttestationDocument",
     "AttestationResult",
     "AuthenticDocument",
+    "Bundle",
+    "ChainCache",
     "ChannelBinding",
     "Check",
     "Commitment",
@@ -99,18 +110,24 @@ __all__ = [
     "DocumentResult",
     "Entropy",
     "EvidenceError",
+    "FileHeads",
     "Forbid",
+    "HeadError",
+    "HeadMemory",
     "Ignore",
     "Label",
     "Manifests",
     "Measures",
+    "MemoryHeads",
     "ModelError",
     "ModelManifest",
     "PcrSet",
     "PolicyError",
     "Release",
+    "ReleaseError",
     "Released",
     "Require",
+    "SignedReleases",
     "Status",
     "StrongroomError",
     "Trust",
