@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from attestation.appraisal import registers_text
 from attestation.bundle import MAX_BUNDLE
 from attestation.chain import Anchor
 from attestation.document import MAX_CERTIFICATE
+from attestation.errors import PolicyError
 from attestation.manifest import MAX_MANIFEST_SIZE, ModelManifest
 from attestation.policy import DIGEST_PREFIX, MAX_AGE, MAX_LEEWAY, AppraisalPolicy
 from attestation.policy_writer import write_policy
@@ -170,6 +172,8 @@ def init(
     if output.exists():
         raise FileExistsError(errno.EEXIST, "File exists; nothing was changed", str(output))
     folder = output.parent
+    if name is not None:
+        require_printable("--name", name)
     root = None if anchor is None else read_bounded(anchor, MAX_CERTIFICATE)
     trusted = AWS_NITRO_G1 if root is None else Anchor.emulated(root)
     source: Source
@@ -207,8 +211,8 @@ def init(
         ),
         pcrs={
             **source.registers,
-            PCR_ROLE: Measures(role) if role else Ignore("no role was given to policy init"),
-            PCR_INSTANCE: Measures(instance) if instance else Ignore("no instance was given to policy init"),
+            PCR_ROLE: _measured("role", role),
+            PCR_INSTANCE: _measured("instance", instance),
         },
         module_id=Ignore("another one at each boot"),
     )
@@ -235,7 +239,8 @@ def _rule(
 ) -> DigestRule:
     """What was asked for on the command line, else what the source knows; there is no third."""
     if ignored is not None:
-        return Ignore(ignored)
+        with _said_of(f"--ignore-{what}"):
+            return Ignore(ignored)
     if given:
         return Require(tuple(map(digest, given)))
     if known is None:
@@ -273,7 +278,22 @@ def _manifests(given: Sequence[str], minimum_version: int, folder: Path) -> Mani
         raise click.UsageError(f"--minimum-version is for manifests: give --model FILE{MANIFEST_SUFFIX}, and no other")
     files = [(_stated(Path(each), folder, "model.manifests"), Path(each)) for each in given]
     read = ((stated, ModelManifest.decode(read_bounded(path, MAX_MANIFEST_SIZE))) for stated, path in files)
-    return Manifests(tuple(read), minimum_version)
+    with _said_of("--minimum-version"):
+        return Manifests(tuple(read), minimum_version)
+
+
+def _measured(what: str, given: tuple[str, ...]) -> Measures | Ignore:
+    with _said_of(f"--{what}"):
+        return Measures(given) if given else Ignore(f"no {what} was given to policy init")
+
+
+@contextlib.contextmanager
+def _said_of(option: str) -> Iterator[None]:
+    """A value that no policy takes is said of the ``option`` that it was given in."""
+    try:
+        yield
+    except PolicyError as error:
+        raise error.at(option) from error
 
 
 def _stated(path: Path, folder: Path, field: str) -> str:

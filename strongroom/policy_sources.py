@@ -49,7 +49,10 @@ from attestation.verifier import Label, authenticate, verify_archived
 from strongroom.policy_text import TRUST_ON_FIRST_USE
 
 _NOT_GIVEN = "none was given to policy init: whoever uses the document judges it"
-_DECIDED_ELSEWHERE = frozenset((PCR_IMAGE, PCR_BOOT, PCR_APPLICATION, PCR_SIGNER, PCR_ROLE, PCR_INSTANCE))
+_HAVE_A_RULE = frozenset(
+    (PCR_IMAGE, PCR_BOOT, PCR_APPLICATION, PCR_ROLE, PCR_INSTANCE, PCR_SIGNER, PCR_MODEL, PCR_CONFIGURATION)
+)
+"""Registers for which every policy says something anyway."""
 
 
 class SourceError(StrongroomError):
@@ -160,7 +163,7 @@ def from_evidence(data: bytes, *, anchor: Anchor, purpose: str | None, name: str
     registers: dict[int, RegisterRule] = {} if pcrs.pcr8 else {PCR_SIGNER: Forbid()}
     for index in range(PCR_COUNT):
         value = claims.pcrs.get(index, ZERO_PCR)
-        if value != ZERO_PCR and index not in _DECIDED_ELSEWHERE | {PCR_MODEL, PCR_CONFIGURATION}:
+        if value != ZERO_PCR and index not in _HAVE_A_RULE:
             registers[index] = Require((value,))
     return Source(
         "evidence",
