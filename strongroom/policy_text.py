@@ -174,7 +174,7 @@ def _model(policy: AppraisalPolicy) -> Iterator[str]:
             yield f"- {name}: {manifest.name}, version {manifest.version}, {_sha384(manifest.digest())}{old}"
     else:
         named = [(release.name, release.models) for release in policy.accepted_releases]
-        yield from _committed("model", PCR_MODEL, rule, named)
+        yield from _committed("model manifest", PCR_MODEL, rule, named)
 
 
 def _configuration(policy: AppraisalPolicy) -> Iterator[str]:

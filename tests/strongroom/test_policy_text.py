@@ -243,7 +243,7 @@ def test_released_models_are_told_release_by_release(policy: AppraisalPolicy) ->
     changed = replace(policy, releases=(one, with_models), model=Released(), configuration=Released())
     said = told(changed, 12).splitlines()
     assert said == [
-        "PCR16 commits to a model that the matched release names:",
+        "PCR16 commits to a model manifest that the matched release names:",
         f"- {one.name}: none, so that none is accepted",
         f"- with: sha384:{'0a' * 48} or sha384:{'0b' * 48}",
     ]
