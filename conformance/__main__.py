@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         type=Subject,
         choices=list(Subject),
         default=Subject.EVIDENCE,
-        help="document: the vectors of bare documents alone; evidence (the default): all",
+        help="document: is it genuine?; appraisal: and accepted by a policy?; evidence (the default): channels too",
     )
     parser.add_argument("--vectors", type=Path, metavar="DIR", default=VECTORS, help="the folder of the vectors")
     parser.add_argument(

@@ -35,9 +35,10 @@ class Case:
 
 
 def from_vectors(folder: Path, level: Subject) -> Iterator[Case]:
-    """The vectors of ``folder``: those of bare documents, and at the level of Evidence all. Raises VectorError."""
+    """The vectors of ``folder`` to a level: it and those before it. Raises VectorError."""
+    levels = list(Subject)
     for name, vector in load(folder):
-        if level is Subject.DOCUMENT and vector.subject is not Subject.DOCUMENT:
+        if levels.index(vector.subject) > levels.index(level):
             continue
         anchor = (folder / vector.anchor).read_bytes()
         policy = None if vector.policy is None else tomllib.loads((folder / vector.policy).read_text())

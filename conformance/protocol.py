@@ -34,7 +34,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """What a verifier is asked. ``nonce`` and ``policy`` are there for Evidence, and for nothing else."""
+    """What a verifier is asked. ``nonce`` and ``policy`` are there except at the level of a document."""
 
     id: str
     level: Subject
@@ -51,7 +51,7 @@ class Question:
         asked: dict[str, object] = {
             "id": self.id,
             "level": self.level.value,
-            self.level.value: base64.b64encode(self.payload).decode(),
+            _field(self.level): base64.b64encode(self.payload).decode(),
             "anchor": base64.b64encode(self.anchor).decode(),
             "time": instant(self.time),
         }
@@ -65,18 +65,23 @@ class Question:
         try:
             asked: dict[str, Any] = json.loads(line)
             level = Subject(asked["level"])
-            of_evidence = level is Subject.EVIDENCE
+            judged = level is not Subject.DOCUMENT
             return cls(
                 id=asked["id"],
                 level=level,
-                payload=base64.b64decode(asked[level.value], validate=True),
+                payload=base64.b64decode(asked[_field(level)], validate=True),
                 anchor=base64.b64decode(asked["anchor"], validate=True),
                 time=datetime.fromisoformat(asked["time"]),
-                nonce=bytes.fromhex(asked["nonce"]) if of_evidence else None,
-                policy=asked["policy"] if of_evidence else None,
+                nonce=bytes.fromhex(asked["nonce"]) if judged else None,
+                policy=asked["policy"] if judged else None,
             )
         except (ValueError, KeyError, TypeError) as error:
             raise ProtocolError(f"not a question: {type(error).__name__}: {error}") from error
+
+
+def _field(level: Subject) -> str:
+    """What the payload's field is called."""
+    return "evidence" if level is Subject.EVIDENCE else "document"
 
 
 @dataclass(frozen=True, slots=True)

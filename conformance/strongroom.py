@@ -11,8 +11,9 @@ from tempfile import TemporaryDirectory
 from attestation.chain import AWS_NITRO_G1_SHA256, Anchor, Trust
 from attestation.errors import AppraisalError, EvidenceError
 from attestation.policy import AppraisalPolicy
-from attestation.verifier import authenticate, verify
+from attestation.verifier import authenticate, verify, verify_document
 from conformance.protocol import Answer, Question, Verdict, serve
+from conformance.vectors import Subject
 
 
 def judge(question: Question) -> Answer:
@@ -21,8 +22,9 @@ def judge(question: Question) -> Answer:
         if question.nonce is None or question.policy is None:
             authenticate(question.payload, anchor=_anchor(question.anchor), at=question.time)
         else:
+            judged = verify if question.level is Subject.EVIDENCE else verify_document
             policy = _policy(question.policy, question.anchor)
-            verify(question.payload, policy=policy, nonce=question.nonce, at=question.time)
+            judged(question.payload, policy=policy, nonce=question.nonce, at=question.time)
     except (EvidenceError, AppraisalError) as error:
         return Answer(Verdict.REFUSED, error.code)
     return Answer(Verdict.ACCEPTED)

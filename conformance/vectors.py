@@ -29,12 +29,14 @@ class VectorError(Exception):
 
 
 class Subject(StrEnum):
-    """What the payload is, and with it which steps are asked for."""
+    """What the payload is and how much of the checklist is asked of it, from the least to the most."""
 
-    EVIDENCE = "evidence"
-    """Whole Evidence for a channel: steps 1 to 15, with a nonce and a policy."""
     DOCUMENT = "document"
     """A bare attestation document: steps 1 to 5."""
+    APPRAISAL = "appraisal"
+    """A bare attestation document under a policy, with a nonce: all steps that are not about a channel."""
+    EVIDENCE = "evidence"
+    """Whole Evidence for a channel, under a policy and with a nonce: steps 1 to 15."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +54,7 @@ class Vector:
     """The file of the root certificate, DER, in the vector's folder."""
     nonce: bytes | None = None
     policy: str | None = None
-    """The file of the policy in the vector's folder. With the nonce, of Evidence alone."""
+    """The file of the policy in the vector's folder. It and the nonce are there except at ``Subject.DOCUMENT``."""
     payload: bytes
 
     def encode(self) -> bytes:
@@ -107,9 +109,9 @@ class Vector:
             raise ValueError("anchor and policy are files of the same folder")
         if (vector.expect == ACCEPTED) != (vector.step is None):
             raise ValueError("a step belongs to a refusal, and to nothing else")
-        of_evidence = vector.subject is Subject.EVIDENCE
-        if of_evidence != (vector.nonce is not None) or of_evidence != (vector.policy is not None):
-            raise ValueError("a nonce and a policy belong to Evidence, and to nothing else")
+        judged = vector.subject is not Subject.DOCUMENT
+        if judged != (vector.nonce is not None) or judged != (vector.policy is not None):
+            raise ValueError("a nonce and a policy belong to what is judged by one, and to nothing else")
         return vector
 
 

@@ -398,7 +398,8 @@ def _require_signed(result: Verdict, document: bytes) -> None:
         certificate.verify_directly_issued_by(issuer)
     for certificate in certificates:
         assert certificate.not_valid_before_utc <= at.replace(microsecond=0) <= certificate.not_valid_after_utc
-    protected, _, payload, signature = cbor2.loads(document[1:] if document.startswith(b"\xd2") else document)
+    outer = cbor2.loads(document)
+    protected, _, payload, signature = outer.value if isinstance(outer, cbor2.CBORTag) else outer
     r, s = (int.from_bytes(signature[start : start + 48], "big") for start in (0, 48))
     key = certificates[-1].public_key()
     assert isinstance(key, ec.EllipticCurvePublicKey)

@@ -14,7 +14,7 @@ import cbor2
 from attestation.commitment import Commitment, Purpose, UserData
 from attestation.reference import ZERO_PCR, extend, once_extended
 from conformance.vectors import ACCEPTED, SUFFIX, Subject, Vector
-from scripts import vectors_chain, vectors_documents
+from scripts import vectors_appraisal, vectors_chain, vectors_documents
 from tests.pki import forge
 
 
@@ -47,8 +47,10 @@ def files() -> Mapping[str, bytes]:
     debug = forge.POLICY.replace("[debug]\nforbid = true", '[debug]\naccept = "a test of the debug mode"')
     module = forge.POLICY.replace('ignore = "it changes at every start"', 'require = ["i-0123456789abcdef0-enc0"]')
     policies = {"policy.toml": forge.POLICY, "debug-accepted.toml": debug, "module.toml": module}
+    policies |= vectors_appraisal.policies()
     made = {**vectors_chain.anchors(), **{name: policy.encode() for name, policy in policies.items()}}
     named = [(case.name, case.vector()) for case in cases()]
+    named += [(case.name, case.vector()) for case in vectors_appraisal.cases()]
     named += [(case.name, case.vector()) for case in (*vectors_documents.cases(), *vectors_chain.cases())]
     for name, vector in named:
         assert name + SUFFIX not in made, name

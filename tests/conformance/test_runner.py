@@ -18,7 +18,10 @@ from conformance.runner import MAX_STARTS
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "vectors" / "nitro"
 OURS = f"{shlex.quote(sys.executable)} -m conformance.strongroom"
-SOME = ("01-document-trailing", "04-order", "06-other", "11-pcr0", "12-model", "accepted", "accepted-document")
+SOME = (
+    *("01-document-trailing", "04-order", "06-appraisal-other", "06-other", "11-pcr0", "12-model"),
+    *("accepted", "accepted-document"),
+)
 
 
 @pytest.fixture
@@ -26,7 +29,7 @@ def some(tmp_path: Path) -> Path:
     """A folder with some of the vectors: two of them to be accepted."""
     folder = tmp_path / "vectors"
     folder.mkdir()
-    for name in ("root.der", "policy.toml", *(f"{name}.vector" for name in SOME)):
+    for name in ("root.der", "policy.toml", "document.toml", *(f"{name}.vector" for name in SOME)):
         shutil.copy(VECTORS / name, folder / name)
     return folder
 
@@ -49,6 +52,10 @@ def report(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, di
     return status, said
 
 
+def rows(table: str) -> list[list[str]]:
+    return [line.split() for line in table.splitlines()]
+
+
 def test_ours_agrees_with_every_vector(capsys: pytest.CaptureFixture[str]) -> None:
     status, said = report(capsys, "--command", OURS)
     assert (status, [case for case in said["cases"] if not case["agrees"]]) == (0, [])
@@ -67,18 +74,19 @@ def test_ours_agrees_with_every_real_document(capsys: pytest.CaptureFixture[str]
 
 
 def test_a_level_is_a_choice_of_vectors(some: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, said = report(capsys, "--command", OURS, "--vectors", str(some), "--level", "document")
-    assert status == 0
-    assert {case["id"] for case in said["cases"]} == {"01-document-trailing", "04-order", "accepted-document"}
-    assert {case["level"] for case in said["cases"]} == {"document"}
+    documents = ["01-document-trailing", "04-order", "accepted-document"]
+    appraisals = sorted([*documents, "06-appraisal-other"])
+    for level, names in (("document", documents), ("appraisal", appraisals), ("evidence", list(SOME))):
+        status, said = report(capsys, "--command", OURS, "--vectors", str(some), "--level", level)
+        assert (status, sorted(case["id"] for case in said["cases"])) == (0, sorted(names))
 
 
 def test_the_table(some: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--command", OURS, "--vectors", str(some)]) == 0
     said = capsys.readouterr().out
-    assert "04-order              document  untrusted_chain  untrusted_chain  agrees   agrees\n" in said
-    assert "7 cases: 7 verdicts agree, 0 disagree, 0 without an answer\n" in said
-    assert "codes, where both sides name one: 5 agree, 0 differ\n" in said
+    assert ["04-order", "document", "untrusted_chain", "untrusted_chain", "agrees", "agrees"] in rows(said)
+    assert "8 cases: 8 verdicts agree, 0 disagree, 0 without an answer\n" in said
+    assert "codes, where both sides name one: 6 agree, 0 differ\n" in said
 
 
 def test_one_that_accepts_everything_is_found_out(
@@ -87,10 +95,11 @@ def test_one_that_accepts_everything_is_found_out(
     command = verifier(tmp_path, 'say(id=question["id"], verdict="accepted")')
     status, said = report(capsys, "--command", command, "--vectors", str(some))
     assert status == 1
-    assert said["summary"]["wrongly_accepted"] == said["summary"]["disagree"] == 5
+    assert said["summary"]["wrongly_accepted"] == said["summary"]["disagree"] == 6
     assert said["summary"]["agree"] == 2
     assert main(["--command", command, "--vectors", str(some)]) == 1
-    assert "04-order              document  untrusted_chain  accepted  DISAGREES  -\n" in capsys.readouterr().out
+    expected = ["04-order", "document", "untrusted_chain", "accepted", "DISAGREES", "-"]
+    assert expected in rows(capsys.readouterr().out)
 
 
 def test_one_that_refuses_everything_is_found_out(
@@ -109,7 +118,7 @@ def test_other_codes_are_no_disagreement(some: Path, tmp_path: Path, capsys: pyt
     )
     status, said = report(capsys, "--command", verifier(tmp_path, body), "--vectors", str(some))
     assert status == 0
-    assert (said["summary"]["codes_agree"], said["summary"]["codes_differ"]) == (0, 5)
+    assert (said["summary"]["codes_agree"], said["summary"]["codes_differ"]) == (0, 6)
 
 
 GARBAGE = [
@@ -135,9 +144,9 @@ def test_what_is_no_answer_is_said_to_be_none(
 ) -> None:
     status, said = report(capsys, "--command", verifier(tmp_path, body), "--vectors", str(some), "--deadline", "5")
     assert status == 1
-    assert said["summary"]["silent"] == said["summary"]["cases"] == 7
+    assert said["summary"]["silent"] == said["summary"]["cases"] == len(SOME)
     reasons = [case["got"]["silence"] for case in said["cases"]]
-    assert reasons[MAX_STARTS:] == [f"not asked: the command failed {MAX_STARTS} times"] * (7 - MAX_STARTS)
+    assert reasons[MAX_STARTS:] == [f"not asked: the command failed {MAX_STARTS} times"] * (len(SOME) - MAX_STARTS)
     assert all(reason.isprintable() for reason in reasons)
 
 
@@ -160,7 +169,7 @@ def test_one_that_hangs_is_not_waited_for(some: Path, tmp_path: Path, capsys: py
 
 
 def test_one_that_will_not_end_is_ended(some: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    body = f"{NOTE_PID}\nsay(id=question['id'], verdict='refused')\nif count == 6: time.sleep(600)"
+    body = f"{NOTE_PID}\nsay(id=question['id'], verdict='refused')\nif count == {len(SOME) - 1}: time.sleep(600)"
     status, _ = report(capsys, "--command", verifier(tmp_path, body), "--vectors", str(some), "--deadline", "1")
     assert status == 1
     require_gone(tmp_path)
