@@ -68,7 +68,7 @@ def appraise(
         _judge_field(checklist, "public key", policy.binding.public_key, claims.public_key, "wrong_public_key")
         _judge_field(checklist, "user data", policy.binding.user_data, claims.user_data, "wrong_user_data")
     _judge_entropy(checklist, policy, commitment)
-    failures = [check for check in checklist.complete() if check.status is Status.FAILED]
+    failures = checklist.failures()
     if failures:
         first = failures[0]
         names = ", ".join(check.name for check in failures)
@@ -183,11 +183,8 @@ def _judge_registers(
     for index, rule in sorted(policy.pcrs.items()):
         if index not in elsewhere:
             _judge_register(checklist, rule, index, claims.pcrs.get(index))
-    used = sorted(
-        index
-        for index, value in claims.pcrs.items()
-        if value != ZERO_PCR and index not in elsewhere and index not in policy.pcrs
-    )
+    named = elsewhere | policy.pcrs.keys()
+    used = sorted(index for index, value in claims.pcrs.items() if value != ZERO_PCR and index not in named)
     got = registers_text(claims.pcrs, used) or "zero"
     checklist.add(_judged(14, "other PCRs", not used, "zero", got, "wrong_pcr"))
 

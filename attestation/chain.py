@@ -295,7 +295,6 @@ _REFUSALS = (
     VerificationError,
     # What extensions can make the library raise where they are read; Warning where warnings are set to be errors.
     ValueError,
-    TypeError,
     x509.DuplicateExtension,
     x509.UnsupportedGeneralNameType,
     Warning,
@@ -325,7 +324,10 @@ def _constraints(certificate: x509.Certificate) -> x509.BasicConstraints:
 
     Raises x509.ExtensionNotFound, and one of ``_REFUSALS``.
     """
-    extensions = certificate.extensions
+    try:
+        extensions = certificate.extensions
+    except TypeError as error:  # what malformed name constraints come to; elsewhere it would be a bug of ours
+        raise _Refused("a CA's extensions cannot be read") from error
     for extension in extensions:
         if extension.oid in _NOT_CARRIED:
             raise _Refused(f"a CA constrains {_NOT_CARRIED[extension.oid]}")
@@ -348,6 +350,8 @@ def _reason(error: Exception) -> str:
     """What the library says, without its preamble and its dump of the certificate, which may be hostile."""
     said = str(error).partition(" (encountered processing")[0]
     said = said.removeprefix("validation failed: ").removeprefix("candidates exhausted: ")
+    if said == "all candidates exhausted with no interior errors":  # there was one candidate: the issuer by order
+        said = "it does not name the certificate before it as its issuer"
     return ascii(said or type(error).__name__)[1:-1]
 
 

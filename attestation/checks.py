@@ -102,10 +102,13 @@ class Checklist:
         """A step that has nothing to judge, and why."""
         self.add(Check(step, STEPS[step], Status.NOT_APPLICABLE, explanation=reason))
 
+    def failures(self) -> list[Check]:
+        return [check for check in self._checks if check.status is Status.FAILED]
+
     def complete(self) -> tuple[Check, ...]:
         """Every check so far, and each step without one as not reached."""
         reached = {check.step for check in self._checks}
-        behind = (step for step in STEPS if step <= self._last and step not in reached)
+        behind = [step for step in STEPS if step <= self._last and step not in reached]
         return (*self._checks, *(Check(step, STEPS[step], Status.NOT_REACHED) for step in behind))
 
 

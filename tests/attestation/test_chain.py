@@ -167,7 +167,8 @@ def test_a_time_has_a_zone() -> None:
 
 
 def test_a_refusal_says_between_which_certificates() -> None:
-    assert "cabundle[1] to cabundle[2]: " in str(_refused(forge.chain(zone=replace(forge.ZONE, issuer="another"))))
+    misnamed = _refused(forge.chain(zone=replace(forge.ZONE, issuer="another")))
+    assert misnamed.got == "from cabundle[1] to cabundle[2]: it does not name the certificate before it as its issuer"
     assert "cabundle[3] to the leaf: " in str(_refused(forge.chain(leaf=replace(forge.LEAF, issuer="another"))))
 
 
