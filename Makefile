@@ -43,6 +43,8 @@ mutants:  ## Which changes of the verifier no test notices; an hour or two, with
 	@scripts/mutants
 
 bench: setup  ## The table in bench/README.md, from one run
+	@$(PY) -m pip --disable-pip-version-check --quiet install --no-deps --only-binary :all: --require-hashes -r requirements/bench.txt \
+	  || echo "bench: a peer has no wheel for this machine; its row will say so" >&2
 	@$(PY) -m bench
 
 vectors: setup  ## Writes tests/vectors anew

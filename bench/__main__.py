@@ -22,7 +22,7 @@ from rich.table import Table
 
 from bench import Row
 
-PARTS = ("path", "roundtrip", "bulk", "relay")
+PARTS = ("path", "roundtrip", "bulk", "relay", "verification")
 
 
 def machine() -> str:

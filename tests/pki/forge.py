@@ -1,8 +1,8 @@
 """A fixed PKI and a document writer for tests: everything that the emulator would never sign.
 
-The private keys follow from their labels below, so they are known to everybody who reads this: nothing outside tests/
-and the script that makes the vectors may load this file, and no policy may name its root. Signatures are deterministic
-(RFC 6979): the same call gives the same bytes.
+The private keys follow from their labels below, so they are known to everybody who reads this: nothing outside tests/,
+fuzz/, bench/ and the scripts that make the vectors may load this file, and no policy may name its root. Signatures are
+deterministic (RFC 6979): the same call gives the same bytes.
 """
 
 from __future__ import annotations
