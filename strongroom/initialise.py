@@ -46,7 +46,7 @@ def init(model: Path | None, directory: Path, context: int, threads: int, tick_m
       strongroom start --config demo/enclave.toml --model SmolLM2.gguf --name demo
     """
     settings = Settings(context=context, threads=threads, tick_ms=tick_ms)
-    with hashing_bar(err) as hashing:
+    with hashing_bar(err, "model") as hashing:
         prepared = prepare(model_or_installed(model), directory, settings, progress=err.print, hashing=hashing)
     if as_json:
         body = {

@@ -11,15 +11,18 @@ import click
 from rich.text import Text
 
 from strongroom.options import load_policy, out
-from strongroom.policy_init import FILE, POLICY_TOML, init, json_option, remark_line, remarks_as_json
+from strongroom.policy_init import POLICY_TOML, init, json_option, remark_line, remarks_as_json
 from strongroom.policy_text import explain, warnings
+from strongroom.reference_options import ANY_FILE
 from strongroom.render import printable, shorten
 
 INDENT = " " * 7
 MIN_WIDTH, MAX_WIDTH = 40, 120
 """Columns of an explanation."""
 
-policy_argument = click.argument("file", type=FILE, default=POLICY_TOML, envvar="STRONGROOM_POLICY", metavar="[FILE]")
+policy_argument = click.argument(
+    "file", type=ANY_FILE, default=POLICY_TOML, envvar="STRONGROOM_POLICY", metavar="[FILE]"
+)
 
 
 @click.group()

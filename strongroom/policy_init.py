@@ -6,7 +6,6 @@ import contextlib
 import errno
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -21,11 +20,10 @@ from attestation.bundle import MAX_BUNDLE
 from attestation.chain import Anchor
 from attestation.document import MAX_CERTIFICATE
 from attestation.errors import PolicyError
-from attestation.manifest import MAX_MANIFEST_SIZE, ModelManifest
 from attestation.policy import DIGEST_PREFIX, MAX_AGE, MAX_LEEWAY, AppraisalPolicy
 from attestation.policy_writer import write_policy
-from attestation.reference import DIGEST_SIZE, PCR_INSTANCE, PCR_ROLE, configuration_digest
-from attestation.release_signing import PublicKey, ReleaseError
+from attestation.reference import PCR_INSTANCE, PCR_ROLE
+from attestation.release_signing import PublicKey
 from attestation.rules import (
     ChannelBinding,
     DigestRule,
@@ -38,43 +36,37 @@ from attestation.rules import (
 )
 from attestation.strict_toml import printable as require_printable
 from strongroom import policy_sources as sources
+from strongroom import reference_options as reference
 from strongroom.options import err, load_policy, out
-from strongroom.policy_sources import Source, read_bounded
+from strongroom.policy_sources import Source
 from strongroom.policy_text import FIRST_USE, Remark, first_use, warnings
-from strongroom.render import hashing_bar, printable, shorten
+from strongroom.reference_options import (
+    ANY_FILE,
+    MANIFEST_SUFFIX,
+    DigestOrFile,
+    PinnedKey,
+    read_bounded,
+    read_manifest,
+)
+from strongroom.render import printable, shorten
 
 POLICY_TOML = "policy.toml"
-MANIFEST_SUFFIX = ".manifest"
-MAX_CONFIGURATION = 1 << 20
-"""Bytes of an ``enclave.toml``."""
-
-FILE = click.Path(path_type=Path, dir_okay=False)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-
-
-class _PinnedKey(click.ParamType[PublicKey]):
-    name = "text"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> PublicKey:
-        try:
-            return PublicKey.parse(str(value))
-        except ReleaseError as error:
-            self.fail(f"{error.message}; expected ed25519:HEX or ecdsa-p384:HEX", param, ctx)
 
 
 @click.command()
 @click.option(
-    "--output", "-o", type=FILE, default=POLICY_TOML, show_default=True, help="The policy; never overwritten."
+    "--output", "-o", type=ANY_FILE, default=POLICY_TOML, show_default=True, help="The policy; never overwritten."
 )
-@click.option("--from-eif", type=FILE, help="An enclave image file, to be measured.")
-@click.option("--from-measurements", type=FILE, help="What `nitro-cli build-enclave` printed, as JSON.")
+@click.option("--from-eif", type=ANY_FILE, help="An enclave image file, to be measured.")
+@click.option("--from-measurements", type=ANY_FILE, help="What `nitro-cli build-enclave` printed, as JSON.")
 @click.option(
     "--from-evidence",
     type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
     help="A bundle, Evidence or a document (- is standard input): trust on first use.",
 )
-@click.option("--from-release", type=FILE, metavar="HISTORY", help="A publisher's signed release history.")
-@click.option("--key", type=_PinnedKey(), help="With --from-release: the publisher's public key, ed25519:HEX.")
+@click.option("--from-release", type=ANY_FILE, metavar="HISTORY", help="A publisher's signed release history.")
+@click.option("--key", type=PinnedKey(), help="With --from-release: the publisher's public key, ed25519:HEX.")
 @click.option("--product", metavar="NAME", help="With --from-release: what the history is about.")
 @click.option(
     "--minimum-sequence",
@@ -82,8 +74,14 @@ class _PinnedKey(click.ParamType[PublicKey]):
     metavar="N",
     help="With --from-release: the fewest entries.  [default: those of now]",
 )
-@click.option("--name", help="What reports call the release.  [default: the file's name, or when Evidence was made]")
-@click.option("--anchor", type=FILE, metavar="FILE.der", help="An emulator's root certificate.  [default: AWS's root]")
+@click.option(
+    "--release",
+    metavar="NAME",
+    help="What reports call the release.  [default: the file's name, or when Evidence was made]",
+)
+@click.option(
+    "--anchor", type=ANY_FILE, metavar="FILE.der", help="An emulator's root certificate.  [default: AWS's root]"
+)
 @click.option(
     "--purpose",
     type=click.Choice(["channel", "document"]),
@@ -92,6 +90,7 @@ class _PinnedKey(click.ParamType[PublicKey]):
 @click.option(
     "--model",
     multiple=True,
+    type=DigestOrFile(),
     metavar="FILE.gguf|FILE.manifest|sha384:HEX",
     help="A model that may run (PCR16); repeatable.",
 )
@@ -105,6 +104,7 @@ class _PinnedKey(click.ParamType[PublicKey]):
 @click.option(
     "--configuration",
     multiple=True,
+    type=DigestOrFile(),
     metavar="enclave.toml|sha384:HEX",
     help="A configuration that may run (PCR17); repeatable.",
 )
@@ -127,13 +127,13 @@ def init(
     key: PublicKey | None,
     product: str | None,
     minimum_sequence: int | None,
-    name: str | None,
+    release: str | None,
     anchor: Path | None,
     purpose: str | None,
-    model: tuple[str, ...],
+    model: tuple[bytes | Path, ...],
     minimum_version: int | None,
     ignore_model: str | None,
-    configuration: tuple[str, ...],
+    configuration: tuple[bytes | Path, ...],
     ignore_configuration: str | None,
     role: tuple[str, ...],
     instance: tuple[str, ...],
@@ -164,25 +164,25 @@ def init(
         raise click.UsageError("name one of --from-eif, --from-measurements, --from-evidence and --from-release")
     if from_release is None and (key, product, minimum_sequence) != (None, None, None):
         raise click.UsageError("--key, --product and --minimum-sequence are for --from-release")
-    if from_release is not None and name is not None:
-        raise click.UsageError("--name is for one release; those of --from-release have names of their own")
+    if from_release is not None and release is not None:
+        raise click.UsageError("--release is for one release; those of --from-release have names of their own")
     for what, given, reason in (("model", model, ignore_model), ("configuration", configuration, ignore_configuration)):
         if given and reason is not None:
             raise click.UsageError(f"--{what} and --ignore-{what} contradict each other")
     if output.exists():
         raise FileExistsError(errno.EEXIST, "File exists; nothing was changed", str(output))
     folder = output.parent
-    if name is not None:
-        require_printable("--name", name)
+    if release is not None:
+        require_printable("--release", release)
     root = None if anchor is None else read_bounded(anchor, MAX_CERTIFICATE)
     trusted = AWS_NITRO_G1 if root is None else Anchor.emulated(root)
     source: Source
     if from_eif is not None:
-        source = sources.from_eif(from_eif, name)
+        source = sources.from_eif(from_eif, release)
     elif from_measurements is not None:
-        source = sources.from_measurements(from_measurements, name)
+        source = sources.from_measurements(from_measurements, release)
     elif from_evidence is not None:
-        source = sources.from_evidence(_read_evidence(from_evidence), anchor=trusted, purpose=purpose, name=name)
+        source = sources.from_evidence(_read_evidence(from_evidence), anchor=trusted, purpose=purpose, name=release)
     else:
         assert from_release is not None
         if key is None or product is None:
@@ -191,7 +191,7 @@ def init(
         source = sources.from_history(from_release, stated, key=key, product=product, minimum_sequence=minimum_sequence)
     models: ModelRule
     if minimum_version is None:
-        models = _rule("model", model, ignore_model, source.model, _model_digest)
+        models = _rule("model", model, ignore_model, source.model, reference.model_digest)
     else:
         models = _manifests(model, minimum_version, folder)
     made = AppraisalPolicy(
@@ -207,7 +207,7 @@ def init(
         releases=source.releases,
         model=models,
         configuration=_rule(
-            "configuration", configuration, ignore_configuration, source.configuration, _configuration_digest
+            "configuration", configuration, ignore_configuration, source.configuration, reference.configuration
         ),
         pcrs={
             **source.registers,
@@ -232,10 +232,10 @@ def _read_evidence(path: Path) -> bytes:
 
 def _rule(
     what: str,
-    given: Sequence[str],
+    given: Sequence[bytes | Path],
     ignored: str | None,
     known: DigestRule | None,
-    digest: Callable[[str], bytes],
+    digest: Callable[[bytes | Path], bytes],
 ) -> DigestRule:
     """What was asked for on the command line, else what the source knows; there is no third."""
     if ignored is not None:
@@ -251,33 +251,11 @@ def _rule(
     return known
 
 
-def _model_digest(given: str) -> bytes:
-    if given.startswith(DIGEST_PREFIX):
-        return _digest("--model", given)
-    if given.endswith(MANIFEST_SUFFIX):
-        return ModelManifest.decode(read_bounded(Path(given), MAX_MANIFEST_SIZE)).digest()
-    with hashing_bar(err) as hashing:
-        return ModelManifest.from_gguf(Path(given), progress=hashing).digest()
-
-
-def _configuration_digest(given: str) -> bytes:
-    if given.startswith(DIGEST_PREFIX):
-        return _digest("--configuration", given)
-    return configuration_digest(read_bounded(Path(given), MAX_CONFIGURATION))
-
-
-def _digest(option: str, given: str) -> bytes:
-    digits = given.removeprefix(DIGEST_PREFIX)
-    if not re.fullmatch(rf"[0-9a-fA-F]{{{2 * DIGEST_SIZE}}}", digits):
-        raise click.BadParameter(f"{DIGEST_PREFIX} takes {2 * DIGEST_SIZE} hexadecimal digits", param_hint=option)
-    return bytes.fromhex(digits)
-
-
-def _manifests(given: Sequence[str], minimum_version: int, folder: Path) -> Manifests:
-    if not given or not all(each.endswith(MANIFEST_SUFFIX) for each in given):
+def _manifests(given: Sequence[bytes | Path], minimum_version: int, folder: Path) -> Manifests:
+    files = [each for each in given if isinstance(each, Path) and each.suffix == MANIFEST_SUFFIX]
+    if not files or len(files) < len(given):
         raise click.UsageError(f"--minimum-version is for manifests: give --model FILE{MANIFEST_SUFFIX}, and no other")
-    files = [(_stated(Path(each), folder, "model.manifests"), Path(each)) for each in given]
-    read = ((stated, ModelManifest.decode(read_bounded(path, MAX_MANIFEST_SIZE))) for stated, path in files)
+    read = [(_stated(path, folder, "model.manifests"), read_manifest(path)) for path in files]
     with _said_of("--minimum-version"):
         return Manifests(tuple(read), minimum_version)
 

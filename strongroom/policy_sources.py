@@ -17,7 +17,6 @@ from attestation.chain import Anchor
 from attestation.commitment import Commitment, Evidence
 from attestation.cose import COSE_SIGN1_TAG, CoseSign1
 from attestation.document import PCR_COUNT, AttestationDocument
-from attestation.eif import MAX_JSON_SIZE, measurements_from_nitro_cli, read_image
 from attestation.errors import AppraisalError, StrongroomError
 from attestation.policy import AppraisalPolicy
 from attestation.reference import (
@@ -46,7 +45,9 @@ from attestation.rules import (
     SignedReleases,
 )
 from attestation.verifier import Label, authenticate, verify_archived
+from strongroom import reference_options as reference
 from strongroom.policy_text import TRUST_ON_FIRST_USE
+from strongroom.reference_options import read_bounded
 
 _NOT_GIVEN = "none was given to policy init: whoever uses the document judges it"
 _HAVE_A_RULE = frozenset(
@@ -56,7 +57,7 @@ _HAVE_A_RULE = frozenset(
 
 
 class SourceError(StrongroomError):
-    """Reference values cannot be taken from this: ``wrong_purpose``, ``no_measurements``, ``too_large``."""
+    """Reference values cannot be taken from this: ``wrong_purpose``, ``no_measurements``."""
 
     exit_code = 2
 
@@ -97,13 +98,15 @@ class Source:
 
 def from_eif(path: Path, name: str | None) -> Source:
     """An enclave image file, measured here. Raises ImageError, and PolicyError for a name that is not printable."""
-    return _measured("eif", read_image(path).measurements, name or path.name, "an enclave image file, measured here")
+    return _measured(
+        "eif", reference.image(path).measurements, name or path.name, "an enclave image file, measured here"
+    )
 
 
 def from_measurements(path: Path, name: str | None) -> Source:
     """What ``nitro-cli build-enclave`` printed. Raises as :func:`from_eif`; OSError."""
-    measurements = measurements_from_nitro_cli(read_bounded(path, MAX_JSON_SIZE))
-    return _measured("measurements", measurements, name or path.name, "what nitro-cli build-enclave printed")
+    pcrs = reference.measurements(path)
+    return _measured("measurements", pcrs, name or path.name, "what nitro-cli build-enclave printed")
 
 
 def _measured(kind: str, pcrs: PcrSet, name: str, words: str) -> Source:
@@ -216,12 +219,3 @@ def _carried(value: bytes | None) -> FieldRule:
         if value is None
         else Ignore("documents of one enclave differ in it: whoever uses the document judges it")
     )
-
-
-def read_bounded(path: Path, limit: int) -> bytes:
-    """Raises SourceError ``too_large``, OSError."""
-    with path.open("rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise SourceError("too_large", f"{path} is too large", expected=f"at most {limit} bytes", got="more")
-    return data

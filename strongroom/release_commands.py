@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,10 +13,9 @@ from typing import Any, TypeVar
 import click
 from rich.text import Text
 
-from attestation.manifest import ModelManifest
-from attestation.reference import DIGEST_SIZE, PcrSet, configuration_digest
+from attestation.reference import DIGEST_SIZE, PcrSet
 from attestation.release_heads import FileHeads
-from attestation.release_signing import LocalSigner, PublicKey, ReleaseError, Signer
+from attestation.release_signing import LocalSigner, PublicKey, Signer
 from attestation.releases import (
     MAX_ENTRIES,
     MAX_VALIDITY,
@@ -25,57 +23,19 @@ from attestation.releases import (
     ReleaseHistory,
     Source,
 )
-from strongroom.options import err, out
+from strongroom import reference_options as reference
+from strongroom.options import out
+from strongroom.reference_options import ANY_FILE, DigestOrFile, Hexadecimal, PinnedKey
 from strongroom.release_file import Outcome, ReleaseFile, read_history, read_key, write_key
 from strongroom.release_report import as_json_object, show_history, time_text
-from strongroom.render import hashing_bar
 
 DEFAULT_VALIDITY_DAYS = 90
-_DIGEST = "sha384:"
-MAX_CONFIGURATION = 1 << 20
-"""Bytes of an ``enclave.toml``."""
-
 F = TypeVar("F", bound=Callable[..., Any])
-ANY_FILE = click.Path(path_type=Path, dir_okay=False)
+REGISTER = Hexadecimal(DIGEST_SIZE)
 READABLE_FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 
 
-def _octets(text: str, *sizes: int) -> bytes:
-    if len(text) not in [2 * size for size in sizes] or not re.fullmatch(r"[0-9A-Fa-f]+", text):
-        raise click.BadParameter(f"{' or '.join(str(2 * size) for size in sizes)} hexadecimal digits are needed")
-    return bytes.fromhex(text)
-
-
-def _register(context: click.Context, parameter: click.Parameter, text: str | None) -> bytes | None:
-    return None if text is None else _octets(text, DIGEST_SIZE)
-
-
-def _commit(context: click.Context, parameter: click.Parameter, text: str) -> str:
-    return _octets(text, 20, 32).hex()
-
-
-def _digests_or_files(
-    context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]
-) -> tuple[bytes | Path, ...]:
-    """``sha384:HEX``, or a file to compute it from."""
-
-    def read(text: str) -> bytes | Path:
-        if text.startswith(_DIGEST):
-            return _octets(text.removeprefix(_DIGEST), DIGEST_SIZE)
-        path: Path = READABLE_FILE.convert(text, parameter, context)
-        return path
-
-    return tuple(map(read, texts))
-
-
-def _pinned_key(context: click.Context, parameter: click.Parameter, text: str) -> PublicKey:
-    try:
-        return PublicKey.parse(text)
-    except ReleaseError as error:
-        raise click.BadParameter(f"{error.message}; expected {error.expected}") from error
-
-
-name_option = click.option("--name", required=True, metavar="PRODUCT", help="The product that the history is about.")
+product_option = click.option("--product", required=True, metavar="NAME", help="What the history is about.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 expires_option = click.option(
     "--expires",
@@ -106,9 +66,9 @@ def release() -> None:
     \b
     Example:
       strongroom release keygen publisher.pem
-      strongroom release add releases.jsonl --key publisher.pem --name assistant --release 1.0 \\
+      strongroom release add releases.jsonl --key publisher.pem --product assistant --release 1.0 \\
         --from-eif enclave.eif --repository https://example.org/assistant.git --commit $(git rev-parse HEAD)
-      strongroom release check releases.jsonl --key ed25519:... --name assistant
+      strongroom release check releases.jsonl --key ed25519:... --product assistant
     """
 
 
@@ -167,32 +127,26 @@ def _signer(key: Path | None, kms_key: str | None) -> Iterator[Signer]:
 @release.command()
 @click.argument("history", type=ANY_FILE)
 @signer_options
-@name_option
+@product_option
 @click.option("--release", "release_name", required=True, metavar="NAME", help="What this release is called.")
 @click.option("--from-eif", type=READABLE_FILE, help="Measure this image file, and state its digest.")
 @click.option("--from-measurements", type=READABLE_FILE, help="What nitro-cli build-enclave printed (JSON).")
-@click.option("--pcr0", callback=_register, metavar="HEX", help="In place of a file: the image.")
-@click.option("--pcr1", callback=_register, metavar="HEX", help="In place of a file: kernel and boot ramdisk.")
-@click.option("--pcr2", callback=_register, metavar="HEX", help="In place of a file: the application.")
-@click.option(
-    "--pcr8", callback=_register, metavar="HEX", help="In place of a file: the signing certificate, of a signed image."
-)
+@click.option("--pcr0", type=REGISTER, help="In place of a file: the image.")
+@click.option("--pcr1", type=REGISTER, help="In place of a file: kernel and boot ramdisk.")
+@click.option("--pcr2", type=REGISTER, help="In place of a file: the application.")
+@click.option("--pcr8", type=REGISTER, help="In place of a file: the signing certificate, of a signed image.")
 @click.option("--image", type=READABLE_FILE, help="State the digest of this image file; it is not measured.")
 @click.option("--repository", required=True, help="Where the source is.")
-@click.option(
-    "--commit", required=True, metavar="HEX", callback=_commit, help="The commit that the image was built from."
-)
+@click.option("--commit", required=True, type=Hexadecimal(20, 32), help="The commit that the image was built from.")
 @click.option(
     "--model",
-    metavar="FILE|sha384:HEX",
-    callback=_digests_or_files,
+    type=DigestOrFile(),
     multiple=True,
-    help="A GGUF file or a manifest's digest; repeatable.",
+    help="A GGUF file, a manifest, or a manifest's digest; repeatable.",
 )
 @click.option(
     "--configuration",
-    metavar="FILE|sha384:HEX",
-    callback=_digests_or_files,
+    type=DigestOrFile(),
     multiple=True,
     help="An enclave.toml or its digest; repeatable.",
 )
@@ -202,7 +156,7 @@ def add(
     history: Path,
     key: Path | None,
     kms_key: str | None,
-    name: str,
+    product: str,
     release_name: str,
     from_eif: Path | None,
     from_measurements: Path | None,
@@ -212,7 +166,7 @@ def add(
     pcr8: bytes | None,
     image: Path | None,
     repository: str,
-    commit: str,
+    commit: bytes,
     model: tuple[bytes | Path, ...],
     configuration: tuple[bytes | Path, ...],
     days: int,
@@ -225,7 +179,7 @@ def add(
 
     \b
     Example:
-      strongroom release add releases.jsonl --key publisher.pem --name assistant --release 1.0 \\
+      strongroom release add releases.jsonl --key publisher.pem --product assistant --release 1.0 \\
         --from-measurements measurements.json --image enclave.eif --model model.gguf --configuration enclave.toml \\
         --repository https://example.org/assistant.git --commit $(git rev-parse HEAD)
     """
@@ -238,15 +192,13 @@ def add(
         name=release_name,
         pcrs=measured,
         image=None if stated is None else _sha384(stated),
-        source=Source(repository, commit),
-        models=tuple(each if isinstance(each, bytes) else _manifest_digest(each) for each in model),
-        configurations=tuple(
-            each if isinstance(each, bytes) else _configuration_digest(each) for each in configuration
-        ),
+        source=Source(repository, commit.hex()),
+        models=tuple(map(reference.model_digest, model)),
+        configurations=tuple(map(reference.configuration, configuration)),
     )
 
     with _signer(key, kms_key) as signer:
-        file = ReleaseFile(history, signer, name)
+        file = ReleaseFile(history, signer, product)
         _say(file.add(added, at=datetime.now(UTC), validity=timedelta(days=days)), history, as_json)
 
 
@@ -254,20 +206,20 @@ def add(
 @click.argument("history", type=READABLE_FILE)
 @click.argument("release_name", metavar="NAME")
 @signer_options
-@name_option
+@product_option
 @expires_option
 @json_option
 def withdraw(
-    history: Path, release_name: str, key: Path | None, kms_key: str | None, name: str, days: int, as_json: bool
+    history: Path, release_name: str, key: Path | None, kms_key: str | None, product: str, days: int, as_json: bool
 ) -> None:
     """Sign an entry of HISTORY without the release NAME: clients that see it accept that release no more.
 
     \b
     Example:
-      strongroom release withdraw releases.jsonl 1.0 --key publisher.pem --name assistant
+      strongroom release withdraw releases.jsonl 1.0 --key publisher.pem --product assistant
     """
     with _signer(key, kms_key) as signer:
-        file = ReleaseFile(history, signer, name)
+        file = ReleaseFile(history, signer, product)
         outcome = file.withdraw(release_name, at=datetime.now(UTC), validity=timedelta(days=days))
         _say(outcome, history, as_json)
 
@@ -275,18 +227,18 @@ def withdraw(
 @release.command()
 @click.argument("history", type=READABLE_FILE)
 @signer_options
-@name_option
+@product_option
 @expires_option
 @json_option
-def refresh(history: Path, key: Path | None, kms_key: str | None, name: str, days: int, as_json: bool) -> None:
+def refresh(history: Path, key: Path | None, kms_key: str | None, product: str, days: int, as_json: bool) -> None:
     """Sign an entry of HISTORY with the same releases and a new expiry.
 
     \b
     Example:
-      strongroom release refresh releases.jsonl --key publisher.pem --name assistant --expires 90
+      strongroom release refresh releases.jsonl --key publisher.pem --product assistant --expires 90
     """
     with _signer(key, kms_key) as signer:
-        file = ReleaseFile(history, signer, name)
+        file = ReleaseFile(history, signer, product)
         _say(file.refresh(at=datetime.now(UTC), validity=timedelta(days=days)), history, as_json)
 
 
@@ -306,13 +258,10 @@ def _measure(from_eif: Path | None, from_measurements: Path | None, registers: d
         raise click.UsageError("name one of --from-eif, --from-measurements, and --pcr0, --pcr1 and --pcr2 together")
     if registers:
         return PcrSet(**registers)
-    from attestation.eif import MAX_JSON_SIZE, measurements_from_nitro_cli, read_image
-
     if from_eif is not None:
-        return read_image(from_eif, at=datetime.now(UTC)).measurements
+        return reference.image(from_eif, datetime.now(UTC)).measurements
     assert from_measurements is not None
-    with from_measurements.open("rb") as file:
-        return measurements_from_nitro_cli(file.read(MAX_JSON_SIZE + 1))
+    return reference.measurements(from_measurements)
 
 
 def _sha384(path: Path) -> bytes:
@@ -320,32 +269,13 @@ def _sha384(path: Path) -> bytes:
         return hashlib.file_digest(file, "sha384").digest()
 
 
-def _manifest_digest(stated: bytes | Path) -> bytes:
-    if isinstance(stated, bytes):
-        return stated
-    with hashing_bar(err) as progress:
-        return ModelManifest.from_gguf(stated, progress=progress).digest()
-
-
-def _configuration_digest(stated: bytes | Path) -> bytes:
-    if isinstance(stated, bytes):
-        return stated
-    with stated.open("rb") as file:
-        data = file.read(MAX_CONFIGURATION + 1)
-    if len(data) > MAX_CONFIGURATION:
-        raise click.UsageError(f"{stated} is no configuration: it has more than {MAX_CONFIGURATION} bytes")
-    return configuration_digest(data)
-
-
 # --- Checking -----------------------------------------------------------------------------------------------------
 
 
 @release.command()
 @click.argument("history", type=READABLE_FILE)
-@click.option(
-    "--key", required=True, metavar="TEXT", callback=_pinned_key, help="The pinned key: ed25519:HEX or ecdsa-p384:HEX."
-)
-@name_option
+@click.option("--key", required=True, type=PinnedKey(), help="The pinned key: ed25519:HEX or ecdsa-p384:HEX.")
+@product_option
 @click.option(
     "--minimum-sequence", type=click.IntRange(1, MAX_ENTRIES), default=1, show_default=True,
     help="Refuse a history with fewer entries.",
@@ -357,20 +287,20 @@ def _configuration_digest(stated: bytes | Path) -> bytes:
 @click.option("--full", is_flag=True, help="Print digests whole.")
 @json_option
 def check(
-    history: Path, key: PublicKey, name: str, minimum_sequence: int, heads: Path | None, full: bool, as_json: bool
+    history: Path, key: PublicKey, product: str, minimum_sequence: int, heads: Path | None, full: bool, as_json: bool
 ) -> None:
     """Verify HISTORY against a pinned key, and show what counts now and what each entry changed.
 
     \b
     Example:
-      strongroom release check releases.jsonl --key ed25519:... --name assistant
+      strongroom release check releases.jsonl --key ed25519:... --product assistant
 
     Exit codes: 0 verified and current, 3 not signed by this key, broken, rolled back or expired.
     """
     memory = None if heads is None else FileHeads(heads)
-    head = None if memory is None else memory.recall(key, name)
+    head = None if memory is None else memory.recall(key, product)
     verified = ReleaseHistory.verify(
-        read_history(history), key=key, name=name, minimum_sequence=minimum_sequence, head=head
+        read_history(history), key=key, name=product, minimum_sequence=minimum_sequence, head=head
     )
     if memory is not None:
         memory.remember(verified)

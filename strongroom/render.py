@@ -43,11 +43,11 @@ def open_console(*, stderr: bool = False) -> Console:
 
 
 @contextlib.contextmanager
-def hashing_bar(console: Console) -> Iterator[Callable[[int, int], None]]:
-    """Shows, on a terminal, how much of a model's file has been hashed."""
+def hashing_bar(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows, on a terminal, how much of a file has been hashed; ``what`` it is."""
     columns = (TextColumn("  {task.description}"), BarColumn(), DownloadColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("model", total=None)
+        task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 

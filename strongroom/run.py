@@ -72,7 +72,7 @@ def run(
     try:
         title = f"Reference values for {model.name}, from the files on this disk, before any enclave runs"
         err.print(title, style="bold")
-        with hashing_bar(err) as hashing:
+        with hashing_bar(err, "model") as hashing:
             settings = Settings(context=context, threads=threads)
             prepared = prepare(model, folder, settings, progress=_tell, hashing=hashing)
         err.print("Enclave", style="bold")

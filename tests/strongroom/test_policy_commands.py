@@ -150,7 +150,7 @@ def test_from_an_image_file(init: Init) -> None:
 
 
 def test_from_a_signed_image_file(init: Init) -> None:
-    policy = init.policy("--from-eif", "signed.eif", *IGNORED, "--name", "1.0")
+    policy = init.policy("--from-eif", "signed.eif", *IGNORED, "--release", "1.0")
     [release] = policy.accepted_releases
     assert release.name == "1.0"
     assert release.pcrs.pcr8 is not None
@@ -225,7 +225,7 @@ def test_trust_on_first_use_says_what_it_is(init: Init) -> None:
 
 
 def test_trust_on_first_use_under_another_name(init: Init) -> None:
-    ran = init("--from-evidence", "bundle.json", *EMULATED, "--name", "mine", "--json")
+    ran = init("--from-evidence", "bundle.json", *EMULATED, "--release", "mine", "--json")
     assert ran.json["trust_on_first_use"] is True
     assert [release["name"] for release in ran.json["releases"]] == ["mine"]
     assert [each["text"][:5] for each in ran.json["warnings"] if each["code"] == "trust_on_first_use"] == ["mine:"]
@@ -424,7 +424,7 @@ FROM_EIF = ("--from-eif", "enclave.eif")
         ((*FROM_EIF, *IGNORED, "--key", PIN), "for --from-release"),
         ((*FROM_EIF, *IGNORED, "--product", NAME), "for --from-release"),
         ((*FROM_EIF, *IGNORED, "--minimum-sequence", "1"), "for --from-release"),
-        ((*RELEASE, "--name", "1.0"), "--name"),
+        ((*RELEASE, "--release", "1.0"), "--release"),
         (RELEASE[:4], "--product"),
         ((*RELEASE[:2], *RELEASE[4:]), "--key"),
         ((*RELEASE[:3], "ed25519:00", *RELEASE[4:]), "--key"),
@@ -442,7 +442,7 @@ FROM_EIF = ("--from-eif", "enclave.eif")
         (("--from-evidence", "absent", *IGNORED), "absent"),
         ((*FROM_EIF, *IGNORED, "--anchor", "model.gguf"), "bad_anchor"),
         ((*FROM_EIF, *IGNORED, "--anchor", "absent.der"), "absent.der"),
-        ((*FROM_EIF, *IGNORED, "--name", "two\nlines"), "--name"),
+        ((*FROM_EIF, *IGNORED, "--release", "two\nlines"), "--release"),
         ((*FROM_EIF, "--ignore-model", "", *IGNORED[2:]), "--ignore-model: "),
         ((*FROM_EIF, *IGNORED, "--role", "two\nlines"), "--role: "),
         ((*FROM_EIF, *IGNORED, "--max-age", "86401"), "--max-age"),

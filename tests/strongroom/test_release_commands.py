@@ -47,7 +47,7 @@ class Publisher:
         self.terminal = terminal
 
     def __call__(self, command: str, *arguments: str, signing: Sequence[str] = ("--key", "key.pem")) -> Ran:
-        return self.terminal("release", command, "releases.jsonl", *arguments, *signing, "--name", NAME)
+        return self.terminal("release", command, "releases.jsonl", *arguments, *signing, "--product", NAME)
 
     def add(self, name: str, *arguments: str) -> Ran:
         return self("add", "--release", name, *(arguments or (*REGISTERS, *SOURCE)))
@@ -277,7 +277,7 @@ def test_a_check_that_remembers(release: Publisher, folder: Path) -> None:
 def test_what_a_check_refuses(release: Publisher, folder: Path) -> None:
     release.add("1.0")
     assert "wrong_key" in release.check(key=str(P384.public_key)).err
-    other = release.terminal("release", "check", "releases.jsonl", "--key", PIN, "--name", "other")
+    other = release.terminal("release", "check", "releases.jsonl", "--key", PIN, "--product", "other")
     assert (other.code, "wrong_name" in other.err) == (3, True)
     for key in ("ed25519:ab", "key.pem"):
         assert release.check(key=key).code == 2

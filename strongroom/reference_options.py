@@ -1,0 +1,118 @@
+"""Reference values as people give them on a command line: digits, or a file to compute them from."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+from pathlib import Path
+
+import click
+
+from attestation.eif import MAX_JSON_SIZE, EnclaveImage, measurements_from_nitro_cli, read_image
+from attestation.errors import StrongroomError
+from attestation.manifest import MAX_MANIFEST_SIZE, ModelManifest
+from attestation.policy import DIGEST_PREFIX
+from attestation.reference import DIGEST_SIZE, PcrSet, configuration_digest
+from attestation.release_signing import PublicKey, ReleaseError
+from strongroom.options import err
+from strongroom.render import hashing_bar
+
+MANIFEST_SUFFIX = ".manifest"
+MAX_CONFIGURATION = 1 << 20
+"""Bytes of an ``enclave.toml``."""
+
+ANY_FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+class FileError(StrongroomError):
+    """A file that cannot be what it was given as: ``too_large``."""
+
+    exit_code = 2
+
+
+class PinnedKey(click.ParamType[PublicKey]):
+    """``ed25519:HEX`` or ``ecdsa-p384:HEX``."""
+
+    name = "key"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> PublicKey:
+        try:
+            return PublicKey.parse(str(value))
+        except ReleaseError as error:
+            self.fail(f"{error.message}; expected {error.expected}", param, ctx)
+
+
+class Hexadecimal(click.ParamType[bytes]):
+    """Digits of one of ``sizes``, in bytes."""
+
+    name = "hex"
+
+    def __init__(self, *sizes: int) -> None:
+        self._sizes = sizes
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> bytes:
+        if isinstance(value, bytes):
+            return value
+        text = str(value)
+        if not re.fullmatch(r"[0-9A-Fa-f]+", text) or len(text) not in [2 * size for size in self._sizes]:
+            digits = " or ".join(str(2 * size) for size in self._sizes)
+            self.fail(f"{digits} hexadecimal digits are needed", param, ctx)
+        return bytes.fromhex(text)
+
+
+class DigestOrFile(click.ParamType[bytes | Path]):
+    """``sha384:HEX``, or a file that is there."""
+
+    name = "file|sha384:hex"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> bytes | Path:
+        if isinstance(value, bytes | Path):
+            return value
+        text = str(value)
+        if text.startswith(DIGEST_PREFIX):
+            return Hexadecimal(DIGEST_SIZE).convert(text.removeprefix(DIGEST_PREFIX), param, ctx)
+        path: Path = click.Path(path_type=Path, dir_okay=False, exists=True).convert(text, param, ctx)
+        return path
+
+
+def model_digest(given: bytes | Path) -> bytes:
+    """The digest of a model's manifest: as given, or of a manifest's file, or of the manifest of a GGUF file.
+
+    Raises ModelError, FileError, OSError.
+    """
+    if isinstance(given, bytes):
+        return given
+    if given.suffix == MANIFEST_SUFFIX:
+        return read_manifest(given).digest()
+    with hashing_bar(err, "model") as progress:
+        return ModelManifest.from_gguf(given, progress=progress).digest()
+
+
+def read_manifest(path: Path) -> ModelManifest:
+    """Raises ModelError, FileError, OSError."""
+    return ModelManifest.decode(read_bounded(path, MAX_MANIFEST_SIZE))
+
+
+def configuration(given: bytes | Path) -> bytes:
+    """The digest of a configuration: as given, or of an ``enclave.toml``. Raises FileError, OSError."""
+    return given if isinstance(given, bytes) else configuration_digest(read_bounded(given, MAX_CONFIGURATION))
+
+
+def image(path: Path, at: datetime | None = None) -> EnclaveImage:
+    """An enclave image file, measured; of a signed one the certificate must be valid at ``at``. Raises ImageError."""
+    with hashing_bar(err, "image") as progress:
+        return read_image(path, at=at, progress=progress)
+
+
+def measurements(path: Path) -> PcrSet:
+    """What ``nitro-cli build-enclave`` printed. Raises ImageError, FileError, OSError."""
+    return measurements_from_nitro_cli(read_bounded(path, MAX_JSON_SIZE))
+
+
+def read_bounded(path: Path, limit: int) -> bytes:
+    """A whole file of at most ``limit`` bytes. Raises FileError, OSError."""
+    with path.open("rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise FileError("too_large", f"{path} is too large", expected=f"at most {limit} bytes", got="more")
+    return data
