@@ -211,7 +211,7 @@ def test_what_nitro_cli_printed(release: Publisher, folder: Path) -> None:
         ((*REGISTERS, *SOURCE, "--model", "none.gguf"), "none.gguf"),
         ((*REGISTERS, *SOURCE, "--model", "sha384:00"), "96 hexadecimal digits"),
         ((*REGISTERS, *SOURCE, "--model", "key.pem"), "gguf"),
-        ((*REGISTERS, *SOURCE, "--configuration", "large"), "no configuration"),
+        ((*REGISTERS, *SOURCE, "--configuration", "large"), "too large"),
         ((*REGISTERS, *SOURCE, "--expires", "401"), "400"),
         ((*REGISTERS, "--repository", " ", "--commit", "ab" * 20), "unusable_statement"),
     ],
