@@ -73,8 +73,8 @@ def shown(value: Value) -> str:
 class _Reader:
     """One pass over ``data``. Every method begins at ``position`` and leaves it behind what it has read.
 
-    Evidence of the usual size holds about a hundred values, so that what one of them costs is felt: hence slots, and
-    the order in which ``value`` asks.
+    Evidence of the usual size holds about a hundred values, and beside one signature to verify that is felt: hence
+    slots, no calls within ``value`` for what most values are, and the order in which it asks.
     """
 
     __slots__ = ("_code", "_data", "_deterministic", "_size", "position")
@@ -90,12 +90,13 @@ class _Reader:
         return EvidenceError(self._code, f"CBOR: {message}, at byte {self.position}", expected=expected, got=got)
 
     def skip_tag(self, tag: int) -> None:
-        start = self.position
-        major, argument = self._head()
-        if major != _TAG:
-            self.position = start
-        elif argument != tag:
-            raise self.error("a tag that has no place here", expected=tag, got=argument)
+        initial = self._data[self.position] if self.position < self._size else 0
+        if initial >> 5 == _TAG:
+            self.position += 1
+            short = initial & 0x1F
+            argument = short if short < 24 else self._argument(_TAG, short)
+            if argument != tag:
+                raise self.error("a tag that has no place here", expected=tag, got=argument)
 
     def skip(self, initial: bytes) -> bool:
         """Whether that byte was next, and is now behind us."""
@@ -109,9 +110,19 @@ class _Reader:
         return self._map(iter(partial(self.skip, _BREAK), True), depth=0)
 
     def value(self, depth: int) -> Value:
-        major, argument = self._head()
+        position = self.position
+        if position >= self._size:
+            raise self.error("the input ends too early", expected="another value", got="the end")
+        major, argument = self._data[position] >> 5, self._data[position] & 0x1F
+        self.position = position + 1
+        if argument > 23:
+            argument = self._argument(major, argument)
         if major == _BYTES:
-            return self._take(argument)
+            start, end = self.position, self.position + argument
+            if end > self._size:
+                raise self._cut_short(argument)
+            self.position = end
+            return self._data[start:end]
         if major == _UNSIGNED:
             return argument
         if major == _TEXT:
@@ -126,16 +137,8 @@ class _Reader:
             return None
         raise self.error("a tag, float or simple value that has no place here", got=f"major type {major}, {argument}")
 
-    def _head(self) -> tuple[int, int]:
-        """Major type and argument (RFC 8949 section 3)."""
-        try:
-            initial = self._data[self.position]
-        except IndexError:
-            raise self.error("the input ends too early", expected="another value", got="the end") from None
-        self.position += 1
-        major, short = initial >> 5, initial & 0x1F
-        if short < 24:
-            return major, short
+    def _argument(self, major: int, short: int) -> int:
+        """What stands behind an initial byte that does not say it itself (RFC 8949 section 3)."""
         if short > 27:
             what = "an indefinite length" if short == _INDEFINITE else f"reserved additional information {short}"
             raise self.error("a length that is not definite", expected="a definite length", got=what)
@@ -145,14 +148,18 @@ class _Reader:
             raise self.error("a float or simple value that has no place here", got=f"major type {major}")
         if self._deterministic and argument < (24, 0x100, 0x1_0000, 0x1_0000_0000)[short - 24]:
             raise self.error("an integer or length that is not in its shortest form", got=argument)
-        return major, argument
+        return argument
 
     def _take(self, size: int) -> bytes:
         start, end = self.position, self.position + size
         if end > self._size:
-            raise self.error("the input ends too early", expected=f"{size} bytes", got=f"{self._size - start} bytes")
+            raise self._cut_short(size)
         self.position = end
         return self._data[start:end]
+
+    def _cut_short(self, size: int) -> EvidenceError:
+        left = self._size - self.position
+        return self.error("the input ends too early", expected=f"{size} bytes", got=f"{left} bytes")
 
     def _text(self, size: int) -> str:
         taken = self._take(size)

@@ -139,7 +139,9 @@ def test_an_indefinite_map_only_outermost_and_only_when_allowed() -> None:
 def test_the_optional_tag_once_and_outermost() -> None:
     for data in (b"\xd2\x80", b"\x80", b"\xd8\x12\x80"):
         assert cbor.decode(data, optional_tag=18) == []
-    for data in (b"\xd2\xd2\x80", b"\x81\xd2\x80", b"\xd1\x80", b"\xd2"):
+    assert cbor.decode(b"\xd2\xbf\xff", optional_tag=18, indefinite_top_map=True) == {}
+    assert cbor.decode(b"\xbf\xff", optional_tag=18, indefinite_top_map=True) == {}
+    for data in (b"", b"\xd2\xd2\x80", b"\x81\xd2\x80", b"\xd1\x80", b"\xd8\x13\x80", b"\xdf\x80", b"\xd2", b"\xd8"):
         with pytest.raises(EvidenceError):
             cbor.decode(data, optional_tag=18)
 
