@@ -142,31 +142,31 @@ class _Reader:
         if short > 27:
             what = "an indefinite length" if short == _INDEFINITE else f"reserved additional information {short}"
             raise self.error("a length that is not definite", expected="a definite length", got=what)
-        behind = self._take(1 << (short - 24))
-        argument = behind[0] if short == 24 else int.from_bytes(behind, "big")
+        start, end = self.position, self.position + (1 << (short - 24))
+        if end > self._size:
+            raise self._cut_short(end - start)
+        self.position = end
+        argument = self._data[start] if short == 24 else int.from_bytes(self._data[start:end], "big")
         if major == _SIMPLE:
             raise self.error("a float or simple value that has no place here", got=f"major type {major}")
         if self._deterministic and argument < (24, 0x100, 0x1_0000, 0x1_0000_0000)[short - 24]:
             raise self.error("an integer or length that is not in its shortest form", got=argument)
         return argument
 
-    def _take(self, size: int) -> bytes:
-        start, end = self.position, self.position + size
-        if end > self._size:
-            raise self._cut_short(size)
-        self.position = end
-        return self._data[start:end]
-
     def _cut_short(self, size: int) -> EvidenceError:
         left = self._size - self.position
         return self.error("the input ends too early", expected=f"{size} bytes", got=f"{left} bytes")
 
     def _text(self, size: int) -> str:
-        taken = self._take(size)
+        start, end = self.position, self.position + size
+        if end > self._size:
+            raise self._cut_short(size)
+        self.position = end
+        encoded = self._data[start:end]
         try:
-            return taken.decode("utf-8")
+            return encoded.decode("utf-8")
         except UnicodeDecodeError:
-            raise self.error("a text that is not UTF-8", got=shown(taken)) from None
+            raise self.error("a text that is not UTF-8", got=shown(encoded)) from None
 
     def _descend(self, depth: int) -> int:
         if depth == MAX_DEPTH:
