@@ -157,6 +157,9 @@ class UserData:
     def __post_init__(self) -> None:
         _require_size("commitment_digest", self.commitment_digest, DIGEST_SIZE)
 
+    def __str__(self) -> str:
+        return f"{self.purpose.value}, sha384:{self.commitment_digest.hex()}"
+
     def encode(self) -> bytes:
         return cbor2.dumps([_USER_DATA_VERSION, self.purpose.value, self.commitment_digest], canonical=True)
 

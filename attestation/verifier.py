@@ -347,14 +347,13 @@ class _Verification:
             finding.expected, finding.got = "no public_key", field_text(claims.public_key)
             if claims.public_key is not None:
                 _refuse("wrong_binding", "the document of a channel carries no public_key", finding)
-            digest = hashlib.sha384(encoded).digest()
-            finding.expected = f"{Purpose.CHANNEL.value}, sha384:{digest.hex()}"
-            finding.got = field_text(claims.user_data)
+            wanted = UserData(Purpose.CHANNEL, hashlib.sha384(encoded).digest())
+            finding.expected = finding.got = str(wanted)
             if claims.user_data is None:
+                finding.got = field_text(None)
                 _refuse("wrong_binding", "the document binds nothing", finding)
-            binding = UserData.decode(claims.user_data)
-            finding.got = f"{binding.purpose.value}, sha384:{binding.commitment_digest.hex()}"
-            if finding.got != finding.expected:
+            if claims.user_data != wanted.encode():  # deterministic: what is bound has one encoding
+                finding.got = str(UserData.decode(claims.user_data))
                 _refuse("wrong_binding", "the document is not for this channel", finding)
 
         # 9. The commitment is well formed, and the locked registers say the same of model and configuration.
@@ -399,12 +398,15 @@ def _decode(document: bytes) -> tuple[cbor.Value, cbor.Value]:
     return outer, None if payload is None else cbor.decode(payload, indefinite_top_map=True)
 
 
+_ES384 = ec.ECDSA(SHA384())
+
+
 def _require_signature(signed: CoseSign1, key: ec.EllipticCurvePublicKey) -> None:
     # Raw r || s; either of the two values of s is good, and AWS emits both.
     half = SIGNATURE_SIZE // 2
     r, s = (int.from_bytes(part, "big") for part in (signed.signature[:half], signed.signature[half:]))
     try:
-        key.verify(encode_dss_signature(r, s), signed.signed_bytes(), ec.ECDSA(SHA384()))
+        key.verify(encode_dss_signature(r, s), signed.signed_bytes(), _ES384)
     except InvalidSignature as error:
         raise EvidenceError(
             "bad_signature", "the document was altered", expected="signed by the leaf", got="not signed by it"
