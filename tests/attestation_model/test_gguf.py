@@ -202,7 +202,22 @@ def test_a_changed_byte_parses_or_is_a_typed_error(data: st.DataObject) -> None:
         assert error.code  # noqa: PT017 - it may parse as well
 
 
-@pytest.mark.skipif(not VECTORS.is_dir(), reason="../shared/vectors/gguf is not here")
+@pytest.mark.parametrize("shift", range(24))
+def test_a_vocabulary_may_go_beyond_what_is_read_at_once(shift: int) -> None:
+    """The reader takes a mebibyte at a time; ``shift`` moves its end over a token's length and its text."""
+    padding = "x" * (2**20 - 200 + shift)
+    tokens = [f"token {index:04}" for index in range(40)]
+    metadata: list[tuple[str, int, Value]] = [
+        ("padding", TEXT, padding),
+        ("tokens", ARRAY, (TEXT, tokens)),
+        ("behind", U32, 7),
+    ]
+    header = read(Gguf(metadata, [("t", 0, (4,), bytes(16))]).encode())
+    assert header.metadata == {"padding": padding, "tokens": GgufArray("text", 40), "behind": 7}
+    assert [tensor.name for tensor in header.tensors] == ["t"]
+
+
+@pytest.mark.skipif(not VECTORS.is_dir(), reason="llama.cpp's vocabularies are not beside this repository")
 def test_a_real_vocabulary_is_read() -> None:
     with (VECTORS / "ggml-vocab-qwen2.gguf").open("rb") as file:
         header = read_header(file)
