@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
 import io
 import json
+import os
 import signal
 import sys
 import traceback
@@ -67,6 +70,14 @@ class LazyGroup(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.NoSuchCommand as error:  # click looks for names like it among loaded commands, and none is
+            raise click.NoSuchCommand(error.command_name, possibilities=COMMANDS, ctx=ctx) from None
+
 
 class _NotInstalled(click.Command):
     """Stands for a command whose extra is missing: it is listed, and whatever its arguments it says what to install."""
@@ -97,40 +108,73 @@ def strongroom() -> None:
 
 
 def main() -> NoReturn:
-    """Runs a command and turns every error that was raised on purpose into one clear text and an exit code."""
-    as_json = "--json" in sys.argv[1:]
+    """Runs a command and turns every error that was raised on purpose into one clear text and an exit code.
+
+    An output that cannot be written is one of them, whatever the verdict was: 1 is for one that somebody could read.
+    """
     signal.signal(signal.SIGTERM, _terminated)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character is no reason to fail
     try:
+        code = _run(as_json="--json" in sys.argv[1:])
+        _flush()
+    except OSError as error:
+        code = _without_output(error)
+    sys.exit(code)
+
+
+def _run(*, as_json: bool) -> int:
+    """The exit code. Raises OSError when what there is to say cannot be written."""
+    try:
         code = strongroom.main(prog_name="strongroom", standalone_mode=False)
     except Terminated:
-        sys.exit(TERMINATED)
+        return TERMINATED
     except SystemExit:  # by click or rich, when whoever read our output has gone: their 1 would be a verdict here
-        sys.exit(INTERRUPTED)
+        return INTERRUPTED
     except click.ClickException as error:
         if as_json:
             report(_as_json("usage", error.format_message()), "", as_json)
         else:
             error.show()
-        sys.exit(USAGE)
+        return USAGE
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
-        sys.exit(INTERRUPTED)
+        return INTERRUPTED
     except StrongroomError as error:
         report(error.as_json(), str(error), as_json)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except OSError as error:
+        _flush()  # when it is our output that failed, it fails again
         text = f"{error.strerror}: {error.filename}" if error.filename else str(error)
         report(_as_json("system_error", text), text, as_json)
-        sys.exit(USAGE if isinstance(error, WRONG_FILE) else UNAVAILABLE)
+        return USAGE if isinstance(error, WRONG_FILE) else UNAVAILABLE
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         text = f"a defect of this program: {type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}"
         report(_as_json("defect", text), text, as_json)
-        sys.exit(DEFECT)
-    sys.exit(code if isinstance(code, int) else 0)
+        return DEFECT
+    return code if isinstance(code, int) else 0
+
+
+def _flush() -> None:
+    if sys.stdout is not None:  # a closed one: Python has none then, and prints nothing
+        sys.stdout.flush()
+
+
+def _without_output(error: OSError) -> int:
+    """The exit code where standard output, or both outputs, cannot be written; a line says so where one can."""
+    with contextlib.suppress(OSError):  # then there is nobody to tell
+        if error.errno != errno.EPIPE:
+            click.echo(f"strongroom: the output cannot be written: {error.strerror or error}", err=True)
+    null = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:  # at exit Python flushes once more, and would put its own exit code in place of ours
+            os.dup2(null, stream.fileno())
+    return INTERRUPTED if error.errno == errno.EPIPE else UNAVAILABLE
 
 
 class Terminated(SystemExit):

@@ -194,6 +194,7 @@ def test_nothing_begins_on_a_negative_verdict(
     ("arguments", "words"),
     [
         (("nonsense",), "nonsense"),
+        (("inspekt",), "inspect"),
         (("verify", "--nonsense"), "--nonsense"),
         (("ask",), "PROMPT"),
         (("ask", "x", "--seed", "-1"), "--seed"),
