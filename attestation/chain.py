@@ -57,7 +57,9 @@ class Anchor:
     """
 
     trust: Trust
+    """Under which name a policy asks for it, and reports show it."""
     der: bytes
+    """The certificate, DER."""
     fingerprint: str = field(init=False, repr=False, compare=False)
     """SHA-256 of the DER, in hexadecimal."""
     _state: _Issuer = field(init=False, repr=False, compare=False)

@@ -27,8 +27,11 @@ class CoseSign1:
     """A signed object whose header says ES384. The bytes are as received, and malleable: never an identifier."""
 
     protected: bytes
+    """The protected header, encoded: ``{1: -35}`` and nothing else."""
     payload: bytes
+    """The document, encoded."""
     signature: bytes
+    """r and s, 48 bytes each."""
 
     def signed_bytes(self) -> bytes:
         """The ``Sig_structure`` over the received bytes (RFC 9052 section 4.4), with an empty external_aad."""

@@ -115,6 +115,7 @@ class Section:
     """One section: ``offset`` is that of its header in the file, ``size`` and ``sha384`` (48 bytes) are its data's."""
 
     type: SectionType
+    """What the data are: kernel, command line, ramdisk, signature or metadata."""
     offset: int
     size: int
     sha384: bytes
@@ -125,10 +126,12 @@ class SigningCertificate:
     """Whose signature an image carries. Nothing vouches for the certificate but PCR8, which is over its DER."""
 
     der: bytes
+    """The certificate, DER."""
     subject: str
     """As in RFC 4514, and safe to print."""
     not_before: datetime
     not_after: datetime
+    """The period, from ``not_before`` on and with both of its seconds, in UTC."""
     key: ec.EllipticCurvePublicKey
     """On P-256, P-384 or P-521."""
 
@@ -159,19 +162,26 @@ class EnclaveImage:
     """An image that is well formed, with what a Nitro enclave started from it will have in its registers.
 
     Only kernel, command line, ramdisks and the signer's certificate are measured. The rest is the builder's word, held
-    by a CRC: defaults (``default_memory`` in bytes) and ``metadata`` (None in version 3) may be changed by anybody.
+    by a CRC: ``architecture``, ``default_memory``, ``default_cpus`` and ``metadata`` may be changed by anybody.
     """
 
     version: int
+    """Of the format: 3 or 4."""
     architecture: Architecture
     default_memory: int
+    """Bytes."""
     default_cpus: int
+    """The number of virtual CPUs."""
     cmdline: str
+    """The kernel's, at most 2,047 printable ASCII characters."""
     sections: tuple[Section, ...]
+    """In the order of the file."""
     metadata: Mapping[str, Json] | None
+    """None in version 3."""
     measurements: PcrSet
     """``pcr8`` is there when the image is signed."""
     signer: SigningCertificate | None
+    """Who signed it, once the signature has verified. None for an image that is not signed."""
 
     def as_nitro_cli(self) -> dict[str, dict[str, str]]:
         """What ``nitro-cli build-enclave`` prints, as JSON, for this image."""

@@ -125,7 +125,9 @@ class GgufArray:
     """An array in the metadata: what it holds and how many, not the elements."""
 
     kind: str
+    """Of its elements: ``text``, ``bool``, ``u8``, ``f32`` and so on."""
     count: int
+    """The number of elements."""
 
 
 MetadataValue: TypeAlias = int | float | bool | str | GgufArray
@@ -133,10 +135,14 @@ MetadataValue: TypeAlias = int | float | bool | str | GgufArray
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
+    """Where a tensor's data stand, and as what. Every number has been held against the file's size."""
+
     name: str
+    """At most :data:`MAX_TENSOR_NAME_SIZE` bytes of UTF-8."""
     kind: str
     """ggml's name of the type."""
     dimensions: tuple[int, ...]
+    """Elements along each of up to 4 axes; the first is the length of a row."""
     offset: int
     """Bytes from the beginning of the data section."""
     size: int
@@ -145,10 +151,16 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
+    """What a file says of itself, after every check of this module."""
+
     version: int
+    """Of the format: 2 or 3."""
     metadata: Mapping[str, MetadataValue]
+    """By key, in the order of the file. Of an array there is its type and length alone."""
     tensors: tuple[GgufTensor, ...]
+    """In the order of the file, without gaps between them."""
     alignment: int
+    """Bytes, a power of two: every tensor begins at a multiple of it."""
     data_offset: int
     """Bytes from the beginning of the file to the data section."""
     size: int

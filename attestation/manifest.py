@@ -36,7 +36,8 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class ManifestFile:
-    """One file of the model: a plain name, ``size`` in bytes (1 to 2^42), ``sha384`` (48 bytes) over the whole content.
+    """One file of the model: ``name`` without a path, ``size`` in bytes (1 to 2^42), ``sha384`` (48 bytes) over all of
+    it.
 
     Raises ModelError ``malformed_manifest``.
     """

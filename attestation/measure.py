@@ -87,8 +87,9 @@ class MeasurementError(StrongroomError):
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """One measured file: a path that is the same on every machine, such as ``stdlib/abc.py``, the size in bytes, and
-    SHA-384 of the content."""
+    """One measured file: ``path`` is the same on every machine, such as ``stdlib/abc.py``; ``size`` is in bytes, and
+    ``sha384`` (48 bytes) over the content.
+    """
 
     path: str
     size: int
@@ -97,7 +98,7 @@ class ImageFile:
 
 @dataclass(frozen=True, slots=True)
 class ImageSection:
-    """A measured part of an image, sorted by path."""
+    """A measured part of an image: ``files`` sorted by the bytes of their paths."""
 
     files: tuple[ImageFile, ...]
 

@@ -85,8 +85,11 @@ class AppraisalPolicy:
     """What is accepted. Building one that contradicts itself raises PolicyError."""
 
     anchor: Anchor
+    """The root that every document must lead to."""
     max_age_seconds: int
+    """How old a document may be, 1 to 86,400 seconds. AWS's leaf certificates end after three hours anyway."""
     leeway_seconds: int
+    """By how much the clocks of enclave and verifier may differ, 0 to 600 seconds, in either direction."""
     accept_debug: str | None
     """The written reason for accepting an enclave in debug mode, whose memory its host can read. None: refused."""
     binding: Binding
@@ -100,6 +103,7 @@ class AppraisalPolicy:
     pcrs: Mapping[int, RegisterRule]
     """Rules for further registers; one that has none must be zero. PCR8's is for releases that do not name PCR8."""
     module_id: NameRule
+    """For the name that the hypervisor gives to an enclave at its start."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pcrs", MappingProxyType(dict(self.pcrs)))

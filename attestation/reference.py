@@ -44,14 +44,18 @@ def configuration_digest(enclave_toml: bytes) -> bytes:
 class PcrSet:
     """The measurements of one image.
 
-    They are only ever compared together: each alone says little (Trail of Bits, 2024-02). Each value is 48 bytes, else
-    it raises ValueError; ``pcr8`` is None for an unsigned image.
+    They are only ever compared together: each alone says little (Trail of Bits, 2024-02). ValueError for a value that
+    is not 48 bytes.
     """
 
     pcr0: bytes
+    """48 bytes: the whole image."""
     pcr1: bytes
+    """48 bytes: what boots. Of an EIF its kernel, command line and first ramdisk."""
     pcr2: bytes
+    """48 bytes: the application. Of an EIF every ramdisk but the first."""
     pcr8: bytes | None = None
+    """48 bytes: the certificate that signs the image. None for an image that is not signed."""
 
     def __post_init__(self) -> None:
         for value in (self.pcr0, self.pcr1, self.pcr2, *(() if self.pcr8 is None else (self.pcr8,))):

@@ -78,6 +78,7 @@ class PublicKey:
 
     spki: bytes
     algorithm: Algorithm = field(init=False)
+    """With which it verifies, and with no other: as the key itself says."""
     _key: Ed25519PublicKey | ec.EllipticCurvePublicKey = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

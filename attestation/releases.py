@@ -51,6 +51,7 @@ class Source:
     """What a release was built from. ``commit`` is 40 or 64 hexadecimal digits: git's, with SHA-1 or SHA-256."""
 
     repository: str
+    """An address, 1 to 500 printable characters. Nobody asks there."""
     commit: str
 
 
@@ -59,10 +60,13 @@ class ReleasedImage:
     """One accepted image, its source, and what it is released to run. Digests are SHA-384, 48 bytes."""
 
     name: str
+    """The publisher's, 1 to 128 printable characters."""
     pcrs: PcrSet
+    """What its registers hold, in every enclave that is not in debug mode."""
     image: bytes | None
     """Over the EIF's bytes; None where the publisher gives no file away."""
     source: Source
+    """The publisher's word: a build of one's own says whether it is true."""
     models: tuple[bytes, ...]
     """Of model manifests (section 4). The publisher vouches for these and for no other: none, when it is empty."""
     configurations: tuple[bytes, ...]
@@ -123,7 +127,9 @@ class Head:
     """The last statement that somebody has seen: its place, and the SHA-384 of its bytes as signed."""
 
     sequence: int
+    """Its place in the history, from 1."""
     digest: bytes
+    """48 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +137,9 @@ class Entry:
     """A statement of a history, and the SHA-384 of its bytes as signed."""
 
     statement: ReleaseStatement
+    """As decoded from those bytes, within every bound."""
     digest: bytes
+    """48 bytes."""
 
 
 class _Proof:

@@ -23,6 +23,9 @@ class Require(Generic[T]):
     """One of these values and no other. Raises PolicyError for an empty list, and for a text that is not printable."""
 
     values: tuple[T, ...]
+    """One or more: bytes as they stand in the document (a register's 48, a digest's 48), or texts of 1 to 500 printable
+    characters.
+    """
 
     def __post_init__(self) -> None:
         _require_some("require", self.values)
@@ -41,6 +44,7 @@ class Ignore:
     """Any value, for the reason that stands in every report. Raises PolicyError for a reason that says nothing."""
 
     reason: str
+    """1 to 500 printable characters on one line."""
 
     def __post_init__(self) -> None:
         printable("ignore", self.reason)
@@ -55,6 +59,7 @@ class Measures:
     """
 
     texts: tuple[str, ...]
+    """One or more, each of 1 to 500 printable characters."""
 
     def __post_init__(self) -> None:
         _require_some("measures", self.texts)
@@ -76,12 +81,15 @@ class Released:
 class Manifests:
     """One of these model manifests, if its ``version`` is at least ``minimum_version``.
 
-    Each stands with the name of its file, relative to the policy's folder. Raises PolicyError for an empty list, and
-    when every manifest is older than that.
+    Raises PolicyError for an empty list, and when every manifest is older than that.
     """
 
     files: tuple[tuple[str, ModelManifest], ...]
+    """Each manifest behind the name of its file, relative to the policy's folder. Those that are older than
+    ``minimum_version`` may stand here, and are not accepted.
+    """
     minimum_version: int
+    """In the publisher's own count of versions."""
 
     def __post_init__(self) -> None:
         _require_some("manifests", self.files)
@@ -118,7 +126,9 @@ class DocumentBinding:
     """
 
     public_key: FieldRule
+    """For the document's ``public_key``: a key that the enclave has made, as it encodes it."""
     user_data: FieldRule
+    """For its ``user_data``: whatever else the enclave has signed."""
 
     def __post_init__(self) -> None:
         for name, rule in (("public_key", self.public_key), ("user_data", self.user_data)):
@@ -146,7 +156,9 @@ class Release:
     """
 
     name: str
+    """The policy's own, 1 to 500 printable characters: results and reports show it."""
     pcrs: PcrSet
+    """What a document's registers must be, all of them."""
     models: tuple[bytes, ...] = ()
     configurations: tuple[bytes, ...] = ()
 
@@ -178,8 +190,9 @@ class SignedReleases:
     file: str
     """The history's name, relative to the policy's folder."""
     minimum_sequence: int
-    """The fewest entries that the history may have: what a client goes by that has never seen it."""
+    """The number of entries that the history has at least: what a client goes by that has never seen it."""
     history: ReleaseHistory
+    """Verified when the policy was read; its last entry counts."""
 
     def __post_init__(self) -> None:
         if not self.history.current.releases:
