@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from attestation.anchors import AWS_NITRO_G1
     from attestation.bundle import Bundle
     from attestation.chain import Anchor, ChainCache, Trust
-    from attestation.checks import Check, Status
+    from attestation.checks import Check, Label, Status
     from attestation.commitment import Commitment, Entropy
     from attestation.document import AttestationDocument
     from attestation.errors import AppraisalError, EvidenceError, PolicyError, StrongroomError
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
         AttestationResult,
         AuthenticDocument,
         DocumentResult,
-        Label,
         authenticate,
         verify,
         verify_archived,
@@ -61,7 +60,7 @@ else:
         "anchors": "AWS_NITRO_G1",
         "bundle": "Bundle",
         "chain": "Anchor ChainCache Trust",
-        "checks": "Check Status",
+        "checks": "Check Label Status",
         "commitment": "Commitment Entropy",
         "document": "AttestationDocument",
         "errors": "AppraisalError EvidenceError PolicyError StrongroomError",
@@ -76,7 +75,7 @@ else:
             "ChannelBinding DocumentBinding Forbid Ignore Manifests Measures Release Released Require SignedReleases"
         ),
         "verifier": (
-            "NONCE_SIZE ArchivedResult AttestationResult AuthenticDocument DocumentResult Label "
+            "NONCE_SIZE ArchivedResult AttestationResult AuthenticDocument DocumentResult "
             "authenticate verify verify_archived verify_document"
         ),
     }

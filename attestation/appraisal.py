@@ -39,7 +39,7 @@ from attestation.rules import (
 )
 
 IMAGE_REGISTERS = (PCR_IMAGE, PCR_BOOT, PCR_APPLICATION)
-_JUDGED_ELSEWHERE = frozenset((*IMAGE_REGISTERS, PCR_MODEL, PCR_CONFIGURATION))
+_JUDGED_WITH_IMAGE_AND_COMMITMENT = frozenset((*IMAGE_REGISTERS, PCR_MODEL, PCR_CONFIGURATION))
 
 
 def appraise(
@@ -62,7 +62,7 @@ def appraise(
         claims.pcrs.get(PCR_CONFIGURATION), None if commitment is None else commitment.configuration
     )
     _judge_configuration(checklist, policy.configuration, release, configuration)
-    _judge_registers(checklist, policy, claims, release)
+    _judge_registers(checklist, policy, claims, release, debug)
     _judge_module(checklist, policy, claims)
     if isinstance(policy.binding, DocumentBinding):
         _judge_field(checklist, "public key", policy.binding.public_key, claims.public_key, "wrong_public_key")
@@ -75,7 +75,7 @@ def appraise(
         error = AppraisalError(
             first.code or "", f"the policy refuses this enclave: {names}", expected=first.expected, got=first.got
         )
-        error.checks = checklist.complete()
+        error.checks, error.labels = checklist.complete(), checklist.labels
         raise error
     return release
 
@@ -174,12 +174,15 @@ def _judge_digest(checklist: Checklist, step: int, digests: tuple[bytes, ...], g
 
 
 def _judge_registers(
-    checklist: Checklist, policy: AppraisalPolicy, claims: AttestationDocument, release: Release | None
+    checklist: Checklist, policy: AppraisalPolicy, claims: AttestationDocument, release: Release | None, debug: bool
 ) -> None:
     """14, for registers. One that is absent from a document was never locked; nothing is known to be in it."""
-    elsewhere = _JUDGED_ELSEWHERE
-    if any(one.pcrs.pcr8 is not None for one in (policy.accepted_releases if release is None else (release,))):
-        elsewhere |= {PCR_SIGNER}  # judged with the image
+    elsewhere = _JUDGED_WITH_IMAGE_AND_COMMITMENT
+    # With the image: where the matched release names PCR8, and where a refused image's registers were all shown.
+    matched = release is not None and release.pcrs.pcr8 is not None
+    refused = release is None and not debug and PCR_SIGNER not in policy.pcrs
+    if matched or refused:
+        elsewhere |= {PCR_SIGNER}
     for index, rule in sorted(policy.pcrs.items()):
         if index not in elsewhere:
             _judge_register(checklist, rule, index, claims.pcrs.get(index))

@@ -29,24 +29,32 @@ STEPS = {
     15: "entropy",
 }
 
-MEANINGS = {
-    1: "The Evidence is bounded, canonical CBOR: two readers of it cannot see two different things.",
-    2: "The document is a COSE_Sign1 under ES384, the one algorithm of the Nitro Secure Module.",
-    3: "The document has the fields that AWS specifies, each of its type and within its bounds.",
-    4: "Every certificate leads to the anchor that the policy names, and all are valid at the verification time.",
-    5: "The key of that chain has signed exactly these bytes.",
-    6: "The document answers this request: it is not a recording.",
-    7: "The document is no older than the policy allows, and not from the future.",
-    8: "The enclave had the document signed for this channel: its user_data is the digest of the commitment.",
-    9: "The commitment is whole, and the locked registers PCR16 and PCR17 say the same of model and configuration.",
-    10: "The host cannot read the enclave's memory: PCR0, PCR1 and PCR2 are not all zero.",
-    11: "The image is one release of the policy, all of its registers together.",
-    12: "The model is one that the policy names; PCR16 commits to it.",
-    13: "The configuration is one that the policy names; PCR17 commits to it.",
-    14: "Nothing else was measured than what the policy knows of, and the enclave is one that it may be.",
-    15: "The enclave's keys come from the hardware's randomness, which the host does not choose.",
+QUESTIONS = {
+    1: "Is it bounded, canonical CBOR, so that two readers of it cannot see two different things?",
+    2: "Is the document a COSE_Sign1 under ES384, the one algorithm of the Nitro Secure Module?",
+    3: "Has the document the fields that AWS specifies, each of its type and within its bounds?",
+    4: "Does every certificate lead to the anchor that the policy names, and are all valid at the verification time?",
+    5: "Has the key of that chain signed exactly these bytes?",
+    6: "Does the document answer this request, or is it a recording?",
+    7: "Is the document no older than the policy allows, and not from the future?",
+    8: "Was the document signed for this channel: is its user_data the digest of the commitment?",
+    9: "Is the commitment whole, and do the locked registers PCR16 and PCR17 say the same of model and configuration?",
+    10: "Is the enclave's memory closed to its host? In debug mode PCR0, PCR1 and PCR2 are all zero.",
+    11: "Is the image one release of the policy, all of its registers together?",
+    12: "Is the model, which PCR16 commits to, one that the policy accepts?",
+    13: "Is the configuration, which PCR17 commits to, one that the policy accepts?",
+    14: "Is there nothing else measured or carried than what the policy accepts?",
+    15: "Do the enclave's keys come from the hardware's randomness? An emulated enclave's are known to its host.",
 }
-"""What is known once a step holds."""
+"""What each step asks."""
+
+
+class Label(StrEnum):
+    """What must be said wherever a verdict is shown, be it good or bad."""
+
+    ARCHIVED = "ARCHIVED"
+    DEBUG = "DEBUG"
+    EMULATED = "EMULATED"
 
 
 class Status(StrEnum):
@@ -87,9 +95,11 @@ class Check(NamedTuple):
 class Checklist:
     """The checks of one verification, in the order of their steps, up to and including ``last``."""
 
-    def __init__(self, last: int) -> None:
+    def __init__(self, last: int, *labels: Label) -> None:
         self._last = last
         self._checks: list[Check] = []
+        self.labels: frozenset[Label] = frozenset(labels)
+        """They leave with every error and every result."""
 
     def proving(self, step: int) -> Finding:
         """A step that ends the verification when it fails: its EvidenceError leaves with the whole checklist."""
@@ -136,4 +146,4 @@ class Finding:
         elif isinstance(error, EvidenceError):
             failed = Check(step, STEPS[step], Status.FAILED, error.expected, error.got, error.code, error.message)
             checklist.add(failed)
-            error.checks = checklist.complete()
+            error.checks, error.labels = checklist.complete(), checklist.labels

@@ -202,6 +202,11 @@ class Evidence:
             raise ValueError(f"Evidence: expected at most {MAX_EVIDENCE} bytes, got {len(encoded)}")
         return encoded
 
+    @staticmethod
+    def is_in(data: bytes) -> bool:
+        """Whether ``data`` begins as Evidence does: with a map of three. It may be none."""
+        return data[:1] == b"\xa3"
+
     @classmethod
     def decode(cls, data: bytes) -> Evidence:
         """Raises EvidenceError ``malformed_evidence``; of the two parts only the sizes are judged."""

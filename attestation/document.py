@@ -46,6 +46,11 @@ class AttestationDocument:
     user_data: bytes | None
     nonce: bytes | None
 
+    @staticmethod
+    def is_in(data: bytes) -> bool:
+        """Whether ``data`` begins as a signed document does: with a COSE_Sign1's array, tagged or not. It may be none."""
+        return data[:1] in (b"\x84", b"\xd2")
+
     @classmethod
     def from_cbor(cls, value: cbor.Value) -> AttestationDocument:
         """Raises EvidenceError ``malformed_document``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
-    from attestation.checks import Check
+    from attestation.checks import Check, Label
 
 
 class StrongroomError(Exception):
@@ -40,22 +40,25 @@ class StrongroomError(Exception):
 class EvidenceError(StrongroomError):
     """Evidence that is malformed or that nothing vouches for: nothing in it may be believed.
 
-    ``checks`` holds the verifier's steps up to the one that failed and, as not reached, those behind it. It is empty
-    on an error that a parser raised on its own.
+    ``checks`` holds the verifier's steps up to the one that failed and, as not reached, those behind it; ``labels``
+    what must be said beside it. Both are empty on an error that a parser raised on its own.
     """
 
     exit_code = 3
     checks: tuple[Check, ...] = ()
+    labels: frozenset[Label] = frozenset()
 
 
 class AppraisalError(StrongroomError):
     """Genuine and fresh Evidence of an enclave that the policy does not accept.
 
     ``checks`` holds every step, with each failure; ``code``, ``expected`` and ``got`` are those of the first.
+    ``labels`` is what must be said beside it.
     """
 
     exit_code = 1
     checks: tuple[Check, ...] = ()
+    labels: frozenset[Label] = frozenset()
 
 
 class PolicyError(StrongroomError):

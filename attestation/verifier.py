@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from dataclasses import KW_ONLY, InitVar, dataclass
 from datetime import UTC, datetime, timedelta
-from enum import StrEnum
 from typing import NoReturn, final
 
 from cryptography.exceptions import InvalidSignature
@@ -21,7 +20,7 @@ from cryptography.hazmat.primitives.hashes import SHA384
 from attestation import cbor, chain
 from attestation.appraisal import appraise, field_text, is_debug, registers_text
 from attestation.chain import Anchor, ChainCache
-from attestation.checks import STEPS, Check, Checklist, Finding, Status
+from attestation.checks import STEPS, Check, Checklist, Finding, Label, Status
 from attestation.commitment import MAX_DOCUMENT, MAX_EVIDENCE, Commitment, Evidence, Purpose, UserData
 from attestation.cose import COSE_SIGN1_TAG, SIGNATURE_SIZE, CoseSign1, payload_of
 from attestation.document import MAX_FIELD, AttestationDocument
@@ -37,14 +36,6 @@ MIN_NONCE = 16
 """Bytes: the shortest nonce that a bare document is asked with. A shorter one might be met again."""
 
 
-class Label(StrEnum):
-    """What must be said wherever a result is shown."""
-
-    ARCHIVED = "ARCHIVED"
-    DEBUG = "DEBUG"
-    EMULATED = "EMULATED"
-
-
 class _Proof:
     """The right to construct a result."""
 
@@ -57,6 +48,10 @@ class _Proven:
     """What only this module constructs, and what neither copying nor unpickling can make."""
 
     claims: AttestationDocument
+    anchor: Anchor
+    """Whose word it is."""
+    at: datetime
+    """The verification time, UTC: what it is as of."""
     labels: frozenset[Label]
     checks: tuple[Check, ...]
     _: KW_ONLY
@@ -88,6 +83,8 @@ class _Appraised(_Proven):
         return {
             "verdict": "accepted",
             "labels": sorted(self.labels),
+            "anchor": {"trust": self.anchor.trust.value, "sha256": self.anchor.fingerprint},
+            "at": self.at.isoformat(),
             "release": self.release,
             "module_id": self.claims.module_id,
             "timestamp": self.claims.timestamp.isoformat(),
@@ -148,7 +145,7 @@ def authenticate(
     """
     verification = _Verification(anchor, _utc(at), timedelta(0), cache, last=5)
     claims = verification.prove(document)
-    return AuthenticDocument(claims, verification.labels(claims), verification.checklist.complete(), proof=_PROVEN)
+    return AuthenticDocument(*verification.conclude(claims), proof=_PROVEN)
 
 
 def verify(
@@ -170,9 +167,7 @@ def verify(
     commitment = verification.require_commitment(claims, encoded)
     release = appraise(verification.checklist, policy, claims, commitment, verification.at)
     return AttestationResult(
-        claims,
-        verification.labels(claims),
-        verification.checklist.complete(),
+        *verification.conclude(claims),
         release=_name(release),
         commitment=commitment,
         valid_seconds=max(0.0, min(policy.max_age_seconds - age.total_seconds(), float(commitment.lifetime))),
@@ -199,9 +194,7 @@ def verify_document(
     verification.pass_by_commitment()
     release = appraise(verification.checklist, policy, claims, None, verification.at)
     return DocumentResult(
-        claims,
-        verification.labels(claims),
-        verification.checklist.complete(),
+        *verification.conclude(claims),
         release=_name(release),
         valid_seconds=max(0.0, policy.max_age_seconds - age.total_seconds()),
         proof=_PROVEN,
@@ -234,9 +227,7 @@ def verify_archived(
         commitment = verification.require_commitment(claims, encoded)
     release = appraise(verification.checklist, policy, claims, commitment, claims.timestamp)
     return ArchivedResult(
-        claims,
-        verification.labels(claims) | {Label.ARCHIVED},
-        verification.checklist.complete(),
+        *verification.conclude(claims),
         release=_name(release),
         commitment=commitment,
         proof=_PROVEN,
@@ -256,7 +247,8 @@ class _Verification:
         last: int = max(STEPS),
     ) -> None:
         """``at`` is None for an archived document: its own time is the verification time."""
-        self.checklist = Checklist(last)
+        labels = {Label.EMULATED: anchor.is_emulated, Label.ARCHIVED: at is None}
+        self.checklist = Checklist(last, *(label for label, holds in labels.items() if holds))
         self._anchor = anchor
         self._at = at
         self._leeway = leeway
@@ -311,6 +303,8 @@ class _Verification:
         with self.checklist.proving(5) as finding:
             finding.expected, finding.got = "signed by the leaf", "signed by the leaf"
             _require_signature(signed, key)
+        if is_debug(claims):
+            self.checklist.labels |= {Label.DEBUG}
         return claims
 
     def _chain_time(self, claims: AttestationDocument) -> datetime:
@@ -379,9 +373,12 @@ class _Verification:
         reason = "archived: judged at the document's own time"
         self.checklist.add(Check(step, STEPS[step], Status.IGNORED, None, got, explanation=reason))
 
-    def labels(self, claims: AttestationDocument) -> frozenset[Label]:
-        emulated = {Label.EMULATED} if self._anchor.is_emulated else set()
-        return frozenset(emulated | ({Label.DEBUG} if is_debug(claims) else set()))
+    def conclude(
+        self, claims: AttestationDocument
+    ) -> tuple[AttestationDocument, Anchor, datetime, frozenset[Label], tuple[Check, ...]]:
+        """What every result says, once no step has failed."""
+        at = claims.timestamp if self._at is None else self._at
+        return claims, self._anchor, at, self.checklist.labels, self.checklist.complete()
 
 
 def _decode(document: bytes) -> tuple[cbor.Value, cbor.Value]:
@@ -451,4 +448,7 @@ def _refuse(code: str, message: str, finding: Finding) -> NoReturn:
 def _utc(at: datetime) -> datetime:
     if at.tzinfo is None:
         raise ValueError("at: a time without a time zone could be any of twenty-four")
-    return at.astimezone(UTC)
+    try:
+        return at.astimezone(UTC)
+    except OverflowError as error:
+        raise ValueError("at: beyond every calendar") from error

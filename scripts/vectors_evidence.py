@@ -276,6 +276,13 @@ def _appraisal() -> Iterator[Case]:
         "debug-accepted.toml",
     )
     yield case(
+        "14-debug-signer",
+        "wrong_pcr",
+        "PCR8 is there in an accepted debug mode, and the policy forbids it where no release names it",
+        {**forge.DEBUG_PCRS, 8: forge.measured("signer")},
+        "debug-accepted.toml",
+    )
+    yield case(
         "11-partly-zero",
         "wrong_image",
         "PCR0 and PCR1 are zero, PCR2 is not: no debug mode, and no image",

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import click
@@ -102,7 +103,7 @@ def write_now(text: str) -> None:
 def open_session(url: str, policy: Path) -> Iterator[tuple[asyncio.Runner, Session]]:
     """A session, and the runner that every use of it goes through: waiting for a person is outside the event loop."""
     with asyncio.Runner() as runner:
-        session = Session(url, load_policy(policy))
+        session = Session(url, load_policy(policy), reread=partial(load_policy, policy))
         try:
             yield runner, session
         finally:

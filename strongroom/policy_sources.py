@@ -14,6 +14,7 @@ from pathlib import Path
 from attestation import cbor
 from attestation.bundle import Bundle, read_kept
 from attestation.chain import Anchor
+from attestation.checks import Label
 from attestation.commitment import Commitment, Evidence
 from attestation.cose import COSE_SIGN1_TAG, CoseSign1
 from attestation.document import PCR_COUNT, AttestationDocument
@@ -44,7 +45,7 @@ from attestation.rules import (
     Require,
     SignedReleases,
 )
-from attestation.verifier import Label, authenticate, verify_archived
+from attestation.verifier import authenticate, verify_archived
 from strongroom import reference_options as reference
 from strongroom.policy_text import TRUST_ON_FIRST_USE
 from strongroom.reference_options import read_bounded

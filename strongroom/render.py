@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.text import Text
 
-from attestation.checks import MEANINGS, STEPS, Check, Status
-from attestation.verifier import ArchivedResult, AttestationResult, DocumentResult, Label
+from attestation.checks import QUESTIONS, STEPS, Check, Label, Status
+from attestation.verifier import ArchivedResult, AttestationResult, DocumentResult
 
 WIDTH_WITHOUT_TERMINAL = 120
 MARKS = {
@@ -119,7 +119,7 @@ def explain_verdict(console: Console, checks: Iterable[Check]) -> None:
         if check.step != shown:
             shown = check.step
             console.print(Text(f"\n{shown:>2}  {STEPS[shown]}", "bold"), soft_wrap=True)
-            console.print(Text(f"    {MEANINGS[shown]}"), soft_wrap=True)
+            console.print(Text(f"    {QUESTIONS[shown]}"), soft_wrap=True)
         mark, style = MARKS[check.status]
         line = Text("    ").append(mark, style)
         if check.name != STEPS[check.step]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from functools import partial
 from pathlib import Path
 
 import click
@@ -34,7 +35,8 @@ HTTP_PORT = 80
 def serve(url: str, policy: Path, listen: str, token_file: Path | None, as_json: bool) -> None:
     """A local OpenAI endpoint; behind it every prompt is sealed to a verified enclave.
 
-    It verifies first and does not start on a negative verdict. Any OpenAI client works with base_url http://127.0.0.1:11434/v1.
+    It verifies first and does not start on a negative verdict. Before each later verification it reads the policy anew,
+    with the release history that it may name. Any OpenAI client works with base_url http://127.0.0.1:11434/v1.
 
     \b
     Example:
@@ -50,7 +52,7 @@ def serve(url: str, policy: Path, listen: str, token_file: Path | None, as_json:
         raise click.UsageError(f"{address.host} is not loopback: name a --token-file that clients must know")
 
     async def run() -> None:
-        async with Session(url, load_policy(policy)) as session:
+        async with Session(url, load_policy(policy), reread=partial(load_policy, policy)) as session:
             result = await session.verify()
             if not as_json:
                 err.print(verdict_line(result))

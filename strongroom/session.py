@@ -72,7 +72,9 @@ def _wall_clock() -> datetime:
 class Session:
     """One proxy's address and one policy. Use it as an asynchronous context manager, or :meth:`close` it.
 
-    ``monotonic`` (seconds) decides how long a result is kept, ``now`` (with a time zone) is what Evidence is judged at.
+    ``reread`` gives the policy anew for every verification but the first, so that a session which lives for weeks sees
+    what was changed or taken back; what it raises ends that verification. ``monotonic`` (seconds) decides how long a
+    result is kept, ``now`` (with a time zone) is what Evidence is judged at.
     """
 
     def __init__(
@@ -80,12 +82,15 @@ class Session:
         url: str,
         policy: AppraisalPolicy,
         *,
+        reread: Callable[[], AppraisalPolicy] | None = None,
         silence_seconds: float = SILENCE_SECONDS,
         monotonic: Callable[[], float] = time.monotonic,
         now: Callable[[], datetime] = _wall_clock,
     ) -> None:
         """Raises Unreachable ``bad_url``."""
         self.policy = policy
+        self._reread = reread
+        self._has_judged = False
         self._silence_seconds = silence_seconds
         self._monotonic = monotonic
         self._now = now
@@ -136,6 +141,9 @@ class Session:
 
     async def _verify(self) -> AttestationResult:
         self._verified = None
+        if self._reread is not None and self._has_judged:
+            self.policy = await asyncio.to_thread(self._reread)
+        self._has_judged = True
         nonce = secrets.token_bytes(NONCE_SIZE)
         requested = self._monotonic()
         evidence = await self._proxy.evidence(nonce)

@@ -13,10 +13,13 @@ import click
 from click.core import ParameterSource
 
 from attestation.bundle import MAX_BUNDLE, Bundle, read_kept
-from attestation.errors import AppraisalError, EvidenceError
+from attestation.checks import Label
+from attestation.commitment import Evidence
+from attestation.document import AttestationDocument
+from attestation.errors import AppraisalError, EvidenceError, PolicyError
 from attestation.policy import AppraisalPolicy
 from attestation.rules import ChannelBinding
-from attestation.verifier import MIN_NONCE, NONCE_SIZE, Label, verify, verify_archived, verify_document
+from attestation.verifier import MIN_NONCE, NONCE_SIZE, verify, verify_archived, verify_document
 from strongroom.inspection import inspect, show_inspection
 from strongroom.options import err, load_policy, out, policy_option, url_option
 from strongroom.proxy_client import ProxyClient
@@ -100,7 +103,7 @@ def verify_command(
         else:
             result = _judge(_read(file), judged_by, nonce, archived)
     except (EvidenceError, AppraisalError) as error:
-        labels = [Label.ARCHIVED] if archived else []
+        labels = sorted(error.labels | ({Label.ARCHIVED} if archived else set()))
         if as_json:
             checks = [check.as_json() for check in error.checks]
             click.echo(json.dumps({"verdict": "refused", "labels": labels, "error": error.as_json(), "checks": checks}))
@@ -149,6 +152,7 @@ async def _challenge(url: str, policy: AppraisalPolicy) -> Verdict:
 def _judge(data: bytes, policy: AppraisalPolicy, nonce: bytes | None, archived: bool) -> Verdict:
     kept = read_kept(data)
     evidence = kept.evidence if isinstance(kept, Bundle) else kept
+    _require_kind(evidence, policy)
     if archived:
         saved_with = kept.nonce if isinstance(kept, Bundle) else None
         return verify_archived(evidence, policy=policy, nonce=nonce or saved_with)
@@ -158,6 +162,24 @@ def _judge(data: bytes, policy: AppraisalPolicy, nonce: bytes | None, archived: 
     if len(nonce) != NONCE_SIZE:
         raise click.BadParameter(f"a channel's has {NONCE_SIZE} bytes, got {len(nonce)}", param_hint="--nonce")
     return verify(evidence, policy=policy, nonce=nonce, at=datetime.now(UTC))
+
+
+def _require_kind(data: bytes, policy: AppraisalPolicy) -> None:
+    """Raises PolicyError ``wrong_purpose`` where the file and the policy are plainly about different things."""
+    for_channels = isinstance(policy.binding, ChannelBinding)
+    if Evidence.is_in(data) and not for_channels:
+        what, purpose = "this is Evidence of a Strongroom channel, and the policy judges bare documents", "channel"
+    elif AttestationDocument.is_in(data) and for_channels:
+        what, purpose = "this is a bare document, and the policy judges channels", "document"
+    else:
+        return
+    raise PolicyError(
+        "wrong_purpose",
+        f'{what}: use a policy with purpose = "{purpose}" (strongroom policy init --purpose {purpose})',
+        field="binding.purpose",
+        expected=purpose,
+        got="channel" if for_channels else "document",
+    )
 
 
 def _read(file: Path) -> bytes:

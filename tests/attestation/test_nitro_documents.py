@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attestation.anchors import AWS_NITRO_G1
+from attestation.checks import Label
 from attestation.errors import EvidenceError
 from attestation.reference import ZERO_PCR, once_extended
-from attestation.verifier import Label, authenticate
+from attestation.verifier import authenticate
 
 NOW = datetime(2026, 9, 1, tzinfo=UTC)
 """Later than every document's leaf."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from attestation.checks import STEPS, Status
+from attestation.checks import STEPS, Label, Status
 from attestation.errors import AppraisalError, EvidenceError, PolicyError
 from attestation.manifest import ManifestFile, ModelManifest
 from attestation.policy import AppraisalPolicy
@@ -30,7 +30,6 @@ from attestation.verifier import (
     ArchivedResult,
     AttestationResult,
     DocumentResult,
-    Label,
     verify,
     verify_archived,
     verify_document,

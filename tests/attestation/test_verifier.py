@@ -20,13 +20,13 @@ from mypy import api as mypy
 from attestation import chain
 from attestation.anchors import AWS_NITRO_G1
 from attestation.chain import Anchor, Trust
-from attestation.checks import STEPS, Status
+from attestation.checks import STEPS, Label, Status
 from attestation.commitment import Entropy
 from attestation.errors import AppraisalError, EvidenceError
 from attestation.policy import AppraisalPolicy
 from attestation.reference import ZERO_PCR, once_extended
 from attestation.rules import Ignore, NameRule, RegisterRule, Require
-from attestation.verifier import AttestationResult, AuthenticDocument, Label, authenticate, verify
+from attestation.verifier import AttestationResult, AuthenticDocument, authenticate, verify
 from tests.pki import forge
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -284,7 +284,7 @@ def test_a_result_cannot_be_constructed_elsewhere(policy: AppraisalPolicy) -> No
         with pytest.raises(TypeError):
             AttestationResult(**fields, **proof)
     with pytest.raises(TypeError):
-        AuthenticDocument(result.claims, frozenset(), (), proof=object())  # type: ignore[arg-type]
+        AuthenticDocument(result.claims, result.anchor, result.at, frozenset(), (), proof=object())  # type: ignore[arg-type]
 
 
 def test_a_result_cannot_be_copied_into_another(policy: AppraisalPolicy) -> None:

@@ -14,6 +14,7 @@ import pytest
 from attestation.anchors import AWS_NITRO_G1
 from attestation.bundle import Bundle
 from attestation.chain import Anchor
+from attestation.checks import Label
 from attestation.commitment import Purpose, UserData
 from attestation.errors import AppraisalError
 from attestation.manifest import ModelManifest
@@ -33,7 +34,7 @@ from attestation.rules import (
     Require,
     SignedReleases,
 )
-from attestation.verifier import Label, verify, verify_archived, verify_document
+from attestation.verifier import verify, verify_archived, verify_document
 from tests.eif_files import image as eif
 from tests.gguf_files import TEXT, Gguf
 from tests.pki import forge

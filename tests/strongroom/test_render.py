@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from attestation.checks import STEPS, Check, Status
+from attestation.checks import STEPS, Check, Label, Status
 from attestation.errors import AppraisalError, EvidenceError
 from attestation.policy import AppraisalPolicy
 from attestation.reference import PcrSet
 from attestation.rules import Release, Require
-from attestation.verifier import AttestationResult, Label, verify
+from attestation.verifier import AttestationResult, verify
 from strongroom.render import (
     MARKS,
     WARNINGS,

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from attestation.chain import Anchor
-from attestation.errors import AppraisalError, EvidenceError, StrongroomError
+from attestation.errors import AppraisalError, EvidenceError, PolicyError, StrongroomError
 from attestation.policy import AppraisalPolicy
 from attestation.rules import Require
 from emulator.pki import DevelopmentRoot
@@ -163,6 +163,40 @@ async def test_a_rotated_key_is_accepted_to_the_end_of_its_lifetime(home: House,
     assert (await ask(session, "with a new key"))[0] == "with a new key"
     assert (await session.result()).commitment.key_id != old
     assert home.hostile.paths().count(EVIDENCE_PATH) == 2
+
+
+async def test_what_was_taken_back_is_refused_at_the_next_verification(home: House) -> None:
+    """A session may live for weeks; the policy that it was opened with need not."""
+    changed: list[AppraisalPolicy] = []
+    reread = 0
+
+    def read() -> AppraisalPolicy:
+        nonlocal reread
+        reread += 1
+        return changed[-1] if changed else home.policy
+
+    async with Session(home.url, home.policy, reread=read) as session:
+        first = await session.verify()
+        assert reread == 0
+        changed.append(replace(home.policy, model=Require((bytes(48),))))
+        assert await session.result() is first
+        with pytest.raises(AppraisalError):
+            await session.result(instead_of=first)
+        assert reread == 1
+        changed.append(home.policy)
+        assert (await ask(session, "accepted again"))[0] == "accepted again"
+
+
+async def test_a_policy_that_cannot_be_read_ends_the_session(home: House) -> None:
+    def broken() -> AppraisalPolicy:
+        raise PolicyError("unreadable_policy", "a test")
+
+    async with Session(home.url, home.policy, reread=broken) as session:
+        await session.verify()
+        with pytest.raises(PolicyError):
+            await session.verify()
+        with pytest.raises(PolicyError):
+            await ask(session, "nothing of this leaves")
 
 
 async def test_a_full_replay_set_costs_one_verification_and_no_prompt(tmp_path: Path) -> None:

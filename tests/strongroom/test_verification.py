@@ -82,9 +82,12 @@ def test_an_archive_says_that_it_is_one(verify: Callable[..., Ran], file: str) -
 def test_a_refused_archive_says_that_it_is_one(verify: Callable[..., Ran]) -> None:
     ran = verify("debug.cbor", "--archived")
     assert ran.code == 1
-    assert "REFUSED  ARCHIVED  the policy refuses this enclave: debug mode, image [debug_mode]" in ran.out
+    assert (
+        "REFUSED  ARCHIVED  DEBUG  EMULATED  the policy refuses this enclave: debug mode, image [debug_mode]" in ran.out
+    )
     told = verify("debug.cbor", "--archived", "--json")
-    assert (told.code, told.json["verdict"], told.json["labels"]) == (1, "refused", ["ARCHIVED"])
+    assert (told.code, told.json["verdict"]) == (1, "refused")
+    assert told.json["labels"] == ["ARCHIVED", "DEBUG", "EMULATED"]
     explained = verify("debug.cbor", "--archived", "--explain")
     assert (explained.code, "REFUSED  ARCHIVED" in explained.out) == (1, True)
 
@@ -142,7 +145,13 @@ def test_a_policy_for_another_purpose(
     ran = strongroom("verify", "--url", street.url, "--policy", str(folder / "documents.toml"))
     assert (ran.code, ran.out) == (2, "")
     assert "wrong_purpose" in ran.err
-    assert verify("document.cbor", "--archived").code == 3
+    for file, used, advised in (
+        ("document.cbor", "policy.toml", "document"),
+        ("evidence.cbor", "documents.toml", "channel"),
+    ):
+        ran = verify(file, "--archived", policy=used)
+        assert (ran.code, ran.out) == (2, "")
+        assert f"strongroom policy init --purpose {advised}" in ran.err
 
 
 @pytest.mark.parametrize(
