@@ -73,12 +73,17 @@ class Check(NamedTuple):
     """One line of a report. ``code`` is set on a failure only; step 14 has a line for each thing that it judges."""
 
     step: int
+    """Its number in ``STEPS``, 1 to 15."""
     name: str
+    """What was checked: the step's name, or in step 14 that of the register or field."""
     status: Status
+    """What became of it."""
     expected: str | None = None
     got: str | None = None
+    """Texts for people, both this and ``expected``. None where nothing was compared."""
     code: str | None = None
     explanation: str | None = None
+    """Why: what a failure means, or in whose words the step is ignored or not applicable. None where it passed."""
 
     def as_json(self) -> dict[str, str | int | None]:
         return {

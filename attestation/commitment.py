@@ -64,14 +64,15 @@ class Commitment:
     lifetime: int
     """Seconds for which the enclave accepts ``key`` after it was last offered, 1 to ``MAX_LIFETIME``."""
     boot_id: bytes
-    """Random, one a boot."""
+    """16 random bytes, one value a boot."""
     receipt_key: bytes
-    """An Ed25519 public key, one a boot."""
+    """An Ed25519 public key, 32 bytes, one a boot."""
     model: bytes
-    """The model manifest's digest; PCR16 follows from it."""
+    """The model manifest's digest, 48 bytes; PCR16 follows from it."""
     configuration: bytes
-    """The configuration's digest; PCR17 follows from it."""
+    """The configuration's digest, 48 bytes; PCR17 follows from it."""
     entropy: Entropy
+    """Where the enclave's randomness comes from, and so whether its host knows its keys."""
 
     def __post_init__(self) -> None:
         _require_size("key", self.key, CHANNEL_KEY_SIZE)
@@ -151,8 +152,9 @@ class UserData:
     """The document's ``user_data``: what the document is for, and the commitment that it binds."""
 
     purpose: Purpose
+    """What the document may be used for; a channel takes ``channel`` alone."""
     commitment_digest: bytes
-    """SHA-384 of the commitment's encoding."""
+    """SHA-384 of the commitment's encoding, 48 bytes."""
 
     def __post_init__(self) -> None:
         _require_size("commitment_digest", self.commitment_digest, DIGEST_SIZE)
@@ -188,6 +190,7 @@ class Evidence:
     """A document and the encoded commitment that it binds, as they travel."""
 
     document: bytes
+    """The NSM's COSE_Sign1, at most ``MAX_DOCUMENT`` bytes."""
     commitment: bytes
     """As encoded by ``Commitment.encode``; step 8 hashes it as received, step 9 reads it."""
 

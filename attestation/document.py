@@ -35,7 +35,9 @@ class AttestationDocument:
     """The claims of a document, as parsed."""
 
     module_id: str
+    """The hypervisor's name for this enclave, 1 to 128 printable characters; another at every start."""
     timestamp: datetime
+    """When the module signed, by its own clock: UTC, to the millisecond."""
     pcrs: Mapping[int, bytes]
     """The locked registers, 48 bytes each. One that is absent was not locked, and nothing is known of it."""
     certificate: bytes
@@ -45,10 +47,11 @@ class AttestationDocument:
     public_key: bytes | None
     user_data: bytes | None
     nonce: bytes | None
+    """What the enclave had signed, ``public_key`` and ``user_data`` too: at most 1,024 bytes each, None when absent."""
 
     @staticmethod
     def is_in(data: bytes) -> bool:
-        """Whether ``data`` begins as a signed document does: with a COSE_Sign1's array, tagged or not. It may be none."""
+        """Whether ``data`` begins as a document does: with a COSE_Sign1's array, tagged or not. It may be none."""
         return data[:1] in (b"\x84", b"\xd2")
 
     @classmethod

@@ -48,12 +48,15 @@ class _Proven:
     """What only this module constructs, and what neither copying nor unpickling can make."""
 
     claims: AttestationDocument
+    """What the document says."""
     anchor: Anchor
     """Whose word it is."""
     at: datetime
     """The verification time, UTC: what it is as of."""
     labels: frozenset[Label]
+    """What must be said wherever this is shown."""
     checks: tuple[Check, ...]
+    """Every step that was taken, in order; none has failed."""
     _: KW_ONLY
     proof: InitVar[_Proof]
 
@@ -99,6 +102,7 @@ class AttestationResult(_Appraised):
     """The verdict that a channel may be opened: all fifteen steps hold, or are ignored by the policy's own words."""
 
     commitment: Commitment
+    """The channel's keys, and what the enclave behind them runs."""
     valid_seconds: float
     """For how long, on the client's monotonic clock, counted from the moment of the request. It may be 0."""
 

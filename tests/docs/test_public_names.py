@@ -1,4 +1,4 @@
-"""Every public name of the verifier says what it is, and which errors it raises.
+"""Every public name of the verifier says what it is, every field what it holds, and every function what it raises.
 
 What a function raises is read from the code: its own ``raise`` statements and those of the package's functions that it
 calls, less what it catches. ValueError is a caller's mistake, and said where it is raised; TypeError is one that a type
@@ -167,6 +167,54 @@ def _said(tree: ast.Module) -> dict[str, str]:
     return said
 
 
+def _fields() -> Iterator[tuple[Place, str, str]]:
+    """The fields of public dataclasses and tuples: place, type, and what is said of each: behind it, in the docstring
+    of its class where that names it, or behind a field before it in whose text it is named.
+    """
+    for module, tree in MODULES.items():
+        for node in tree.body:
+            if not isinstance(node, ast.ClassDef) or not _has_fields(node):
+                continue
+            texts, own = [ast.get_docstring(node) or ""], dict[str, str]()
+            for statement, behind in zip(node.body, [*node.body[1:], ast.Pass()], strict=True):
+                match statement, behind:
+                    case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                        own[name] = text
+                        texts.append(text)
+            for statement in node.body:
+                match statement:
+                    case ast.AnnAssign(target=ast.Name(id=name), annotation=kind) if _is_field(name, kind):
+                        said = [own[name]] if name in own else []
+                        said += [text for text in texts if f"``{name}``" in text]
+                        yield (module, f"{node.name}.{name}"), ast.unparse(kind), " ".join(said)
+
+
+def _has_fields(node: ast.ClassDef) -> bool:
+    decorators = [ast.unparse(each) for each in node.decorator_list]
+    bases = [ast.unparse(each) for each in node.bases]
+    is_public = not node.name.startswith("_") or node.name in ("_Proven", "_Appraised")  # what results inherit
+    return is_public and (any(each.startswith("dataclass") for each in decorators) or "NamedTuple" in bases)
+
+
+def _is_field(name: str, kind: ast.expr) -> bool:
+    return not name.startswith("_") and not ast.unparse(kind).startswith(("InitVar", "ClassVar"))
+
+
+FIELDS = [*_fields()]
+UNIT = re.compile(
+    r"\d|DER|SHA-384|UTC"
+    r"|\b(?:[Bb]ytes|[Ss]econds|[Cc]haracters|[Ss]teps?|[Ee]ncod(?:ed|ing|es)|[Vv]ersions?|number of)\b"
+)
+"""What says how large a number is, of what, or in which form octets stand there."""
+
+
+@pytest.mark.parametrize(("place", "kind", "said"), FIELDS, ids=[".".join(place) for place, _, _ in FIELDS])
+def test_every_field_says_what_it_holds_and_in_which_unit(place: Place, kind: str, said: str) -> None:
+    assert said, f"{'.'.join(place)}: nothing is said of it"
+    if re.search(r"\b(?:int|float|bytes)\b", kind):
+        assert UNIT.search(said), f"{'.'.join(place)}: {kind}, of what, or in which bounds? It says: {said!r}"
+
+
 @pytest.mark.parametrize("place", [*filter(_is_public, DEFINED)], ids=".".join)
 def test_what_a_function_raises_stands_in_its_docstring(place: Place) -> None:
     said = DEFINED[place].said
@@ -183,3 +231,4 @@ def test_the_reading_of_code_finds_what_is_known() -> None:
     assert raised(("verifier", "verify")) >= {"EvidenceError", "AppraisalError"}
     assert raised(("policy", "AppraisalPolicy.load")) >= {"PolicyError"}
     assert raised(("reference", "PcrSet")) == {"ValueError"}
+    assert {place for place, _, _ in FIELDS} >= {("checks", "Check.got"), ("policy", "AppraisalPolicy.leeway_seconds")}
