@@ -21,28 +21,36 @@ if TYPE_CHECKING:
     from attestation.chain import Anchor, ChainCache, Trust
     from attestation.checks import Check, Label, Status
     from attestation.commitment import Commitment, Entropy
-    from attestation.document import AttestationDocument
+    from attestation.document import MAX_FIELD, AttestationDocument
     from attestation.errors import AppraisalError, EvidenceError, PolicyError, StrongroomError
     from attestation.gguf import ModelError
-    from attestation.manifest import ModelManifest
+    from attestation.manifest import ManifestFile, ModelManifest
     from attestation.policy import AppraisalPolicy
     from attestation.policy_writer import write_policy
     from attestation.reference import PcrSet
     from attestation.release_heads import FileHeads, HeadError, HeadMemory, MemoryHeads
-    from attestation.release_signing import ReleaseError
+    from attestation.release_signing import Algorithm, PublicKey, ReleaseError
+    from attestation.releases import Head, ReleaseHistory
     from attestation.rules import (
+        Binding,
         ChannelBinding,
+        DigestRule,
         DocumentBinding,
+        FieldRule,
         Forbid,
         Ignore,
         Manifests,
         Measures,
+        ModelRule,
+        NameRule,
+        RegisterRule,
         Release,
         Released,
         Require,
         SignedReleases,
     )
     from attestation.verifier import (
+        MIN_NONCE,
         NONCE_SIZE,
         ArchivedResult,
         AttestationResult,
@@ -62,20 +70,22 @@ else:
         "chain": "Anchor ChainCache Trust",
         "checks": "Check Label Status",
         "commitment": "Commitment Entropy",
-        "document": "AttestationDocument",
+        "document": "AttestationDocument MAX_FIELD",
         "errors": "AppraisalError EvidenceError PolicyError StrongroomError",
         "gguf": "ModelError",
-        "manifest": "ModelManifest",
+        "manifest": "ManifestFile ModelManifest",
         "policy": "AppraisalPolicy",
         "policy_writer": "write_policy",
         "reference": "PcrSet",
         "release_heads": "FileHeads HeadError HeadMemory MemoryHeads",
-        "release_signing": "ReleaseError",
+        "release_signing": "Algorithm PublicKey ReleaseError",
+        "releases": "Head ReleaseHistory",
         "rules": (
-            "ChannelBinding DocumentBinding Forbid Ignore Manifests Measures Release Released Require SignedReleases"
+            "Binding ChannelBinding DigestRule DocumentBinding FieldRule Forbid Ignore Manifests Measures ModelRule "
+            "NameRule RegisterRule Release Released Require SignedReleases"
         ),
         "verifier": (
-            "NONCE_SIZE ArchivedResult AttestationResult AuthenticDocument DocumentResult "
+            "MIN_NONCE NONCE_SIZE ArchivedResult AttestationResult AuthenticDocument DocumentResult "
             "authenticate verify verify_archived verify_document"
         ),
     }
@@ -92,7 +102,10 @@ else:
 
 __all__ = [
     "AWS_NITRO_G1",
+    "MAX_FIELD",
+    "MIN_NONCE",
     "NONCE_SIZE",
+    "Algorithm",
     "Anchor",
     "AppraisalError",
     "AppraisalPolicy",
@@ -100,30 +113,40 @@ __all__ = [
     "AttestationDocument",
     "AttestationResult",
     "AuthenticDocument",
+    "Binding",
     "Bundle",
     "ChainCache",
     "ChannelBinding",
     "Check",
     "Commitment",
+    "DigestRule",
     "DocumentBinding",
     "DocumentResult",
     "Entropy",
     "EvidenceError",
+    "FieldRule",
     "FileHeads",
     "Forbid",
+    "Head",
     "HeadError",
     "HeadMemory",
     "Ignore",
     "Label",
+    "ManifestFile",
     "Manifests",
     "Measures",
     "MemoryHeads",
     "ModelError",
     "ModelManifest",
+    "ModelRule",
+    "NameRule",
     "PcrSet",
     "PolicyError",
+    "PublicKey",
+    "RegisterRule",
     "Release",
     "ReleaseError",
+    "ReleaseHistory",
     "Released",
     "Require",
     "SignedReleases",

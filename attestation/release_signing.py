@@ -63,6 +63,8 @@ class SigningError(StrongroomError):
 
 
 class Algorithm(StrEnum):
+    """What a publisher signs with: the word before the colon of a pinned key."""
+
     ED25519 = "ed25519"
     ECDSA_P384 = "ecdsa-p384"
 

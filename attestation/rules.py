@@ -105,10 +105,15 @@ class Manifests:
 
 
 RegisterRule: TypeAlias = Require[bytes] | Measures | Forbid | Ignore
+"""What may be said of one register."""
 FieldRule: TypeAlias = Require[bytes] | Forbid | Ignore
+"""What may be said of what a bare document carries."""
 DigestRule: TypeAlias = Require[bytes] | Released | Ignore
+"""What may be said of a configuration."""
 ModelRule: TypeAlias = DigestRule | Manifests
+"""What may be said of a model."""
 NameRule: TypeAlias = Require[str] | Ignore
+"""What may be said of a module's name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +149,7 @@ class DocumentBinding:
 
 
 Binding: TypeAlias = ChannelBinding | DocumentBinding
+"""What a policy judges: channels, or bare documents."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,6 +152,31 @@ def test_every_public_name_says_what_it_is(name: str) -> None:
     assert len(_said(MODULES[home])[name]) > 20
 
 
+def _named(name: str) -> Iterator[str]:
+    """The names in the public signatures and fields of a class or function."""
+    every: list[ast.expr | None]
+    found = [node for tree in MODULES.values() for node in tree.body if getattr(node, "name", None) == name]
+    for each in (part for node in found for part in (node.body if isinstance(node, ast.ClassDef) else [node])):
+        match each:
+            case ast.FunctionDef(name=method, args=arguments, returns=returns) if not method.startswith("_"):
+                every = [*(argument.annotation for argument in (*arguments.args, *arguments.kwonlyargs)), returns]
+            case ast.AnnAssign(target=ast.Name(id=field), annotation=kind) if _is_field(field, kind):
+                every = [kind]
+            case _:
+                continue
+        yield from (part.id for kind in every if kind for part in ast.walk(kind) if isinstance(part, ast.Name))
+
+
+_OF_THEIR_OWN = {"Entry", "Progress", "ReleaseStatement", "Value"}
+"""What modules give out that are not the verifier's own: histories for publishers, files, decoded CBOR."""
+
+
+@pytest.mark.parametrize("name", attestation.__all__)
+def test_what_a_public_signature_names_is_public_too(name: str) -> None:
+    homes = {each for tree in MODULES.values() for each in _said(tree) if not each.startswith("_")}
+    assert {*_named(name)} & homes - set(attestation.__all__) - _OF_THEIR_OWN == set()
+
+
 def _said(tree: ast.Module) -> dict[str, str]:
     """What stands with each top-level name: its docstring, or the text behind a constant."""
     said: dict[str, str] = {}
