@@ -230,7 +230,7 @@ def test_an_enclave_is_inspected(strongroom: Terminal, street: Street) -> None:
     ("data", "code", "shown"),
     [
         (forge.document(protected=cbor2.dumps({1: -7})), "wrong_algorithm", "module_id     i-"),
-        (forge.document(forge.payload_fields(pcrs={32: bytes(48)})), "malformed_document", "pcrs          map of 1"),
+        (forge.document(forge.payload_fields(pcrs={32: bytes(48)})), "malformed_document", "zero          PCR 32"),
         (forge.document(forge.payload_fields(certificate=b"\x30\x00")), "untrusted_chain", "certificate   unreadable"),
         (forge.evidence(commitment=b"\xa0"), "malformed_commitment", "module_id     i-"),
         (forge.document(cbor2.dumps([])), "malformed_document", "UNVERIFIED"),
@@ -251,10 +251,80 @@ def test_what_is_not_as_specified_is_shown_all_the_same(
     assert [problem["code"] for problem in problems] == ([] if code is None else [code])
 
 
-@pytest.mark.parametrize("data", [b"", b"\x00", b"\xa0", cbor2.dumps([1, 2, 3, 4]), forge.evidence(b"\x00")])
+PAYLOAD = forge.payload_fields()
+TWICE = forge.raw_map([("module_id", "another"), *PAYLOAD.items()])
+COMMITMENT = forge.COMMITMENT.encode()
+
+
+@pytest.mark.parametrize(
+    ("data", "code", "shown"),
+    [
+        (forge.evidence() + b"\x00", "malformed_evidence", ("subject       Evidence", "key_id", "module_id     i-")),
+        (forge.document() + b"\x00", "malformed_cbor", ("subject       attestation document", "module_id     i-")),
+        (forge.evidence(forge.document() + b"\x00"), "malformed_cbor", ("key_id", "module_id     i-", "signature")),
+        (forge.document(TWICE), "malformed_cbor", ("module_id     i-", "PCR0          ")),
+        (forge.document(forge.encode(PAYLOAD) + b"\x00"), "malformed_cbor", ("module_id     i-", "PCR0          ")),
+        (
+            cbor2.dumps({"v": 1, "document": forge.document(), "commitment": COMMITMENT, "more": 1}),
+            "malformed_evidence",
+            ("key_id", "module_id     i-"),
+        ),
+        (cbor2.dumps({"document": forge.document()}), "malformed_evidence", ("module_id     i-",)),
+        (cbor2.dumps({"commitment": COMMITMENT, "document": 0}), "malformed_evidence", ("key_id", "lifetime")),
+        (forge.evidence(b"\x00"), "malformed_cose", ("key_id", "lifetime")),
+        (
+            forge.evidence(commitment=COMMITMENT + b"\x00"),
+            "malformed_commitment",
+            ("lifetime      ", "module_id     i-"),
+        ),
+        (b"\xd9\xd9\xf7" + forge.document(), "malformed_cbor", ("module_id     i-",)),
+        (forge.document(forge.encode({**PAYLOAD, "more": [1.5]})), "malformed_cbor", ("more          array of 1",)),
+        (forge.document(forge.encode({**PAYLOAD, "more": 1 << 70000})), "malformed_cbor", ("integer of 70001 bits",)),
+        (
+            forge.document(forge.encode({**PAYLOAD, "timestamp": 1 << 60})),
+            "malformed_document",
+            ("1152921504606846976",),
+        ),
+        (
+            forge.document(forge.encode({**PAYLOAD, "pcrs": dict.fromkeys(range(100), b"\x01")})),
+            "malformed_document",
+            ("PCR63         01", "and more      36"),
+        ),
+        (forge.document(forge.encode({**PAYLOAD, "certificate": 1})), "malformed_document", ("unreadable",)),
+    ],
+)
+def test_what_is_broken_is_shown_as_far_as_it_can_be(
+    strongroom: Terminal, data: bytes, code: str, shown: tuple[str, ...]
+) -> None:
+    ran = strongroom("inspect", "-", stdin=data)
+    assert (ran.code, ran.err) == (0, "")
+    lines = ran.out.strip().splitlines()
+    assert lines[0] == lines[-1] == "UNVERIFIED: decoded and not judged. Anybody can write such bytes."
+    assert f"[{code}]" in ran.out
+    for words in shown:
+        assert words in ran.out
+    told = strongroom("inspect", "-", "--json", stdin=data)
+    assert (told.json["verdict"], told.json["problems"][0]["code"]) == ("unverified", code)
+
+
+def test_no_word_of_python(strongroom: Terminal, folder: Path) -> None:
+    assert "debug         no\n" in strongroom("inspect", str(folder / "document.cbor")).out
+    assert "debug         yes\n" in strongroom("inspect", str(folder / "debug.cbor")).out
+    assert strongroom("inspect", str(folder / "debug.cbor"), "--json").json["document"]["debug"] is True
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\x00", b"\xa0", b"\xff", cbor2.dumps([1, 2, 3, 4]), cbor2.dumps([1, 2, b"\xff", 4]), b"\x81" * 9999]
+)
 def test_nothing_to_inspect(strongroom: Terminal, data: bytes) -> None:
     ran = strongroom("inspect", "-", stdin=data)
     assert (ran.code, ran.out) == (3, "")
+
+
+def test_a_certificate_is_taken_for_one(strongroom: Terminal, folder: Path) -> None:
+    ran = strongroom("inspect", str(folder / "root.der"))
+    assert (ran.code, ran.out) == (3, "")
+    assert "a DER certificate?" in ran.err
 
 
 def test_inspect_takes_one_place(strongroom: Terminal, folder: Path) -> None:
