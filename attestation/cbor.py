@@ -246,18 +246,20 @@ class Record:
         return None if self._fields.get(field) is None else self.text(field, longest)
 
     def octets(self, field: str, low: int, high: int) -> bytes:
-        return self.octets_of(self._fields[field], field, low, high)
+        value = self._fields[field]
+        if isinstance(value, bytes) and low <= len(value) <= high:
+            return value
+        raise self.wrong_octets(value, field, low, high)
 
     def optional_octets(self, field: str, high: int) -> bytes | None:
         """None for a field that is absent or null; an empty byte string is there, and is not None."""
         value = self._fields.get(field)
-        return None if value is None else self.octets_of(value, field, 0, high)
+        return None if value is None else self.octets(field, 0, high)
 
-    def octets_of(self, value: Value, field: str, low: int, high: int) -> bytes:
-        if isinstance(value, bytes) and low <= len(value) <= high:
-            return value
+    def wrong_octets(self, value: Value, field: str, low: int, high: int) -> EvidenceError:
+        """For a ``value`` that is not a byte string of ``low`` to ``high`` bytes."""
         size = f"{low} bytes" if low == high else f"{low} to {high} bytes"
-        raise self.refusal(field, size, f"{len(value)} bytes" if isinstance(value, bytes) else shown(value))
+        return self.refusal(field, size, f"{len(value)} bytes" if isinstance(value, bytes) else shown(value))
 
     def array(self, field: str) -> list[Value]:
         value = self._fields[field]

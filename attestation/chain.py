@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -78,7 +78,7 @@ class Anchor:
             constraints = _constraints(certificate)
             usage = certificate.extensions.get_extension_for_class(x509.KeyUsage).value
             certificate.verify_directly_issued_by(certificate)
-            period = _Period.of(certificate)
+            period = _Period(certificate.not_valid_before_utc, certificate.not_valid_after_utc)
         except x509.ExtensionNotFound as error:
             raise PolicyError(
                 "bad_anchor", "the certificate cannot be a root: it lacks basicConstraints or keyUsage"
@@ -149,26 +149,22 @@ def validate(
     return leaf.key
 
 
-@dataclass(frozen=True, slots=True)
-class _Period:
+class _Period(NamedTuple):
     """When every certificate of a path is valid at once. Both ends belong to it, to the second (RFC 5280 4.1.2.5)."""
 
     not_before: datetime
     not_after: datetime
 
-    @classmethod
-    def of(cls, certificate: x509.Certificate) -> _Period:
-        return cls(certificate.not_valid_before_utc, certificate.not_valid_after_utc)
+    def within(self, certificate: x509.Certificate) -> _Period:
+        """What is left of it with one more certificate."""
+        not_before, not_after = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+        return _Period(max(self.not_before, not_before), min(self.not_after, not_after))
 
-    def __and__(self, other: _Period) -> _Period:
-        return _Period(max(self.not_before, other.not_before), min(self.not_after, other.not_after))
-
-    def __contains__(self, at: datetime) -> bool:
+    def covers(self, at: datetime) -> bool:
         return self.not_before <= at.replace(microsecond=0) <= self.not_after
 
 
-@dataclass(frozen=True, slots=True)
-class _Leaf:
+class _Leaf(NamedTuple):
     """What stands at the end of a path (RFC 5280 section 6.1.5)."""
 
     path: tuple[bytes, ...]
@@ -177,8 +173,7 @@ class _Leaf:
     period: _Period
 
 
-@dataclass(frozen=True, slots=True)
-class _Issuer:
+class _Issuer(NamedTuple):
     """The state of path validation behind the certificates of ``path``, all of them CAs (RFC 5280 section 6.1.2).
 
     It is all that the profile lets one certificate ask of those behind it: names, policies and whatever else would have
@@ -198,29 +193,21 @@ class _Issuer:
         if self.max_path_length == 0:
             raise _Refused("path length constraint violated")
         certificate = _load(der)
-        self._verify(certificate, _CA_PROFILE, at)
+        self._verify(certificate, _CA_STEP, at)
         length = _path_length(_constraints(certificate), self.max_path_length - 1)
-        period = self.period & _Period.of(certificate)
-        return _Issuer((*self.path, der), Store([certificate]), length, period)
+        return _Issuer((*self.path, der), Store([certificate]), length, self.period.within(certificate))
 
     def ended_by(self, der: bytes, at: datetime) -> _Leaf:
         """6.1.3 and 6.1.5: the leaf. Raises one of ``_REFUSALS``."""
         certificate = _load(der)
-        self._verify(certificate, _LEAF_PROFILE, at)
+        self._verify(certificate, _LEAF_STEP, at)
         key = certificate.public_key()
         assert isinstance(key, ec.EllipticCurvePublicKey)  # by _load
-        return _Leaf(self.path, der, key, self.period & _Period.of(certificate))
+        return _Leaf(self.path, der, key, self.period.within(certificate))
 
-    def _verify(self, certificate: x509.Certificate, profile: ExtensionPolicy, at: datetime) -> None:
-        """``certificate`` fits ``profile``, its issuer that of a CA; both are valid; one has signed the other."""
-        verifier = (
-            PolicyBuilder()
-            .store(self.store)
-            .time(at)
-            .max_chain_depth(0)
-            .extension_policies(ca_policy=_CA_PROFILE, ee_policy=profile)
-            .build_client_verifier()
-        )
+    def _verify(self, certificate: x509.Certificate, step: PolicyBuilder, at: datetime) -> None:
+        """``certificate`` fits its profile, the issuer that of a CA; both are valid; one has signed the other."""
+        verifier = step.store(self.store).time(at).build_client_verifier()
         # A certificate that is itself in the store would be a path of one, on which nothing was signed by anything.
         if len(verifier.verify(certificate, []).chain) != 2:
             raise _Refused("a certificate stands behind itself")
@@ -275,7 +262,7 @@ class _Recent(Generic[K, S]):
     def get(self, key: K, at: datetime) -> S | None:
         with self._lock:
             state = self._states.get(key)
-            if state is None or at not in state.period:
+            if state is None or not state.period.covers(at):
                 return None
             self._states.move_to_end(key)
             return state
@@ -383,3 +370,9 @@ _LEAF_PROFILE = (
     .require_present(x509.KeyUsage, Criticality.AGNOSTIC, _leaf_usage)
 )
 _CA_PROFILE = ExtensionPolicy.webpki_defaults_ca().require_present(x509.KeyUsage, Criticality.CRITICAL, _ca_usage)
+
+# One certificate, and the one before it in the store: no search.
+_CA_STEP, _LEAF_STEP = (
+    PolicyBuilder().max_chain_depth(0).extension_policies(ca_policy=_CA_PROFILE, ee_policy=profile)
+    for profile in (_CA_PROFILE, _LEAF_PROFILE)
+)

@@ -25,7 +25,6 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _LAST_TIMESTAMP = 253_402_300_799_999
 """Milliseconds: the end of the year 9999, the last that a datetime can say."""
 
-_PCR_NAMES = tuple(f"PCR{index}" for index in range(PCR_COUNT))
 _REQUIRED = frozenset(("module_id", "digest", "timestamp", "pcrs", "certificate", "cabundle"))
 _OPTIONAL = frozenset(("public_key", "user_data", "nonce"))
 
@@ -64,12 +63,16 @@ class AttestationDocument:
         for index, register in record.map("pcrs").items():
             if not (isinstance(index, int) and 0 <= index < PCR_COUNT):
                 raise record.refusal("pcrs", f"indexes 0 to {PCR_COUNT - 1}", cbor.shown(index))
-            pcrs[index] = record.octets_of(register, _PCR_NAMES[index], DIGEST_SIZE, DIGEST_SIZE)
+            if not (isinstance(register, bytes) and len(register) == DIGEST_SIZE):
+                raise record.wrong_octets(register, f"PCR{index}", DIGEST_SIZE, DIGEST_SIZE)
+            pcrs[index] = register
         if not pcrs:
             raise record.refusal("pcrs", "at least one register", "none")
-        cabundle = tuple(
-            record.octets_of(certificate, "cabundle", 1, MAX_CERTIFICATE) for certificate in record.array("cabundle")
-        )
+        cabundle: list[bytes] = []
+        for certificate in record.array("cabundle"):
+            if not (isinstance(certificate, bytes) and 1 <= len(certificate) <= MAX_CERTIFICATE):
+                raise record.wrong_octets(certificate, "cabundle", 1, MAX_CERTIFICATE)
+            cabundle.append(certificate)
         if not cabundle:
             raise record.refusal("cabundle", "at least the root", "none")
         return cls(
@@ -77,7 +80,7 @@ class AttestationDocument:
             timestamp=_EPOCH + timedelta(milliseconds=milliseconds),
             pcrs=MappingProxyType(pcrs),
             certificate=record.octets("certificate", 1, MAX_CERTIFICATE),
-            cabundle=cabundle,
+            cabundle=tuple(cabundle),
             public_key=record.optional_octets("public_key", MAX_FIELD),
             user_data=record.optional_octets("user_data", MAX_FIELD),
             nonce=record.optional_octets("nonce", MAX_FIELD),
