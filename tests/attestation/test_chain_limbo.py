@@ -1,7 +1,9 @@
 """The chain step against counterparts of x509-limbo's cases.
 
-x509-limbo (C2SP) is a collection of certificate chains with the verdict that RFC 5280 asks for. Its chains are mostly
-of P-256, for servers, and built by its own program, so that none of them can pass here as it is. These are our own of
+x509-limbo (C2SP) is a collection of certificate chains with the verdict that RFC 5280 asks for. Its cases are not here
+themselves: no package of PyPI or npm brings them (looked for in November 2026). As they are they would say little, too:
+nearly all are of P-256 and for names of web servers, and our profile refuses any key that is not on P-384 before it
+looks at what a case is about, so that good ones would fail, and bad ones for that reason alone. These are our own of
 the same shape: P-384, root first, for a client's verifier, each under the name of the case that it corresponds to.
 ``limbo`` is that case's verdict; where ours is another, ``because`` says why: ours is a profile of RFC 5280, for one
 PKI.

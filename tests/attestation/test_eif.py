@@ -578,7 +578,9 @@ def test_a_signature_moved_to_another_image_is_an_error() -> None:
 # --- Known answers
 # ------------------------------------------------------------------------------------------------
 
-needs_vectors = pytest.mark.skipif(not VECTORS.is_dir(), reason="../shared/vectors/nitro is not here")
+needs_vectors = pytest.mark.skipif(
+    not VECTORS.is_dir(), reason="AWS's collected documents are not beside this repository: ../shared/vectors/nitro"
+)
 
 
 @needs_vectors

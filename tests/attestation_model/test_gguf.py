@@ -217,7 +217,9 @@ def test_a_vocabulary_may_go_beyond_what_is_read_at_once(shift: int) -> None:
     assert [tensor.name for tensor in header.tensors] == ["t"]
 
 
-@pytest.mark.skipif(not VECTORS.is_dir(), reason="llama.cpp's vocabularies are not beside this repository")
+@pytest.mark.skipif(
+    not VECTORS.is_dir(), reason="llama.cpp's vocabularies are not beside this repository: ../shared/vectors/gguf"
+)
 def test_a_real_vocabulary_is_read() -> None:
     with (VECTORS / "ggml-vocab-qwen2.gguf").open("rb") as file:
         header = read_header(file)
