@@ -7,7 +7,9 @@ import pytest
 
 from attestation import chain
 from attestation.chain import ChainCache
+from attestation.commitment import Evidence
 from attestation.cose import COSE_SIGN1_TAG, SIGNATURE_SIZE, CoseSign1
+from attestation.document import AttestationDocument
 from attestation.errors import EvidenceError
 from attestation.policy import AppraisalPolicy
 from attestation.verifier import verify
@@ -50,3 +52,16 @@ def test_its_bytes_identify_nothing(policy: AppraisalPolicy, monkeypatch: pytest
         assert result.claims == first.claims
         # Of the bytes as they came there is their number, in step 1, and nothing else.
         assert {**result.as_json(), "checks": result.checks[1:]} == {**first.as_json(), "checks": first.checks[1:]}
+
+
+def test_which_of_the_two_a_file_begins_as() -> None:
+    """A guess, for a better error where one stands in the place of the other."""
+    tagged = forge.head(6, COSE_SIGN1_TAG) + forge.document()
+    for data, is_evidence, is_document in (
+        (forge.evidence(), True, False),
+        (forge.document(), False, True),
+        (tagged, False, True),
+        (b"", False, False),
+        (b"{}", False, False),
+    ):
+        assert (Evidence.is_in(data), AttestationDocument.is_in(data)) == (is_evidence, is_document)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
@@ -156,6 +156,19 @@ def test_registers_that_no_commitment_explains(document_policy: AppraisalPolicy)
         (Status.IGNORED, "no model"),
         (Status.IGNORED, "no configuration"),
     ]
+
+
+@pytest.mark.parametrize(
+    "at",
+    [
+        datetime.max.replace(tzinfo=timezone(timedelta(hours=-14))),
+        datetime.min.replace(tzinfo=timezone(timedelta(hours=14))),
+    ],
+    ids=["last", "first"],
+)
+def test_a_time_of_no_calendar_is_a_mistake(policy: AppraisalPolicy, at: datetime) -> None:
+    with pytest.raises(ValueError, match="calendar"):
+        verify(forge.evidence(), policy=policy, nonce=forge.NONCE, at=at)
 
 
 def test_a_policy_judges_what_it_is_for(policy: AppraisalPolicy, document_policy: AppraisalPolicy) -> None:
