@@ -9,7 +9,6 @@ header: a file in which the two would find different images is refused here, as 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import struct
 import zlib
@@ -32,6 +31,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from attestation.cbor import Record, decode, shown
 from attestation.errors import EvidenceError, StrongroomError
 from attestation.reference import DIGEST_SIZE, ZERO_PCR, PcrSet, once_extended
+from attestation.strict_json import Json, decode_foreign
 
 MAGIC: Final = b".eif"
 VERSIONS: Final = (3, 4)
@@ -63,7 +63,6 @@ HASH_ALGORITHM: Final = "Sha384 { ... }"
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Told bytes read and bytes in all."""
-Json: TypeAlias = "str | int | float | bool | list[Json] | dict[str, Json] | None"
 
 
 class SectionType(IntEnum):
@@ -182,6 +181,8 @@ class EnclaveImage:
     """``pcr8`` is there when the image is signed."""
     signer: SigningCertificate | None
     """Who signed it, once the signature has verified. None for an image that is not signed."""
+    sha384: bytes
+    """Over the whole file, 48 bytes. It says which file this was; what is measured is ``measurements``."""
 
     def as_nitro_cli(self) -> dict[str, dict[str, str]]:
         """What ``nitro-cli build-enclave`` prints, as JSON, for this image."""
@@ -252,6 +253,7 @@ def measure_image(file: BinaryIO, *, at: datetime | None = None, progress: Progr
         metadata=None if metadata is None else _metadata(metadata),
         measurements=measurements,
         signer=signer,
+        sha384=source.sha384.digest(),
     )
 
 
@@ -282,12 +284,13 @@ def measurements_from_nitro_cli(text: bytes) -> PcrSet:
 
 
 class _Source:
-    """The file, once from its beginning to its end. ``crc`` is over all that was read."""
+    """The file, once from its beginning to its end. ``crc`` and ``sha384`` are over all that was read."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self.position = 0
         self.crc = 0
+        self.sha384 = hashlib.sha384()
 
     def pieces(self, size: int) -> Iterator[bytes]:
         """The next ``size`` bytes, which nobody has to believe in: a chunk at a time, as they are there."""
@@ -299,6 +302,7 @@ class _Source:
                 raise ImageError("truncated_eif", "the file ends too early", expected=at_least, got=got)
             self.position += len(piece)
             self.crc = zlib.crc32(piece, self.crc)
+            self.sha384.update(piece)
             yield piece
 
     def take(self, size: int) -> bytes:
@@ -320,7 +324,8 @@ class _Header:
 def _read_header(source: _Source) -> _Header:
     magic = source.take(len(MAGIC))
     if magic != MAGIC:
-        raise ImageError("not_eif", "not an enclave image file", expected=MAGIC, got=magic)
+        expected, got = (ascii(each.decode("latin-1")) for each in (MAGIC, magic))
+        raise ImageError("not_eif", "not an enclave image file, which begins otherwise", expected=expected, got=got)
     header = magic + source.take(HEADER.size - len(MAGIC))
     source.crc = zlib.crc32(header[:-CRC_SIZE])
     _, version, flags, memory, cpus, reserved, count, *table, unused, crc = HEADER.unpack(header)
@@ -448,27 +453,9 @@ def _register(name: str, value: Json) -> bytes:
 
 
 def _json(data: bytes, code: str) -> Json:
-    """Strict JSON (RFC 8259) in UTF-8: each key once, and nothing that could not be written again."""
+    if len(data) > MAX_JSON_SIZE:
+        raise ImageError(code, "not strict JSON: too large", expected=f"at most {MAX_JSON_SIZE} bytes", got=len(data))
     try:
-        if len(data) > MAX_JSON_SIZE:
-            raise ValueError(f"more than {MAX_JSON_SIZE} bytes")
-        value: Json = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")  # no lone surrogate, no NaN, no infinity
-        level = [value]
-        for _ in range(MAX_JSON_DEPTH):
-            inner = [
-                each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)
-            ]
-            level = [each for container in inner for each in container]
-        if level:
-            raise ValueError(f"nested more than {MAX_JSON_DEPTH} deep")
-    except (ValueError, RecursionError) as error:
-        raise ImageError(code, f"not strict JSON: {error}") from error
-    return value
-
-
-def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError("a key stands twice")
-    return fields
+        return decode_foreign(data, code=code, max_depth=MAX_JSON_DEPTH)
+    except EvidenceError as error:
+        raise ImageError(code, f"not strict {error.message}") from error

@@ -296,8 +296,11 @@ class _Reader:
     def header(self) -> GgufHeader:
         magic = self._take(4, "the magic") if self._size >= 4 else b""
         if magic != MAGIC:
-            got = magic.hex() or f"a file of {self._size} bytes"
-            raise ModelError("not_gguf", "not a GGUF file", expected=MAGIC.hex(), got=got, offset=0)
+            got = ascii(magic.decode("latin-1")) if magic else f"a file of {self._size} bytes"
+            expected = ascii(MAGIC.decode("ascii"))
+            raise ModelError(
+                "not_gguf", "not a GGUF file, which begins otherwise", expected=expected, got=got, offset=0
+            )
         version = self._u32("the version")
         if version not in VERSIONS:
             raise ModelError("unsupported_gguf", "unknown GGUF version", expected="2 or 3", got=version, offset=4)

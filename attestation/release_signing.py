@@ -55,6 +55,10 @@ class ReleaseError(StrongroomError):
 
     exit_code: ClassVar[int] = 3
 
+    def of(self, where: str) -> ReleaseError:
+        """The same error, said of ``where``: an entry, or a file."""
+        return ReleaseError(self.code, f"{where}: {self.message}", expected=self.expected, got=self.got)
+
 
 class SigningError(StrongroomError):
     """Nothing was signed, for a reason on the signer's side. Codes here: ``unusable_key``, ``unusable_statement``."""
@@ -238,7 +242,7 @@ def unseal(envelope: bytes, *, key: PublicKey, name: str) -> bytes:
     try:
         key.verify(signature, pre_authentication_encoding(payload))
     except ReleaseError as error:
-        raise ReleaseError(error.code, f"{name}: {error.message}", expected=error.expected, got=error.got) from error
+        raise error.of(name) from error
     return payload
 
 

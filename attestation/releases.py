@@ -43,6 +43,7 @@ _WRITTEN_TIME: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}
 _WRITTEN_DIGEST: Final = re.compile(r"sha384:([0-9a-f]{96})")
 _HEX_REGISTER: Final = re.compile(r"[0-9a-f]{96}")
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_FETCH: Final = "fetch the newest one; if it is the newest that you can get, somebody withholds what came after it"
 _REGISTERS: Final = frozenset(map(str, (PCR_IMAGE, PCR_BOOT, PCR_APPLICATION)))
 
 
@@ -188,13 +189,12 @@ class ReleaseHistory:
                 statement = ReleaseStatement.decode(payload)
                 _require_succession(statement, entries, name)
             except ReleaseError as error:
-                message = f"{where}: {error.message}"
-                raise ReleaseError(error.code, message, expected=error.expected, got=error.got) from error
+                raise error.of(where) from error
             entries.append(Entry(statement, hashlib.sha384(payload).digest()))
         if len(entries) < minimum_sequence:
             raise ReleaseError(
                 "rolled_back",
-                "an older history than the policy asks for",
+                f"the history has {_entries(len(entries))}, and at least {minimum_sequence} must be there: {_FETCH}",
                 expected=f"{minimum_sequence} entries or more",
                 got=len(entries),
             )
@@ -222,7 +222,7 @@ class ReleaseHistory:
         if len(self.entries) < head.sequence:
             raise ReleaseError(
                 "rolled_back",
-                "an older history than one that was seen before",
+                f"the history has {_entries(len(self.entries))}, and {head.sequence} were seen before: {_FETCH}",
                 expected=f"{head.sequence} entries or more",
                 got=len(self.entries),
             )
@@ -230,7 +230,8 @@ class ReleaseHistory:
         if digest != head.digest:
             raise ReleaseError(
                 "rolled_back",
-                "another history than the one that was seen before",
+                "another history than the one that was seen before: its publisher has begun anew, or somebody shows"
+                " you something else than others; ask the publisher before you trust it",
                 expected=f"entry {head.sequence} {_written(head.digest)}",
                 got=_written(digest),
             )
@@ -290,11 +291,14 @@ def _lines(data: bytes) -> Iterator[bytes]:
     if len(data) > MAX_HISTORY:
         raise ReleaseError(_CODE, "the history is too large", expected=f"at most {MAX_HISTORY} bytes", got=len(data))
     count = data.count(b"\n")
-    if not 0 < count <= MAX_ENTRIES:
-        raise ReleaseError(_CODE, "wrong number of entries", expected=f"1 to {MAX_ENTRIES}", got=count)
+    if count > MAX_ENTRIES:
+        raise ReleaseError(_CODE, "the history has too many entries", expected=f"at most {MAX_ENTRIES}", got=count)
     *lines, rest = data.split(b"\n")
     if rest:
-        raise ReleaseError(_CODE, "the last line has no end", expected="a line feed", got=f"{len(rest)} bytes")
+        message = "the last line has no end: the file was cut off, or is no release history"
+        raise ReleaseError(_CODE, message, expected="a line feed", got=f"{len(rest)} bytes without one")
+    if not lines:
+        raise ReleaseError(_CODE, "the history is empty", expected=f"1 to {MAX_ENTRIES} entries", got="none")
     return iter(lines)
 
 
@@ -424,6 +428,10 @@ def _time(record: Record, field: str) -> datetime:
 
 def _written(digest: bytes | None) -> str | None:
     return None if digest is None else f"sha384:{digest.hex()}"
+
+
+def _entries(count: int) -> str:
+    return f"{count} entr{'y' if count == 1 else 'ies'}"
 
 
 def _utc(at: datetime) -> datetime:

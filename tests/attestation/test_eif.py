@@ -64,6 +64,7 @@ def test_a_whole_image_is_described() -> None:
     assert found.metadata == eif_files.METADATA_FIELDS
     assert found.signer is None
     assert found.measurements == PcrSet(*GOOD.registers())
+    assert found.sha384 == hashlib.sha384(PLAIN).digest()
 
 
 def test_sections_are_where_the_file_has_them() -> None:
@@ -220,7 +221,7 @@ def larger(kind: int, size: int) -> Eif:
 
 LIES: dict[str, tuple[Callable[[], Eif | bytes], str, str]] = {
     "empty": (lambda: b"", "truncated_eif", "ends"),
-    "another format": (lambda: b"PK\x03\x04" + bytes(600), "not_eif", "not an enclave image"),
+    "another format": (lambda: b"PK\x03\x04" + bytes(600), "not_eif", "begins otherwise"),
     "another magic": (lambda: replace(GOOD, magic=b".EIF"), "not_eif", "not an enclave image"),
     "version 2": (lambda: image(version=2), "unsupported_eif", "version"),
     "version 5": (lambda: replace(GOOD, version=5), "unsupported_eif", "version"),

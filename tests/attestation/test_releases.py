@@ -219,6 +219,9 @@ def test_a_rollback_of_reference_values_is_refused() -> None:
     head = verified(THREE).head
     error = refused("rolled_back", b"".join(LINES[:2]), head=head)
     assert (error.expected, error.got) == ("3 entries or more", "2")
+    assert error.message.startswith("the history has 2 entries, and 3 were seen before: fetch the newest one")
+    alone = refused("rolled_back", LINES[0], head=head)
+    assert alone.message.startswith("the history has 1 entry, and 3 were seen before")
 
 
 def test_another_history_of_the_same_key_is_refused() -> None:
@@ -226,12 +229,28 @@ def test_another_history_of_the_same_key_is_refused() -> None:
     fork = history_of([ONE], [TWO], [ONE], [TWO])
     error = refused("rolled_back", fork, head=head)
     assert error.expected == f"entry 2 sha384:{head.digest.hex()}"
+    assert "ask the publisher" in error.message
 
 
 def test_a_minimum_for_who_remembers_nothing() -> None:
     verified(THREE, minimum_sequence=3)
     error = refused("rolled_back", THREE, minimum_sequence=4)
     assert (error.expected, error.got) == ("4 entries or more", "3")
+    assert "the history has 3 entries, and at least 4 must be there" in error.message
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "the history is empty"),
+        (LINES[0][:-1], "cut off"),
+        (LINES[0][:100], "cut off"),
+        (THREE[:-1], "cut off"),
+        (b"\n" * 4097, "too many entries"),
+    ],
+)
+def test_a_file_that_is_cut_off_is_said_to_be(data: bytes, said: str) -> None:
+    assert said in refused("malformed_release", data).message
 
 
 # --- One failure each: the statement -------------------------------------------------------------------------------

@@ -67,6 +67,28 @@ def test_what_is_not_strict_is_refused(data: bytes) -> None:
     assert caught.value.message.isprintable()
 
 
+@pytest.mark.parametrize("data", [b'"\\ud800"', b'{"\\udfff":1}', b'["a\\udc00"]', b'"\xed\xa0\x80"'])
+@pytest.mark.parametrize("is_foreign", [False, True])
+def test_a_text_can_be_written_again(data: bytes, is_foreign: bool) -> None:
+    with pytest.raises(EvidenceError, match=r"half a character|not UTF-8"):
+        strict_json.decode_foreign(data, code="c", max_depth=8) if is_foreign else strict_json.decode(data, code="c")
+
+
+def test_a_foreign_format_has_booleans_and_floats() -> None:
+    said = {"a": [1, 1.5, True, None, "ä", -(10**30)], "𝄞": {}}
+    assert strict_json.decode_foreign(json.dumps(said).encode(), code="c", max_depth=2) == said
+    for data, what in (
+        (b"[[1]]", "nested more than 1 deep"),
+        (b"1e999", "too large"),
+        (b"[-1e999]", "too large"),
+        (b"NaN", "no integer"),
+        (b'{"a":1,"a":1}', "twice"),
+        (b"9" * 5000, "integer string conversion"),
+    ):
+        with pytest.raises(EvidenceError, match=what):
+            strict_json.decode_foreign(data, code="c", max_depth=1)
+
+
 def test_brackets_within_texts_do_not_nest() -> None:
     text = "[" * 50 + '\\"{' * 50
     assert strict_json.decode(json.dumps([text, text]).encode(), code="c") == [text, text]

@@ -32,6 +32,12 @@ def refused(data: bytes) -> ModelError:
     return caught.value
 
 
+def test_another_format_is_shown_as_people_read_it() -> None:
+    error = refused(b"\x7fELF" + bytes(100))
+    assert (error.expected, error.got) == ("'GGUF'", r"'\x7fELF'")
+    assert refused(b"GG").got == "a file of 2 bytes"
+
+
 def test_a_whole_file_is_described() -> None:
     header = read(TINY)
     assert header.version == 3
