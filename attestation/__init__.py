@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         RegisterRule,
         Release,
         Released,
+        ReleasesInForce,
         Require,
         SignedReleases,
     )
@@ -82,7 +83,7 @@ else:
         "releases": "Head ReleaseHistory",
         "rules": (
             "Binding ChannelBinding DigestRule DocumentBinding FieldRule Forbid Ignore Manifests Measures ModelRule "
-            "NameRule RegisterRule Release Released Require SignedReleases"
+            "NameRule RegisterRule Release Released ReleasesInForce Require SignedReleases"
         ),
         "verifier": (
             "MIN_NONCE NONCE_SIZE ArchivedResult AttestationResult AuthenticDocument DocumentResult "
@@ -148,6 +149,7 @@ __all__ = [
     "ReleaseError",
     "ReleaseHistory",
     "Released",
+    "ReleasesInForce",
     "Require",
     "SignedReleases",
     "Status",

@@ -7,7 +7,7 @@ steps 1 to 9 vouch for, and makes the result.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from attestation import cbor
 from attestation.checks import STEPS, Check, Checklist, Status
@@ -36,6 +36,7 @@ from attestation.rules import (
     RegisterRule,
     Release,
     Released,
+    ReleasesInForce,
 )
 
 IMAGE_REGISTERS = (PCR_IMAGE, PCR_BOOT, PCR_APPLICATION)
@@ -47,15 +48,17 @@ def appraise(
     policy: AppraisalPolicy,
     claims: AttestationDocument,
     commitment: Commitment | None,
-    at: datetime,
+    at: datetime | None,
 ) -> Release | None:
     """Steps 10 to 15, entered into ``checklist``; the release that the image is, or None where debug mode is accepted.
 
-    ``commitment`` is None for a bare document: then the registers themselves are judged. Raises AppraisalError with
-    every check when one has failed.
+    ``commitment`` is None for a bare document: then the registers themselves are judged. ``at`` is None for what is
+    archived: then the releases judge that were in force at its own time. Raises AppraisalError with every check when
+    one has failed.
     """
     debug = _judge_debug(checklist, policy, claims)
-    release = _judge_image(checklist, policy, claims, debug, at)
+    in_force = policy.releases_in_force(claims.timestamp if at is None else None)
+    release = _judge_image(checklist, policy, claims, debug, in_force, claims.timestamp if at is None else at)
     model = _Committed(claims.pcrs.get(PCR_MODEL), None if commitment is None else commitment.model)
     _judge_model(checklist, policy.model, release, model)
     configuration = _Committed(
@@ -97,31 +100,36 @@ def _judge_debug(checklist: Checklist, policy: AppraisalPolicy, claims: Attestat
 
 
 def _judge_image(
-    checklist: Checklist, policy: AppraisalPolicy, claims: AttestationDocument, debug: bool, at: datetime
+    checklist: Checklist,
+    policy: AppraisalPolicy,
+    claims: AttestationDocument,
+    debug: bool,
+    in_force: ReleasesInForce,
+    at: datetime,
 ) -> Release | None:
-    """11. The release whose registers are, together, those of the document."""
-    for release in policy.accepted_releases:
+    """11. The release whose registers are, together, those of the document; signed releases count for a time."""
+    for release in in_force.releases:
         registers = release.pcrs.as_registers()
         if all(claims.pcrs.get(index) == value for index, value in registers.items()):
             got = registers_text(registers)
-            expected = f"release {release.name} ({got})"
-            if policy.expires is not None and at >= policy.expires:
-                expected = f"releases that are accepted at {at.isoformat()}"
-                got = f"release {release.name}, accepted before {policy.expires.isoformat()}"
-                checklist.add(_judged(11, STEPS[11], False, expected, got, "expired_release"))
-            else:
-                checklist.add(Check(11, STEPS[11], Status.PASSED, expected, got))
+            expected, code = f"release {release.name} ({got})", "wrong_image"
+            if in_force.expires is not None and at >= in_force.expires:
+                expected, code = f"a release that is accepted at {at.isoformat()}", "expired_release"
+                got = f"release {release.name}, accepted before {in_force.expires.isoformat()}"
+            elif in_force.issued is not None and at + timedelta(seconds=policy.leeway_seconds) < in_force.issued:
+                expected, code = f"a release that is accepted at {at.isoformat()}", "unissued_release"
+                got = f"release {release.name}, accepted from {in_force.issued.isoformat()}"
+            checklist.add(_judged(11, STEPS[11], code == "wrong_image", expected, got, code))
             return release
-    named = sorted({index for release in policy.accepted_releases for index in release.pcrs.as_registers()})
+    named = sorted({index for release in in_force.releases for index in release.pcrs.as_registers()} or IMAGE_REGISTERS)
     expected = " or ".join(
-        f"release {release.name} ({registers_text(release.pcrs.as_registers())})"
-        for release in policy.accepted_releases
+        f"release {release.name} ({registers_text(release.pcrs.as_registers())})" for release in in_force.releases
     )
     got = registers_text(claims.pcrs, named)
     if debug and policy.accept_debug is not None:
         checklist.add(Check(11, STEPS[11], Status.IGNORED, expected, got, explanation=policy.accept_debug))
     else:
-        checklist.add(_judged(11, STEPS[11], False, expected, got, "wrong_image"))
+        checklist.add(_judged(11, STEPS[11], False, expected or "a release of that time", got, "wrong_image"))
     return None
 
 
@@ -224,12 +232,15 @@ def _judge_field(checklist: Checklist, name: str, rule: FieldRule, value: bytes 
         checklist.add(_judged(14, name, value in rule.values, " or ".join(map(field_text, rule.values)), got, code))
 
 
+_ANY_ENTROPY = tuple(Entropy)
+
+
 def _judge_entropy(checklist: Checklist, policy: AppraisalPolicy, commitment: Commitment | None) -> None:
     """15. Randomness that the host chose is fit for an emulated enclave alone."""
     if commitment is None:
         checklist.passes_by(15, "a bare document does not say where its enclave's randomness comes from")
         return
-    accepted = tuple(Entropy) if policy.anchor.is_emulated else (Entropy.NSM_HWRNG,)
+    accepted = _ANY_ENTROPY if policy.anchor.is_emulated else (Entropy.NSM_HWRNG,)
     expected, got = " or ".join(accepted), commitment.entropy.value
     checklist.add(_judged(15, STEPS[15], commitment.entropy in accepted, expected, got, "host_entropy"))
 
@@ -244,6 +255,7 @@ _MEANING = {
     "debug_mode": "an enclave in debug mode: its host can read its memory",
     "wrong_image": "no release of the policy has these registers together",
     "expired_release": "the signed releases have expired: a newer history is needed, or somebody is holding it back",
+    "unissued_release": "the signed releases are from the future; is the clock right?",
     "wrong_model": "the enclave runs a model that the policy does not name",
     "wrong_configuration": "the enclave runs under a configuration that the policy does not name",
     "wrong_pcr": "something was measured that the policy does not accept",

@@ -36,7 +36,7 @@ from attestation.reference import (
     PcrSet,
 )
 from attestation.release_signing import PublicKey, ReleaseError
-from attestation.releases import MAX_HISTORY, ReleaseHistory
+from attestation.releases import MAX_ENTRIES, MAX_HISTORY, ReleaseHistory
 from attestation.rules import (
     Binding,
     ChannelBinding,
@@ -52,6 +52,7 @@ from attestation.rules import (
     RegisterRule,
     Release,
     Released,
+    ReleasesInForce,
     Require,
     SignedReleases,
 )
@@ -107,20 +108,30 @@ class AppraisalPolicy:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pcrs", MappingProxyType(dict(self.pcrs)))
-        _require_bounds("freshness.max_age_seconds", self.max_age_seconds, 1, MAX_AGE)
-        _require_bounds("freshness.leeway_seconds", self.leeway_seconds, 0, MAX_LEEWAY)
+        _require_bounds("freshness.max_age_seconds", self.max_age_seconds, 1, MAX_AGE, "seconds")
+        _require_bounds("freshness.leeway_seconds", self.leeway_seconds, 0, MAX_LEEWAY, "seconds")
         if self.accept_debug is not None:
             printable("debug.accept", self.accept_debug)
         releases = self.accepted_releases
         if not releases:
             raise PolicyError("missing_field", "at least one release must be named", field="release", got="none")
-        names: set[str] = set()
         for position, release in enumerate(releases):
-            if release.name in names:
-                raise PolicyError(
-                    "contradiction", "two releases have one name", field=f"release[{position}].name", got=release.name
-                )
-            names.add(release.name)
+            for other in releases[:position]:
+                if other.name == release.name:
+                    raise PolicyError(
+                        "contradiction",
+                        "two releases have one name",
+                        field=f"release[{position}].name",
+                        got=release.name,
+                    )
+                if other.pcrs.is_ambiguous_beside(release.pcrs):
+                    raise PolicyError(
+                        "contradiction",
+                        "one enclave could be either of two releases: let one of them name it, with all that may run",
+                        field=f"release[{position}]",
+                        expected="another image, or another signer",
+                        got=f"the image of {other.name}",
+                    )
         self._require_released("model", self.model, [release.models for release in releases])
         self._require_released("configuration", self.configuration, [release.configurations for release in releases])
         self._require_register_rules()
@@ -133,6 +144,13 @@ class AppraisalPolicy:
                 field=f"{field}.released",
                 expected=f"a release with {field}s",
                 got="none",
+            )
+        if not isinstance(rule, Released) and any(named) and not isinstance(self.releases, SignedReleases):
+            raise PolicyError(
+                "contradiction",
+                f"a release names {field}s that would never be asked for",
+                field=f"{field}",
+                expected="released = true, or no such list",
             )
 
     def _require_register_rules(self) -> None:
@@ -162,13 +180,19 @@ class AppraisalPolicy:
 
     @property
     def accepted_releases(self) -> tuple[Release, ...]:
-        """Never empty."""
-        return self.releases.releases if isinstance(self.releases, SignedReleases) else self.releases
+        """Those that count now. Never empty."""
+        return self.releases_in_force(None).releases
 
     @property
     def expires(self) -> datetime | None:
-        """From when on the releases are accepted no more. None: they stand in the policy itself, and stay."""
-        return self.releases.history.expires if isinstance(self.releases, SignedReleases) else None
+        """From when on these are accepted no more. None: they stand in the policy itself, and stay."""
+        return self.releases_in_force(None).expires
+
+    def releases_in_force(self, at: datetime | None) -> ReleasesInForce:
+        """Those that count now; or, for what is archived, those that counted ``at`` its time, as far as was stated."""
+        if isinstance(self.releases, SignedReleases):
+            return self.releases.in_force(at)
+        return ReleasesInForce(self.releases)
 
     @classmethod
     def load(cls, path: Path | str, *, heads: HeadMemory | None = None) -> AppraisalPolicy:
@@ -214,8 +238,6 @@ class AppraisalPolicy:
             module_id=_name_rule(top.table("module_id")),
         )
         top.finish()
-        if isinstance(policy.releases, SignedReleases) and heads is not None:
-            heads.remember(policy.releases.history)
         return policy
 
 
@@ -290,6 +312,7 @@ def _releases(top: Table, directory: Path, heads: HeadMemory | None) -> tuple[Re
     top.one_of("release", "releases")
     table = top.table("releases")
     file, name, minimum = table.text("history"), table.text("name"), table.integer("minimum_sequence")
+    _require_bounds(table.field("minimum_sequence"), minimum, 1, MAX_ENTRIES, "entries")
     field = table.field("key")
     try:
         key = PublicKey.parse(table.text("key"))
@@ -307,6 +330,7 @@ def _releases(top: Table, directory: Path, heads: HeadMemory | None) -> tuple[Re
     data = _read(directory / file, MAX_HISTORY, "unreadable_history", field=table.field("history"))
     head = heads.recall(key, name)
     history = ReleaseHistory.verify(data, key=key, name=name, minimum_sequence=minimum, head=head)
+    heads.remember(history)  # before anything is judged by it: that everything was taken back is worth remembering most
     return SignedReleases(file, minimum, history)
 
 
@@ -373,6 +397,7 @@ def _model_rule(table: Table, directory: Path) -> ModelRule:
     if not table.has("manifests"):
         return _digest_rule(table)
     minimum = table.integer("minimum_version")
+    _require_bounds(table.field("minimum_version"), minimum, 0, (1 << 63) - 1, "")
     files = tuple((name, _manifest(field, directory / name)) for field, name in table.texts("manifests"))
     table.finish()
     try:
@@ -422,9 +447,10 @@ def _name_rule(table: Table) -> NameRule:
     return rule
 
 
-def _require_bounds(field: str, value: int, low: int, high: int) -> None:
+def _require_bounds(field: str, value: int, low: int, high: int, unit: str) -> None:
     if not low <= value <= high:
-        raise PolicyError("wrong_value", "out of bounds", field=field, expected=f"{low} to {high} seconds", got=value)
+        expected = f"{low} to {high} {unit}".rstrip()
+        raise PolicyError("wrong_value", "out of bounds", field=field, expected=expected, got=value)
 
 
 def _read(path: Path, limit: int, code: str, *, field: str | None) -> bytes:

@@ -62,6 +62,11 @@ class PcrSet:
             if len(value) != DIGEST_SIZE:
                 raise ValueError(f"a PCR has {DIGEST_SIZE} bytes, not {len(value)}")
 
+    def is_ambiguous_beside(self, other: PcrSet) -> bool:
+        """Whether one enclave could be both: the same image, and not two different signers."""
+        same_image = (self.pcr0, self.pcr1, self.pcr2) == (other.pcr0, other.pcr1, other.pcr2)
+        return same_image and (self.pcr8 == other.pcr8 or None in (self.pcr8, other.pcr8))
+
     def as_registers(self) -> dict[int, bytes]:
         registers = {PCR_IMAGE: self.pcr0, PCR_BOOT: self.pcr1, PCR_APPLICATION: self.pcr2}
         if self.pcr8 is not None:

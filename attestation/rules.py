@@ -6,6 +6,7 @@ A rule requires, forbids, or ignores with a written reason. There is no fourth w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Generic, TypeAlias, TypeVar
 
 from attestation.document import MAX_FIELD
@@ -187,6 +188,18 @@ class Release:
 
 
 @dataclass(frozen=True, slots=True)
+class ReleasesInForce:
+    """What was accepted at some time, and from when to when: without end where a policy itself says it."""
+
+    releases: tuple[Release, ...]
+    """None, where nothing had been stated yet."""
+    issued: datetime | None = None
+    """From when on they count, UTC."""
+    expires: datetime | None = None
+    """From when on they count no more, UTC."""
+
+
+@dataclass(frozen=True, slots=True)
 class SignedReleases:
     """The releases of a history that a publisher has signed, and where a policy says to find it.
 
@@ -206,12 +219,17 @@ class SignedReleases:
                 "no_release", "the publisher has taken every release back", field="releases.history", got="none"
             )
 
-    @property
-    def releases(self) -> tuple[Release, ...]:
-        return tuple(
-            Release(image.name, image.pcrs, image.models, image.configurations)
-            for image in self.history.current.releases
+    def in_force(self, at: datetime | None) -> ReleasesInForce:
+        """By the last statement; or, for what is archived, by the last that had been issued ``at`` that time."""
+        statements = [entry.statement for entry in self.history.entries]
+        if at is not None:
+            statements = [statement for statement in statements if statement.issued <= at]
+        if not statements:
+            return ReleasesInForce(())
+        releases = tuple(
+            Release(image.name, image.pcrs, image.models, image.configurations) for image in statements[-1].releases
         )
+        return ReleasesInForce(releases, statements[-1].issued, statements[-1].expires)
 
 
 def _require_some(field: str, values: tuple[object, ...]) -> None:

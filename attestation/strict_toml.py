@@ -75,7 +75,7 @@ class Table:
 
     def true(self, key: str) -> None:
         if self._take(key) is not True:
-            raise wrong_value(self.field(key), "true", self._values[key])
+            raise wrong_value(self.field(key), "true", type(self._values[key]).__name__)
 
     def text(self, key: str) -> str:
         return printable(self.field(key), self._take(key))

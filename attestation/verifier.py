@@ -174,7 +174,7 @@ def verify(
         *verification.conclude(claims),
         release=_name(release),
         commitment=commitment,
-        valid_seconds=max(0.0, min(policy.max_age_seconds - age.total_seconds(), float(commitment.lifetime))),
+        valid_seconds=min(_seconds_left(policy, age, verification.at), float(commitment.lifetime)),
         proof=_PROVEN,
     )
 
@@ -200,7 +200,7 @@ def verify_document(
     return DocumentResult(
         *verification.conclude(claims),
         release=_name(release),
-        valid_seconds=max(0.0, policy.max_age_seconds - age.total_seconds()),
+        valid_seconds=_seconds_left(policy, age, verification.at),
         proof=_PROVEN,
     )
 
@@ -229,7 +229,7 @@ def verify_archived(
         verification.pass_by_commitment()
     else:
         commitment = verification.require_commitment(claims, encoded)
-    release = appraise(verification.checklist, policy, claims, commitment, claims.timestamp)
+    release = appraise(verification.checklist, policy, claims, commitment, None)
     return ArchivedResult(
         *verification.conclude(claims),
         release=_name(release),
@@ -426,20 +426,32 @@ def _require_binding(policy: AppraisalPolicy, wanted: type[Binding]) -> None:
         )
 
 
+def _seconds_left(policy: AppraisalPolicy, age: timedelta, at: datetime) -> float:
+    """Until the document is too old, or the releases expire by which it was judged; never longer than the maximum age,
+    however far ahead the enclave's clock is.
+    """
+    left = min(policy.max_age_seconds - age.total_seconds(), float(policy.max_age_seconds))
+    if policy.expires is not None:
+        left = min(left, (policy.expires - at).total_seconds())
+    return max(0.0, left)
+
+
 def _name(release: Release | None) -> str | None:
     return None if release is None else release.name
 
 
 def _committed(commitment: Commitment) -> dict[str, object]:
     return {
-        "model": commitment.model.hex(),
-        "configuration": commitment.configuration.hex(),
+        "purpose": "channel",
+        "model": f"sha384:{commitment.model.hex()}",
+        "configuration": f"sha384:{commitment.configuration.hex()}",
         "key_id": commitment.key_id.hex(),
     }
 
 
 def _carried(claims: AttestationDocument) -> dict[str, object]:
     return {
+        "purpose": "document",
         "public_key": None if claims.public_key is None else claims.public_key.hex(),
         "user_data": None if claims.user_data is None else claims.user_data.hex(),
     }

@@ -84,9 +84,18 @@ class ProxyClient:
                 self._http.stream("GET", EVIDENCE_PATH, params={"nonce": nonce.hex()}) as response,
             ):
                 await _require(response, EVIDENCE_TYPE)
-                return await _read_bounded(response, MAX_EVIDENCE_BYTES)
+                evidence = await _read_bounded(response, MAX_EVIDENCE_BYTES)
         except (httpx2.HTTPError, TimeoutError) as error:
             raise self.unreachable(error) from error
+        if not evidence:
+            raise Unreachable("not_strongroom", "this is not a Strongroom proxy", expected="Evidence", got="no bytes")
+        return evidence
+
+    @property
+    def public_url(self) -> str:
+        """The address without the user and password that it may hold: what may be written down."""
+        parts = urlsplit(self.url)
+        return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
     @contextlib.asynccontextmanager
     async def sealed(self, body: bytes, key_id: bytes) -> AsyncGenerator[httpx2.Response]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
+from attestation.appraisal import field_text
 from attestation.bundle import MAX_BUNDLE, Bundle, read_kept
 from attestation.checks import Label
 from attestation.commitment import Evidence
@@ -154,8 +155,16 @@ def _judge(data: bytes, policy: AppraisalPolicy, nonce: bytes | None, archived: 
     evidence = kept.evidence if isinstance(kept, Bundle) else kept
     _require_kind(evidence, policy)
     if archived:
-        saved_with = kept.nonce if isinstance(kept, Bundle) else None
-        return verify_archived(evidence, policy=policy, nonce=nonce or saved_with)
+        result = verify_archived(evidence, policy=policy, nonce=nonce)
+        if nonce is None and isinstance(kept, Bundle) and kept.nonce != result.claims.nonce:
+            # A nonce that is equal proves nothing: whoever saved the bundle may have copied it out of the document.
+            raise EvidenceError(
+                "wrong_nonce",
+                "the bundle names another nonce than its document answers",
+                expected=kept.nonce.hex(),
+                got=field_text(result.claims.nonce),
+            )
+        return result
     assert nonce is not None  # by _require_sense
     if not isinstance(policy.binding, ChannelBinding):
         return verify_document(evidence, policy=policy, nonce=nonce, at=datetime.now(UTC))
@@ -278,4 +287,4 @@ def evidence_command(url: str, output: Path, nonce: bytes | None, as_json: bool)
 async def _fetch(url: str, nonce: bytes) -> Bundle:
     async with ProxyClient(url) as proxy:
         evidence = await proxy.evidence(nonce)
-        return Bundle(evidence, nonce, datetime.now(UTC), proxy.url)
+        return Bundle(evidence, nonce, datetime.now(UTC), proxy.public_url)

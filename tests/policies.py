@@ -24,6 +24,7 @@ FIELDS = (
     | st.just(Forbid())
     | st.builds(Require, st.lists(st.binary(min_size=1, max_size=1024), min_size=1, max_size=2).map(tuple))
 )
+NAMED = st.lists(st.binary(min_size=48, max_size=48), min_size=1, max_size=2).map(tuple)
 BINDINGS = st.just(ChannelBinding()) | st.builds(DocumentBinding, FIELDS, FIELDS)
 PCR_SETS = st.builds(PcrSet, REGISTERS, REGISTERS, REGISTERS, st.none() | REGISTERS)
 
@@ -33,22 +34,25 @@ def policies(draw: st.DrawFn) -> AppraisalPolicy:
     """Any policy that names no file but its root, ``root.der``, which is the forged one."""
     names = draw(st.lists(TEXTS, min_size=1, max_size=3, unique=True))
     images = [draw(PCR_SETS) for _ in names]
+    images = [image for number, image in enumerate(images) if not any(map(image.is_ambiguous_beside, images[:number]))]
     signer = [8] if any(image.pcr8 is None for image in images) else []
     rules: Mapping[int, Any] = {
         **draw(st.dictionaries(st.sampled_from([5, 9, 18, 31]), RULES)),
         **{index: draw(RULES) for index in (3, 4, *signer)},
     }
-    named = draw(st.lists(st.binary(min_size=48, max_size=48), max_size=2).map(tuple))
-    digests = REASONS | DIGESTS | (st.just(Released()) if named else st.nothing())
+    model, configuration = (draw(REASONS | DIGESTS | st.just(Released())) for _ in range(2))
+    models, configurations = (draw(NAMED) if isinstance(rule, Released) else () for rule in (model, configuration))
     return AppraisalPolicy(
         anchor=draw(st.sampled_from([AWS_NITRO_G1, Anchor.emulated(forge.ROOT_DER)])),
         max_age_seconds=draw(st.integers(1, 86400)),
         leeway_seconds=draw(st.integers(0, 600)),
         accept_debug=draw(st.none() | TEXTS),
         binding=draw(BINDINGS),
-        releases=tuple(Release(name, image, named, named) for name, image in zip(names, images, strict=True)),
-        model=draw(digests),
-        configuration=draw(digests),
+        releases=tuple(
+            Release(name, image, models, configurations) for name, image in zip(names, images, strict=False)
+        ),
+        model=model,
+        configuration=configuration,
         pcrs=rules,
         module_id=draw(REASONS | st.builds(Require, st.lists(TEXTS, min_size=1, max_size=2).map(tuple))),
     )

@@ -145,6 +145,10 @@ def test_every_table_must_be_there(table: str, policy_folder: Path) -> None:
         (forge.PCRS[2].hex(), " " + "a" * 96, "wrong_value", "release[0].pcr2"),
         (f'pcr2 = "{forge.PCRS[2].hex()}"', f'pcr2 = "{A}"\npcr3 = "{A}"', "unknown_field", "release[0].pcr3"),
         ('name = "one"', 'name = ""', "wrong_value", "release[0].name"),
+        ('name = "two"', 'name = "2"\n[[release]]\nname = "two"', "missing_field", "release[1].pcr0"),
+        (RELEASE_TWO, RELEASE_ONE.replace('"one"', '"again"'), "contradiction", "release[1]"),
+        ('name = "one"', f'name = "one"\nmodels = ["sha384:{A}"]', "contradiction", "model"),
+        ('name = "one"', f'name = "one"\nconfigurations = ["sha384:{A}"]', "contradiction", "configuration"),
         ('name = "one"', r'name = "\u001b[2K"', "wrong_value", "release[0].name"),
         ('name = "one"', f'name = "{"x" * 501}"', "wrong_value", "release[0].name"),
         # model and configuration
@@ -162,6 +166,7 @@ def test_every_table_must_be_there(table: str, policy_folder: Path) -> None:
         (MODEL, "[model]\nminimum_version = 1\nmanifests = []", "empty_list", "model.manifests"),
         (MODEL, f"{MANIFEST}\nmore = 1", "unknown_field", "model.more"),
         (MODEL, MANIFEST.replace("= 3", "= 4"), "contradiction", "model.minimum_version"),
+        (MODEL, MANIFEST.replace("= 3", "= -1"), "wrong_value", "model.minimum_version"),
         (MODEL, MANIFEST.replace("one", "absent"), "unreadable_manifest", "model.manifests[0]"),
         (MODEL, MANIFEST.replace("one.manifest", "leaf.der"), "malformed_manifest", "model.manifests[0]"),
         ('name = "one"', 'name = "one"\nmodels = []', "empty_list", "release[0].models"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -41,3 +42,13 @@ def test_a_set_names_its_registers() -> None:
 def test_a_set_holds_whole_registers(make: Callable[[], PcrSet]) -> None:
     with pytest.raises(ValueError, match="48 bytes"):
         make()
+
+
+def test_two_releases_that_one_enclave_could_be() -> None:
+    one, other = PcrSet(b"0" * 48, b"1" * 48, b"2" * 48), PcrSet(b"3" * 48, b"1" * 48, b"2" * 48)
+    signed, by_another = replace(one, pcr8=b"8" * 48), replace(one, pcr8=b"9" * 48)
+    assert one.is_ambiguous_beside(one)
+    assert one.is_ambiguous_beside(signed)
+    assert signed.is_ambiguous_beside(one)
+    assert not signed.is_ambiguous_beside(by_another)
+    assert not one.is_ambiguous_beside(other)

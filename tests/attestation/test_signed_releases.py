@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +19,7 @@ from attestation.release_heads import MemoryHeads
 from attestation.release_signing import LocalSigner, ReleaseError
 from attestation.releases import ReleasedImage, Source, append
 from attestation.rules import Released, SignedReleases
-from attestation.verifier import verify
+from attestation.verifier import verify, verify_archived
 from tests.pki import forge
 
 SIGNER = LocalSigner.generate()
@@ -123,11 +125,27 @@ def test_a_client_that_has_seen_nothing_goes_by_its_policy(folder: Path) -> None
     assert _verdict(_policy(folder, _history([GOOD], [GOOD]), MemoryHeads(), text)) == "1.0"
 
 
-def test_nothing_is_remembered_of_a_policy_that_is_refused(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "last"),
+    [
+        (TEXT, []),
+        (RELEASED, [NEXT]),
+        (TEXT, [replace(GOOD, pcrs=replace(GOOD.pcrs, pcr8=b"\x08" * 48))]),
+    ],
+    ids=["every release", "every model", "every unsigned image"],
+)
+def test_what_was_taken_back_is_remembered_whatever_becomes_of_the_policy(
+    folder: Path, text: str, last: list[ReleasedImage]
+) -> None:
+    """In an emergency a policy is left with nothing to accept: just then nobody may go back to the day before."""
     heads = MemoryHeads()
+    whole = _history([GOOD], last)
+    _policy(folder, whole[: whole.index(b"\n") + 1], heads, text)
     with pytest.raises(PolicyError):
-        _policy(folder, _history([GOOD]), heads, TEXT.replace("[module_id]", "[more]\n[module_id]"))
-    assert heads.recall(SIGNER.public_key, NAME) is None
+        _policy(folder, whole, heads, text)
+    with pytest.raises(ReleaseError) as caught:
+        _policy(folder, whole[: whole.index(b"\n") + 1], heads, text)
+    assert caught.value.code == "rolled_back"
 
 
 def test_a_history_that_is_not_renewed_expires(folder: Path) -> None:
@@ -153,6 +171,8 @@ def test_a_history_that_is_not_renewed_expires(folder: Path) -> None:
         ("releases.jsonl", "absent.jsonl", "unreadable_history", "releases.history"),
         ("ed25519:", "ed448:", "malformed_key", "releases.key"),
         ("minimum_sequence = 1", "", "missing_field", "releases.minimum_sequence"),
+        ("minimum_sequence = 1", "minimum_sequence = 0", "wrong_value", "releases.minimum_sequence"),
+        ("minimum_sequence = 1", "minimum_sequence = 4097", "wrong_value", "releases.minimum_sequence"),
         (f'name = "{NAME}"\n', "", "missing_field", "releases.name"),
     ],
 )
@@ -180,3 +200,61 @@ def test_what_is_written_is_read_back(folder: Path) -> None:
     policy = _policy(folder, _history([GOOD]), MemoryHeads(), RELEASED)
     text = write_policy(policy, root="root.der")
     assert AppraisalPolicy.parse(text, folder, heads=MemoryHeads()) == policy
+
+
+# --- archives: what was in force then ---------------------------------------------------------------------------------
+
+
+def _over_time(*statements: tuple[Sequence[ReleasedImage], timedelta, timedelta]) -> bytes:
+    """Statements, each with its issue and its expiry relative to the Evidence."""
+    history = b""
+    for releases, issued, expires in statements:
+        history += append(
+            history,
+            signer=SIGNER,
+            name=NAME,
+            releases=releases,
+            issued=forge.NOW + issued,
+            expires=forge.NOW + expires,
+        )
+    return history
+
+
+DAY = timedelta(days=1)
+
+
+@pytest.mark.parametrize(
+    ("statements", "code"),
+    [
+        ([([GOOD], -9 * DAY, 9 * DAY), ([NEXT], DAY, 99 * DAY)], None),
+        ([([GOOD], DAY, 9 * DAY)], "wrong_image"),
+        ([([GOOD], -9 * DAY, -DAY), ([GOOD], DAY, 9 * DAY)], "expired_release"),
+        ([([GOOD], -9 * DAY, 9 * DAY), ([NEXT], -DAY, 9 * DAY), ([GOOD], DAY, 9 * DAY)], "wrong_image"),
+    ],
+    ids=["superseded later", "first stated later", "expired then, renewed later", "withdrawn then, added again later"],
+)
+def test_an_archive_is_judged_by_what_was_in_force_then(folder: Path, statements: list[Any], code: str | None) -> None:
+    policy = _policy(folder, _over_time(*statements), MemoryHeads())
+    if code is None:
+        assert verify_archived(forge.evidence(), policy=policy).release == "1.0"
+        return
+    with pytest.raises(AppraisalError) as caught:
+        verify_archived(forge.evidence(), policy=policy)
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize(("ahead", "accepted"), [(119, True), (121, False)])
+def test_a_statement_from_the_future_does_not_count_yet(folder: Path, ahead: int, accepted: bool) -> None:
+    """Beyond the leeway for clocks."""
+    policy = _policy(folder, _over_time(([GOOD], timedelta(seconds=ahead), 9 * DAY)), MemoryHeads())
+    if accepted:
+        assert _verdict(policy) == "1.0"
+        return
+    with pytest.raises(AppraisalError) as caught:
+        _verdict(policy)
+    assert caught.value.code == "unissued_release"
+
+
+def test_a_verdict_lasts_no_longer_than_its_releases(folder: Path) -> None:
+    policy = _policy(folder, _over_time(([GOOD], -DAY, timedelta(seconds=7))), MemoryHeads())
+    assert verify(forge.evidence(), policy=policy, nonce=forge.NONCE, at=forge.NOW).valid_seconds == 7

@@ -156,7 +156,7 @@ def test_aws_is_not_the_emulator(running: Running) -> None:
     [
         ("version = 1", "version = 1\nshout = true", "shout"),
         ("leeway_seconds = 120", "# leeway", "leeway_seconds"),
-        ("forbid = true\n\n# The measured", 'forbid = true\naccept = "why not"\n\n# The measured', "debug"),
+        ("[debug]\n", '[debug]\naccept = "why not"\n', "debug"),
     ],
     ids=["unknown", "missing", "contradictory"],
 )

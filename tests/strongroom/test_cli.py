@@ -166,7 +166,7 @@ def other_model(street: Street, tmp_path: Path) -> tuple[str, ...]:
 def test_a_negative_verdict(strongroom: Terminal, other_model: tuple[str, ...]) -> None:
     ran = strongroom("verify", *other_model)
     assert ran.code == 1
-    assert "REFUSED  the policy refuses this enclave: model [wrong_model]" in ran.out
+    assert "REFUSED  EMULATED  the policy refuses this enclave: model [wrong_model]" in ran.out
     assert "  expected  sha384:" + "dd" * 48 in ran.out
 
 

@@ -14,6 +14,7 @@ from attestation.anchors import AWS_NITRO_G1
 from attestation.checks import STEPS
 from attestation.manifest import ManifestFile, ModelManifest
 from attestation.policy import AppraisalPolicy
+from attestation.reference import PcrSet
 from attestation.rules import (
     DocumentBinding,
     Forbid,
@@ -31,6 +32,7 @@ from tests.policies import policies
 from tests.release_files import ED25519, ISSUED, NAME, ONE, TWO, VALIDITY, history_of, verified
 
 REASON = Ignore("because of it")
+OTHER = PcrSet(b"\x21" * 48, b"\x22" * 48, b"\x23" * 48, b"\x28" * 48)
 
 
 @pytest.fixture
@@ -145,7 +147,7 @@ def test_an_hour_is_not_long(policy: AppraisalPolicy) -> None:
 )
 def test_an_image_that_nobody_signed(policy: AppraisalPolicy, rule: Any, unsigned: bool) -> None:
     [release] = policy.accepted_releases
-    plain = replace(release, name="plain", pcrs=replace(release.pcrs, pcr8=None))
+    plain = replace(release, name="plain", pcrs=replace(OTHER, pcr8=None))
     changed = replace(policy, releases=(release, plain), pcrs={**policy.pcrs, 8: rule})
     said = [remark.text for remark in warnings(changed, forge.NOW) if remark.code == "unsigned_image"]
     assert [text.endswith(": plain") for text in said] == [True] * unsigned
@@ -234,12 +236,14 @@ def test_signed_releases_are_told_with_their_publisher(policy: AppraisalPolicy) 
 def test_several_releases_are_told_as_such(policy: AppraisalPolicy) -> None:
     [one] = policy.accepted_releases
     assert "The image is this release" in told(policy, 11)
-    assert "The image is one of these" in told(replace(policy, releases=(one, replace(one, name="other"))), 11)
+    assert "The image is one of these" in told(
+        replace(policy, releases=(one, replace(one, name="other", pcrs=OTHER))), 11
+    )
 
 
 def test_released_models_are_told_release_by_release(policy: AppraisalPolicy) -> None:
     [one] = policy.accepted_releases
-    with_models = Release("with", one.pcrs, models=(b"\x0a" * 48, b"\x0b" * 48), configurations=(b"\x0c" * 48,))
+    with_models = Release("with", OTHER, models=(b"\x0a" * 48, b"\x0b" * 48), configurations=(b"\x0c" * 48,))
     changed = replace(policy, releases=(one, with_models), model=Released(), configuration=Released())
     said = told(changed, 12).splitlines()
     assert said == [
@@ -277,7 +281,7 @@ def test_registers_are_told_by_what_they_are_for(policy: AppraisalPolicy) -> Non
 
 def test_the_signers_register_is_for_releases_without_one(policy: AppraisalPolicy) -> None:
     [one] = policy.accepted_releases
-    plain = replace(one, name="plain", pcrs=replace(one.pcrs, pcr8=None))
+    plain = replace(one, name="plain", pcrs=replace(OTHER, pcr8=None))
     rules = {**policy.pcrs, 8: Forbid()}
     alone, mixed = (replace(policy, releases=each, pcrs=rules) for each in ((plain,), (one, plain)))
     assert "PCR8 (the image's signing certificate) is zero" in told(alone, 14)

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ from attestation.rules import Require
 from emulator.pki import DevelopmentRoot
 from enclave.generation import ContextExceeded, EngineFailed, Overloaded
 from strongroom import proxy_client
-from strongroom.proxy_client import ClearFault, Unreachable
+from strongroom.proxy_client import ClearFault, ProxyClient, Unreachable
 from strongroom.session import EnclaveRestarted, RequestFailed, Session
 from tests.house import SETTINGS, Forged, House, ask, house, prompt, served
 from vsockrpc.http import EVIDENCE_PATH, EVIDENCE_TYPE, SEALED_PATH
@@ -296,6 +297,24 @@ async def test_evidence_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch, 
         await session.verify()
     never.set()
     assert caught.value.got == "TimeoutError"
+
+
+async def test_an_answer_of_no_bytes(home: House) -> None:
+    async def nothing(scope: Any, receive: Any, send: Any) -> None:
+        headers = [(b"content-type", EVIDENCE_TYPE.encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body"})
+
+    home.hostile.application = nothing
+    async with ProxyClient(home.url) as proxy:
+        with pytest.raises(Unreachable) as caught:
+            await proxy.evidence(bytes(32))
+    assert caught.value.code == "not_strongroom"
+
+
+def test_an_address_is_written_down_without_its_password() -> None:
+    assert ProxyClient("http://me:secret@[::1]:8080/x").public_url == "http://[::1]:8080/x"
+    assert ProxyClient("http://127.0.0.1:8080/").public_url == "http://127.0.0.1:8080"
 
 
 async def test_nobody_at_the_address(tmp_path: Path) -> None:

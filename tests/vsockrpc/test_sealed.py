@@ -32,12 +32,14 @@ KEY = Secret(b"k" * 32)
 RECORD = 64
 """Bytes of plaintext in these tests' records."""
 
-ATTESTED = Attested()
-RESULT = ATTESTED.result()
+_ATTESTED = Attested()
+OFFERED = _ATTESTED.key
+"""The key that the result is about; a later one may be on offer by the time that a test runs."""
+RESULT = _ATTESTED.result()
 
 
 def open_keys(body: bytes) -> ExchangeKeys:
-    return ATTESTED.key.private.open(split_opening(body[:OPENING_SIZE]), ATTESTED.key.commitment)
+    return OFFERED.private.open(split_opening(body[:OPENING_SIZE]), OFFERED.commitment)
 
 
 def opened(body: bytes) -> bytes:
@@ -85,9 +87,9 @@ def test_another_enclaves_key_does_not_open() -> None:
 
 def test_the_same_key_under_another_commitment_does_not_open() -> None:
     sealed = split_opening(seal_request(RESULT, b"x").body[:OPENING_SIZE])
-    commitment = replace(ATTESTED.key.commitment, model=b"\xee" * 48)
+    commitment = replace(OFFERED.commitment, model=b"\xee" * 48)
     with pytest.raises(SealedError) as caught:
-        ATTESTED.key.private.open(sealed, commitment)
+        OFFERED.private.open(sealed, commitment)
     assert caught.value.code == "not_for_this_key"
 
 
@@ -102,7 +104,7 @@ def test_a_changed_sealed_secret_never_yields_the_request(position: int, change:
 @given(st.binary(max_size=2 * OPENING_SIZE))
 def test_any_opening_is_a_secret_or_a_typed_error(data: bytes) -> None:
     with pytest.raises(SealedError):
-        ATTESTED.key.private.open(split_opening(data), ATTESTED.key.commitment)
+        OFFERED.private.open(split_opening(data), OFFERED.commitment)
 
 
 # --- Records ------------------------------------------------------------------------------------------------------
