@@ -124,6 +124,13 @@ def validate(
             expected=f"root sha256 {anchor.fingerprint}",
             got=f"root sha256 {hashlib.sha256(cabundle[0]).hexdigest()}",
         )
+    if len(cabundle) > 1 + MAX_INTERMEDIATES:
+        raise EvidenceError(
+            "untrusted_chain",
+            "the bundle is longer than any path may be",
+            expected=f"at most {1 + MAX_INTERMEDIATES} certificates",
+            got=len(cabundle),
+        )
     path = tuple(cabundle)
     known = None if cache is None else cache._leaf(path, certificate, at)
     if known is not None:
@@ -201,6 +208,7 @@ class _Issuer(NamedTuple):
         """6.1.3 and 6.1.5: the leaf. Raises one of ``_REFUSALS``."""
         certificate = _load(der)
         self._verify(certificate, _LEAF_STEP, at)
+        _extensions(certificate)
         key = certificate.public_key()
         assert isinstance(key, ec.EllipticCurvePublicKey)  # by _load
         return _Leaf(self.path, der, key, self.period.within(certificate))
@@ -309,24 +317,28 @@ def _load(der: bytes) -> x509.Certificate:
 
 
 def _constraints(certificate: x509.Certificate) -> x509.BasicConstraints:
-    """The basicConstraints of a CA that has no extension which a ``_Issuer`` does not carry.
+    """The basicConstraints of a CA. Raises x509.ExtensionNotFound, and one of ``_REFUSALS``."""
+    return _extensions(certificate).get_extension_for_class(x509.BasicConstraints).value
 
-    Raises x509.ExtensionNotFound, and one of ``_REFUSALS``.
-    """
+
+def _extensions(certificate: x509.Certificate) -> x509.Extensions:
+    """All of them, readable, and none that asks for what a ``_Issuer`` does not carry. Raises one of ``_REFUSALS``."""
     try:
         extensions = certificate.extensions
     except TypeError as error:  # what malformed name constraints come to; elsewhere it would be a bug of ours
-        raise _Refused("a CA's extensions cannot be read") from error
+        raise _Refused("a certificate's extensions cannot be read") from error
     for extension in extensions:
         if extension.oid in _NOT_CARRIED:
-            raise _Refused(f"a CA constrains {_NOT_CARRIED[extension.oid]}")
-    return extensions.get_extension_for_class(x509.BasicConstraints).value
+            raise _Refused(f"a certificate {_NOT_CARRIED[extension.oid]}")
+    return extensions
 
 
 _NOT_CARRIED = {
-    ExtensionOID.NAME_CONSTRAINTS: "names",
-    ExtensionOID.POLICY_CONSTRAINTS: "policies",
-    ExtensionOID.INHIBIT_ANY_POLICY: "policies",
+    ExtensionOID.NAME_CONSTRAINTS: "constrains names",
+    ExtensionOID.POLICY_CONSTRAINTS: "constrains policies",
+    ExtensionOID.POLICY_MAPPINGS: "maps policies",
+    ExtensionOID.INHIBIT_ANY_POLICY: "constrains policies",
+    ExtensionOID.EXTENDED_KEY_USAGE: "is for other uses than a Nitro Secure Module's",
 }
 
 

@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtensionOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
 
 from conformance.vectors import ACCEPTED
 from scripts.vectors_documents import Case
@@ -198,6 +198,18 @@ def _extensions() -> Iterator[Case]:
         yield _case(f"policies-{level}", f"the {level} constrains policies", _with(level, constrained))
     leaf = replace(forge.LEAF, extensions=((names, False),))
     yield _case("names-leaf", "the leaf constrains names", forge.chain(leaf=leaf))
+    leaf = replace(forge.LEAF, extensions=((policies, False),))
+    yield _case("policies-leaf", "the leaf constrains policies, not critical", forge.chain(leaf=leaf))
+    # SEQUENCE OF { 1.2.3.4, 1.2.3.5 }
+    mappings = x509.UnrecognizedExtension(ExtensionOID.POLICY_MAPPINGS, bytes.fromhex("300c300a06032a030406032a0305"))
+    uses = {"client": ExtendedKeyUsageOID.CLIENT_AUTH, "any": ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE}
+    for level, spec in _LEVELS.items():
+        mapped = replace(spec, extensions=((mappings, False),))
+        yield _case(f"mappings-{level}", f"the {level} maps policies, not critical", _with(level, mapped))
+        for name_of_use, use in uses.items():
+            used = replace(spec, extensions=((x509.ExtendedKeyUsage([use]), False),))
+            about = f"the {level} has an extended key usage, {name_of_use}"
+            yield _case(f"eku-{name_of_use}-{level}", about, _with(level, used))
     # BasicConstraints of cA FALSE and a path length of 0, which no builder would write.
     limited = x509.UnrecognizedExtension(ExtensionOID.BASIC_CONSTRAINTS, bytes.fromhex("3003020100"))
     leaf = replace(forge.LEAF, constraints=None, extensions=((limited, True),))
