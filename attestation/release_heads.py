@@ -114,7 +114,11 @@ class FileHeads:
                 os.close(descriptor)
         except OSError as error:
             reason = error.strerror or type(error).__name__
-            raise HeadError("heads_unavailable", f"cannot keep heads in {self._directory}: {reason}") from error
+            raise HeadError(
+                "heads_unavailable",
+                f"what was seen of release histories cannot be kept in {self._directory}: {reason}; without it an older"
+                " history would be believed again",
+            ) from error
 
     def _path(self, key: PublicKey, name: str) -> Path:
         return self._directory / f"{hashlib.sha256(key.spki + name.encode()).hexdigest()[:32]}.json"

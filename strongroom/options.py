@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from attestation.policy import AppraisalPolicy
-from attestation.release_heads import FileHeads
+from attestation.release_heads import FileHeads, HeadError, HeadMemory
 from strongroom.render import open_console
 
 DEFAULT_URL = "http://127.0.0.1:8080"
@@ -18,6 +19,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 out = open_console()
 err = open_console(stderr=True)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
 def policy_option(command: F) -> F:
@@ -42,12 +46,25 @@ def session_options(command: F) -> F:
 
 
 def load_policy(path: Path) -> AppraisalPolicy:
-    """The policy, with this user's memory of the release histories that it may name.
-
-    The memory is ``heads`` in ``$STRONGROOM_HOME``, else in ``$XDG_STATE_HOME/strongroom``, else in
-    ``~/.local/state/strongroom``. Raises as :meth:`AppraisalPolicy.load`.
+    """The policy, with this user's memory of the release histories that it may name. Raises as
+    :meth:`AppraisalPolicy.load`.
     """
-    return AppraisalPolicy.load(path, heads=FileHeads(_state_directory() / "heads"))
+    with user_heads() as heads:
+        return AppraisalPolicy.load(path, heads=heads)
+
+
+@contextlib.contextmanager
+def user_heads() -> Iterator[HeadMemory]:
+    """This user's memory of release histories: ``heads`` in ``$STRONGROOM_HOME``, else in
+    ``$XDG_STATE_HOME/strongroom``, else in ``~/.local/state/strongroom``. Where it cannot be kept, the error that is
+    raised within says how to have it elsewhere.
+    """
+    try:
+        yield FileHeads(_state_directory() / "heads")
+    except HeadError as error:
+        if error.code != "heads_unavailable":
+            raise
+        raise HeadError(error.code, f"{error.message}; name a folder of your own with STRONGROOM_HOME") from error
 
 
 def _state_directory() -> Path:

@@ -10,8 +10,8 @@ from pathlib import Path
 import click
 from rich.text import Text
 
-from strongroom.options import load_policy, out
-from strongroom.policy_init import POLICY_TOML, init, json_option, remark_line, remarks_as_json
+from strongroom.options import json_option, load_policy, out
+from strongroom.policy_init import POLICY_TOML, init, remark_line, remarks_as_json
 from strongroom.policy_text import explain, warnings
 from strongroom.reference_options import ANY_FILE
 from strongroom.render import printable, shorten

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +14,6 @@ from rich.text import Text
 
 from attestation.anchors import AWS_NITRO_G1
 from attestation.appraisal import registers_text
-from attestation.bundle import MAX_BUNDLE
 from attestation.chain import Anchor
 from attestation.document import MAX_CERTIFICATE
 from attestation.errors import PolicyError
@@ -37,7 +34,8 @@ from attestation.rules import (
 from attestation.strict_toml import printable as require_printable
 from strongroom import policy_sources as sources
 from strongroom import reference_options as reference
-from strongroom.options import err, load_policy, out
+from strongroom.files import read_bounded, read_evidence, require_new, write_new
+from strongroom.options import err, json_option, load_policy, out
 from strongroom.policy_sources import Source
 from strongroom.policy_text import FIRST_USE, Remark, first_use, warnings
 from strongroom.reference_options import (
@@ -45,13 +43,11 @@ from strongroom.reference_options import (
     MANIFEST_SUFFIX,
     DigestOrFile,
     PinnedKey,
-    read_bounded,
     read_manifest,
 )
 from strongroom.render import printable, shorten
 
 POLICY_TOML = "policy.toml"
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
 @click.command()
@@ -169,8 +165,7 @@ def init(
     for what, given, reason in (("model", model, ignore_model), ("configuration", configuration, ignore_configuration)):
         if given and reason is not None:
             raise click.UsageError(f"--{what} and --ignore-{what} contradict each other")
-    if output.exists():
-        raise FileExistsError(errno.EEXIST, "File exists; nothing was changed", str(output))
+    require_new(output)
     folder = output.parent
     if release is not None:
         require_printable("--release", release)
@@ -182,7 +177,7 @@ def init(
     elif from_measurements is not None:
         source = sources.from_measurements(from_measurements, release)
     elif from_evidence is not None:
-        source = sources.from_evidence(_read_evidence(from_evidence), anchor=trusted, purpose=purpose, name=release)
+        source = sources.from_evidence(read_evidence(from_evidence), anchor=trusted, purpose=purpose, name=release)
     else:
         assert from_release is not None
         if key is None or product is None:
@@ -222,12 +217,6 @@ def init(
     if source.is_first_use and not any(remark.code == FIRST_USE for remark in remarks):
         remarks += [first_use(release.name) for release in made.accepted_releases]
     _report_init(made, wrote, source, remarks, as_json)
-
-
-def _read_evidence(path: Path) -> bytes:
-    if str(path) == "-":
-        return sys.stdin.buffer.read(MAX_BUNDLE + 1)  # of too many, the reader says so
-    return read_bounded(path, MAX_BUNDLE)
 
 
 def _rule(
@@ -295,9 +284,8 @@ def _write(made: AppraisalPolicy, output: Path, anchor: Path | None, notes: Sequ
     written: list[Path] = []
     try:
         for path, content in files.items():
-            with path.open("xb") as file:
-                written.append(path)
-                file.write(content)
+            write_new(path, content)
+            written.append(path)
         load_policy(output)
     except BaseException:
         for path in written:

@@ -47,8 +47,8 @@ from attestation.rules import (
 )
 from attestation.verifier import authenticate, verify_archived
 from strongroom import reference_options as reference
+from strongroom.files import read_bounded
 from strongroom.policy_text import TRUST_ON_FIRST_USE
-from strongroom.reference_options import read_bounded
 
 _NOT_GIVEN = "none was given to policy init: whoever uses the document judges it"
 _HAVE_A_RULE = frozenset(

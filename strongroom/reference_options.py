@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 from datetime import datetime
 from pathlib import Path
 
 import click
 
-from attestation.eif import MAX_JSON_SIZE, EnclaveImage, measurements_from_nitro_cli, read_image
-from attestation.errors import StrongroomError
+from attestation.eif import CHUNK_SIZE, MAX_JSON_SIZE, EnclaveImage, measurements_from_nitro_cli, read_image
 from attestation.manifest import MAX_MANIFEST_SIZE, ModelManifest
 from attestation.policy import DIGEST_PREFIX
 from attestation.reference import DIGEST_SIZE, PcrSet, configuration_digest
 from attestation.release_signing import PublicKey, ReleaseError
+from strongroom.files import read_bounded
 from strongroom.options import err
 from strongroom.render import hashing_bar
 
@@ -22,12 +24,6 @@ MAX_CONFIGURATION = 1 << 20
 """Bytes of an ``enclave.toml``."""
 
 ANY_FILE = click.Path(path_type=Path, dir_okay=False)
-
-
-class FileError(StrongroomError):
-    """A file that cannot be what it was given as: ``too_large``."""
-
-    exit_code = 2
 
 
 class PinnedKey(click.ParamType[PublicKey]):
@@ -104,15 +100,18 @@ def image(path: Path, at: datetime | None = None) -> EnclaveImage:
         return read_image(path, at=at, progress=progress)
 
 
+def image_file_digest(path: Path) -> bytes:
+    """SHA-384 of an image file that is not measured: 48 bytes. Raises OSError."""
+    digest, done = hashlib.sha384(), 0
+    with path.open("rb") as file, hashing_bar(err, "image") as progress:
+        size = os.fstat(file.fileno()).st_size
+        while piece := file.read(CHUNK_SIZE):
+            digest.update(piece)
+            done += len(piece)
+            progress(done, size)
+    return digest.digest()
+
+
 def measurements(path: Path) -> PcrSet:
     """What ``nitro-cli build-enclave`` printed. Raises ImageError, FileError, OSError."""
     return measurements_from_nitro_cli(read_bounded(path, MAX_JSON_SIZE))
-
-
-def read_bounded(path: Path, limit: int) -> bytes:
-    """A whole file of at most ``limit`` bytes. Raises FileError, OSError."""
-    with path.open("rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise FileError("too_large", f"{path} is too large", expected=f"at most {limit} bytes", got="more")
-    return data

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -14,19 +13,21 @@ import click
 from rich.text import Text
 
 from attestation.reference import DIGEST_SIZE, PcrSet
-from attestation.release_heads import FileHeads
-from attestation.release_signing import LocalSigner, PublicKey, Signer
+from attestation.release_heads import HeadMemory, MemoryHeads
+from attestation.release_signing import LocalSigner, PublicKey, ReleaseError, Signer
 from attestation.releases import (
     MAX_ENTRIES,
+    MAX_HISTORY,
     MAX_VALIDITY,
     ReleasedImage,
     ReleaseHistory,
     Source,
 )
 from strongroom import reference_options as reference
-from strongroom.options import out
+from strongroom.files import read_bounded
+from strongroom.options import json_option, out, user_heads
 from strongroom.reference_options import ANY_FILE, DigestOrFile, Hexadecimal, PinnedKey
-from strongroom.release_file import Outcome, ReleaseFile, read_history, read_key, write_key
+from strongroom.release_file import Outcome, ReleaseFile, read_key, write_key
 from strongroom.release_report import as_json_object, show_history, time_text
 
 DEFAULT_VALIDITY_DAYS = 90
@@ -36,7 +37,6 @@ READABLE_FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 
 
 product_option = click.option("--product", required=True, metavar="NAME", help="What the history is about.")
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 expires_option = click.option(
     "--expires",
     "days",
@@ -184,14 +184,15 @@ def add(
         --repository https://example.org/assistant.git --commit $(git rev-parse HEAD)
     """
     registers = {"pcr0": pcr0, "pcr1": pcr1, "pcr2": pcr2, "pcr8": pcr8}
-    measured = _measure(from_eif, from_measurements, {name: value for name, value in registers.items() if value})
     if from_eif is not None and image is not None:
         raise click.UsageError("--from-eif states that file's digest already: leave --image out")
-    stated = from_eif or image
+    measured, stated = _measure(from_eif, from_measurements, {name: each for name, each in registers.items() if each})
+    if image is not None:
+        stated = reference.image_file_digest(image)
     added = ReleasedImage(
         name=release_name,
         pcrs=measured,
-        image=None if stated is None else _sha384(stated),
+        image=stated,
         source=Source(repository, commit.hex()),
         models=tuple(map(reference.model_digest, model)),
         configurations=tuple(map(reference.configuration, configuration)),
@@ -252,21 +253,20 @@ def _say(outcome: Outcome, path: Path, as_json: bool) -> None:
     click.echo(f"{done}\nuntil {time_text(history.expires)} these count: {names}\nclients pin {history.key}")
 
 
-def _measure(from_eif: Path | None, from_measurements: Path | None, registers: dict[str, bytes]) -> PcrSet:
+def _measure(
+    from_eif: Path | None, from_measurements: Path | None, registers: dict[str, bytes]
+) -> tuple[PcrSet, bytes | None]:
+    """The registers; and the digest of the image file, where they were measured from one: by the same reading of it."""
     given = [source for source in (from_eif, from_measurements, registers) if source]
     if len(given) != 1 or (registers and not {"pcr0", "pcr1", "pcr2"} <= registers.keys()):
         raise click.UsageError("name one of --from-eif, --from-measurements, and --pcr0, --pcr1 and --pcr2 together")
     if registers:
-        return PcrSet(**registers)
+        return PcrSet(**registers), None
     if from_eif is not None:
-        return reference.image(from_eif, datetime.now(UTC)).measurements
+        image = reference.image(from_eif, datetime.now(UTC))
+        return image.measurements, image.sha384
     assert from_measurements is not None
-    return reference.measurements(from_measurements)
-
-
-def _sha384(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha384").digest()
+    return reference.measurements(from_measurements), None
 
 
 # --- Checking -----------------------------------------------------------------------------------------------------
@@ -281,15 +281,19 @@ def _sha384(path: Path) -> bytes:
     help="Refuse a history with fewer entries.",
 )  # fmt: skip
 @click.option(
-    "--heads", type=click.Path(path_type=Path, file_okay=False),
-    help="A folder that remembers what was seen: an older history, or another one, is refused from then on.",
+    "--no-memory", is_flag=True,
+    help="Judge the file alone: not held to what was seen before, nor remembered.",
 )  # fmt: skip
 @click.option("--full", is_flag=True, help="Print digests whole.")
 @json_option
 def check(
-    history: Path, key: PublicKey, product: str, minimum_sequence: int, heads: Path | None, full: bool, as_json: bool
+    history: Path, key: PublicKey, product: str, minimum_sequence: int, no_memory: bool, full: bool, as_json: bool
 ) -> None:
     """Verify HISTORY against a pinned key, and show what counts now and what each entry changed.
+
+    What was seen of a history is remembered, for this command and for every policy that names it: an older one, or
+    another one, is refused from then on. The memory is in the folder that STRONGROOM_HOME names, or in
+    ~/.local/state/strongroom.
 
     \b
     Example:
@@ -297,13 +301,16 @@ def check(
 
     Exit codes: 0 verified and current, 3 not signed by this key, broken, rolled back or expired.
     """
-    memory = None if heads is None else FileHeads(heads)
-    head = None if memory is None else memory.recall(key, product)
-    verified = ReleaseHistory.verify(
-        read_history(history), key=key, name=product, minimum_sequence=minimum_sequence, head=head
-    )
-    if memory is not None:
-        memory.remember(verified)
+    data = read_bounded(history, MAX_HISTORY)
+    memory = contextlib.nullcontext[HeadMemory](MemoryHeads()) if no_memory else user_heads()
+    with memory as heads:
+        try:
+            verified = ReleaseHistory.verify(
+                data, key=key, name=product, minimum_sequence=minimum_sequence, head=heads.recall(key, product)
+            )
+            heads.remember(verified)
+        except ReleaseError as error:
+            raise error.of(str(history)) from error
     if as_json:
         verified.require_current(datetime.now(UTC))
         click.echo(json.dumps(as_json_object(verified)))

@@ -5,19 +5,16 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import secrets
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import TypeAlias
 
-from attestation.release_signing import MAX_PEM, LocalSigner, Signer, SigningError
+from attestation.release_signing import MAX_PEM, LocalSigner, ReleaseError, Signer, SigningError
 from attestation.releases import MAX_HISTORY, ReleasedImage, ReleaseHistory, append
-
-NEW_FILE_MODE: Final = 0o644
-"""Of a new history: it is to be published."""
+from strongroom.files import read_bounded, replace, require_new, write_new
 
 _Releases: TypeAlias = tuple[ReleasedImage, ...]
 
@@ -35,8 +32,8 @@ class ReleaseFile:
 
     The file is replaced whole, under a lock that other processes respect, and only when what it held verifies. Each
     method signs one entry at most, issued ``at`` (with a time zone) and valid for ``validity``, and is safe to repeat.
-    Each raises ReleaseError for a file that does not verify; SigningError: the signer's, those named below, and
-    ``unusable_statement``; OSError.
+    Each raises ReleaseError for a file that does not verify, FileError for one that is too large; SigningError: the
+    signer's, those named below, and ``unusable_statement``; OSError.
     """
 
     def __init__(self, path: Path, signer: Signer, name: str) -> None:
@@ -97,34 +94,28 @@ class ReleaseFile:
         with _alone_in(self._path.parent):
             data, before = b"", None
             if self._path.exists():
-                data = read_history(self._path)
+                data = read_bounded(self._path, MAX_HISTORY)
                 before = self._verify(data)
             releases = change(before)
             if before is not None and releases == before.current.releases and at < before.expires and not even_the_same:
                 return Outcome(before, is_changed=False)
             expires = at + validity
             data += append(data, signer=self._signer, name=self._name, releases=releases, issued=at, expires=expires)
-            _replace(self._path, data)
+            replace(self._path, data)
         return Outcome(self._verify(data), is_changed=True)
 
     def _verify(self, data: bytes) -> ReleaseHistory:
         key = self._signer.public_key
-        return ReleaseHistory.verify(data, key=key, name=self._name, minimum_sequence=1, head=None)
-
-
-def read_history(path: Path) -> bytes:
-    """The bytes of a history; one that is too large for a history gives one byte too many, and so an error later."""
-    with path.open("rb") as file:
-        return file.read(MAX_HISTORY + 1)
+        try:
+            return ReleaseHistory.verify(data, key=key, name=self._name, minimum_sequence=1, head=None)
+        except ReleaseError as error:
+            raise error.of(str(self._path)) from error
 
 
 def write_key(path: Path, signer: LocalSigner) -> None:
-    """Keeps a new private key, for its owner's eyes only. Raises FileExistsError: no key is ever replaced."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(signer.to_pem())
-        file.flush()
-        os.fsync(file.fileno())
+    """Keeps a new private key, for its owner's eyes only. Raises FileExistsError: no key is ever replaced; OSError."""
+    require_new(path, why="keys are never replaced: choose another name")
+    write_new(path, signer.to_pem(), mode=0o600)
 
 
 def read_key(path: Path) -> LocalSigner:
@@ -152,19 +143,3 @@ def _alone_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Whole or not at all, with the mode that the file had."""
-    mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else NEW_FILE_MODE
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            os.fchmod(file.fileno(), mode)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

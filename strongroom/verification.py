@@ -13,14 +13,15 @@ import click
 from click.core import ParameterSource
 
 from attestation.appraisal import field_text
-from attestation.bundle import MAX_BUNDLE, Bundle, read_kept
+from attestation.bundle import Bundle, read_kept
 from attestation.checks import Label
 from attestation.commitment import Evidence
-from attestation.document import AttestationDocument
+from attestation.document import MAX_FIELD, AttestationDocument
 from attestation.errors import AppraisalError, EvidenceError, PolicyError
 from attestation.policy import AppraisalPolicy
 from attestation.rules import ChannelBinding
 from attestation.verifier import MIN_NONCE, NONCE_SIZE, verify, verify_archived, verify_document
+from strongroom.files import read_evidence, require_new, write_new
 from strongroom.inspection import inspect, show_inspection
 from strongroom.options import err, load_policy, out, policy_option, url_option
 from strongroom.proxy_client import ProxyClient
@@ -38,9 +39,12 @@ FILE = click.argument("file", required=False, type=click.Path(path_type=Path, al
 
 
 class Nonce(click.ParamType[bytes]):
-    """Hexadecimal digits, of at least ``MIN_NONCE`` bytes."""
+    """Hexadecimal digits, of ``low`` to ``high`` bytes."""
 
     name = "hex"
+
+    def __init__(self, low: int, high: int) -> None:
+        self._low, self._high = low, high
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> bytes:
         if isinstance(value, bytes):
@@ -49,8 +53,9 @@ class Nonce(click.ParamType[bytes]):
             nonce = bytes.fromhex(str(value))
         except ValueError:
             self.fail("not hexadecimal", param, ctx)
-        if not MIN_NONCE <= len(nonce) <= 1024:
-            self.fail(f"expected {MIN_NONCE} to 1024 bytes, got {len(nonce)}", param, ctx)
+        if not self._low <= len(nonce) <= self._high:
+            expected = f"{self._low}" if self._low == self._high else f"{self._low} to {self._high}"
+            self.fail(f"expected {expected} bytes, got {len(nonce)}", param, ctx)
         return nonce
 
 
@@ -61,7 +66,11 @@ class Nonce(click.ParamType[bytes]):
 @FILE
 @url_option
 @policy_option
-@click.option("--nonce", type=Nonce(), help="The nonce that you asked with; for a FILE that you judge as of now.")
+@click.option(
+    "--nonce",
+    type=Nonce(MIN_NONCE, MAX_FIELD),
+    help="The nonce that you asked with; for a FILE that you judge as of now.",
+)
 @click.option("--archived", is_flag=True, help="Judge a FILE at its own time. Says ARCHIVED everywhere.")
 @click.option("--explain", is_flag=True, help="Every step: what it means, expected and got whole.")
 @click.option("--full", is_flag=True, help="Print digests whole.")
@@ -102,7 +111,7 @@ def verify_command(
         if file is None:
             result: Verdict = asyncio.run(_challenge(url, judged_by))
         else:
-            result = _judge(_read(file), judged_by, nonce, archived)
+            result = _judge(read_evidence(file), judged_by, nonce, archived)
     except (EvidenceError, AppraisalError) as error:
         labels = sorted(error.labels | ({Label.ARCHIVED} if archived else set()))
         if as_json:
@@ -191,14 +200,6 @@ def _require_kind(data: bytes, policy: AppraisalPolicy) -> None:
     )
 
 
-def _read(file: Path) -> bytes:
-    """Bounded; one byte more than a bundle may have, so that the reader refuses it."""
-    if str(file) == "-":
-        return sys.stdin.buffer.read(MAX_BUNDLE + 1)
-    with file.open("rb") as opened:
-        return opened.read(MAX_BUNDLE + 1)
-
-
 # --- inspect ------------------------------------------------------------------------------------------------------
 
 
@@ -226,7 +227,7 @@ def inspect_command(context: click.Context, file: Path | None, url: str, as_json
     elif context.get_parameter_source("url") is ParameterSource.COMMANDLINE:
         raise click.UsageError("give a FILE or --url, not both")
     else:
-        kept = read_kept(_read(file))
+        kept = read_kept(read_evidence(file))
     seen = inspect(kept)
     if as_json:
         click.echo(json.dumps(seen))
@@ -244,7 +245,7 @@ def inspect_command(context: click.Context, file: Path | None, url: str, as_json
     "--output", "-o", type=click.Path(path_type=Path, allow_dash=True, dir_okay=False), default="evidence.json",
     show_default=True, help="Where the bundle goes; - is standard output.",
 )  # fmt: skip
-@click.option("--nonce", type=Nonce(), help="32 bytes to ask with.  [default: fresh random ones]")
+@click.option("--nonce", type=Nonce(NONCE_SIZE, NONCE_SIZE), help="32 bytes to ask with.  [default: fresh random ones]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object about the bundle.")
 def evidence_command(url: str, output: Path, nonce: bytes | None, as_json: bool) -> int:
     """Ask an enclave for Evidence and save it as a bundle, which an auditor can verify offline later.
@@ -258,18 +259,15 @@ def evidence_command(url: str, output: Path, nonce: bytes | None, as_json: bool)
 
     Exit codes: 0 saved, 2 usage, 4 no enclave answers.
     """
-    if nonce is not None and len(nonce) != NONCE_SIZE:
-        raise click.BadParameter(f"expected {NONCE_SIZE} bytes, got {len(nonce)}", param_hint="--nonce")
     to_stdout = str(output) == "-"
-    if not to_stdout and output.exists():
-        raise FileExistsError(17, "File exists; nothing was changed", str(output))
+    if not to_stdout:
+        require_new(output)  # before the enclave is asked: a nonce is good for one answer
     bundle = asyncio.run(_fetch(url, nonce or secrets.token_bytes(NONCE_SIZE)))
     encoded = bundle.encode()
     if to_stdout:
         sys.stdout.write(encoded.decode("ascii"))
     else:
-        with output.open("xb") as file:
-            file.write(encoded)
+        write_new(output, encoded)
     if as_json and not to_stdout:
         body = {
             "bundle": str(output),

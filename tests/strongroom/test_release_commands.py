@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,6 +82,7 @@ def test_a_key_is_made_once(strongroom: Terminal, folder: Path) -> None:
     assert strongroom("release", "pin", "--key", "new.pem", "--json").json == {"key": str(key), "key_id": key.key_id}
     again = strongroom("release", "keygen", "new.pem")
     assert (again.code, again.out) == (2, "")
+    assert again.err == "strongroom: File exists; keys are never replaced: choose another name: new.pem\n"
     assert strongroom("release", "pin", "--key", "new.pem").out == ran.out
 
 
@@ -264,14 +266,61 @@ def test_a_check_that_remembers(release: Publisher, folder: Path) -> None:
     release.add("1.0")
     older = Path("releases.jsonl").read_bytes()
     release("refresh")
-    assert release.check("--heads", "heads").code == 0
-    assert release.check("--heads", "heads").code == 0
+    for _ in range(2):
+        assert release.check().code == 0
     Path("releases.jsonl").write_bytes(older)
-    rolled_back = release.check("--heads", "heads")
-    assert (rolled_back.code, "rolled_back" in rolled_back.err) == (3, True)
-    assert release.check().code == 0
-    minimum = release.check("--minimum-sequence", "2", "--json")
+    rolled_back = release.check()
+    assert (rolled_back.code, rolled_back.out) == (3, "")
+    assert "releases.jsonl: the history has 1 entry, and 2 were seen before: fetch the newest one" in rolled_back.err
+    assert release.check("--no-memory").code == 0
+    minimum = release.check("--minimum-sequence", "2", "--no-memory", "--json")
     assert (minimum.code, minimum.json["error"]["code"]) == (3, "rolled_back")
+
+
+def test_a_check_and_a_policy_remember_as_one(release: Publisher, folder: Path) -> None:
+    release.add("1.0")
+    older = Path("releases.jsonl").read_bytes()
+    release("refresh")
+    source = ("--from-release", "releases.jsonl", "--key", PIN, "--product", NAME)
+    ignored = ("--ignore-model", "a test", "--ignore-configuration", "a test")
+    assert release.terminal("policy", "init", *source, *ignored, "--minimum-sequence", "1").code == 0
+    Path("releases.jsonl").write_bytes(older)
+    assert "rolled_back" in release.check().err
+
+
+def test_a_memory_that_cannot_be_kept(release: Publisher, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    release.add("1.0")
+    monkeypatch.setenv("STRONGROOM_HOME", str(folder / "key.pem"))
+    ran = release.check()
+    assert (ran.code, ran.out) == (4, "")
+    assert "what was seen of release histories cannot be kept" in ran.err
+    assert "STRONGROOM_HOME" in ran.err
+    assert release.check("--no-memory").code == 0
+
+
+def test_a_file_that_was_cut_off(release: Publisher, folder: Path) -> None:
+    release.add("1.0")
+    path = Path("releases.jsonl")
+    path.write_bytes(path.read_bytes()[:100])
+    for ran in (release.check(), release("refresh")):
+        assert (ran.code, "releases.jsonl: the last line has no end: the file was cut off" in ran.err) == (3, True)
+
+
+def test_an_image_is_hashed_once_for_its_statement(
+    release: Publisher, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was measured and what is stated are one reading: nobody can change the file between two."""
+    Path("enclave.eif").write_bytes(eif().encode())
+    opened = []
+    real = Path.open
+
+    def counting(path: Path, *arguments: Any, **named: Any) -> Any:
+        opened.append(path.name)
+        return real(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", counting)
+    assert release.add("1.0", "--from-eif", "enclave.eif", *SOURCE).code == 0
+    assert opened.count("enclave.eif") == 1
 
 
 def test_what_a_check_refuses(release: Publisher, folder: Path) -> None:

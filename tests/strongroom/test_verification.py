@@ -373,7 +373,16 @@ def test_nobody_to_ask(strongroom: Terminal, nobody: str, tmp_path: Path) -> Non
         ran = strongroom(*command, "--url", nobody)
         assert (ran.code, ran.out) == (4, "")
     assert not path.exists()
-    assert strongroom("evidence", "--url", nobody, "--nonce", bytes(16).hex()).code == 2
+    for size in (1, 16, 33):
+        ran = strongroom("evidence", "--url", nobody, "--nonce", bytes(size).hex())
+        assert (ran.code, f"expected 32 bytes, got {size}" in ran.err) == (2, True)
+
+
+def test_the_folder_is_looked_at_before_an_enclave_is_asked(strongroom: Terminal, nobody: str, tmp_path: Path) -> None:
+    ran = strongroom("evidence", "--url", nobody, "-o", str(tmp_path / "nowhere" / "kept.json"))
+    assert (ran.code, ran.err) == (2, f"strongroom: No such folder: {tmp_path / 'nowhere'}\n")
+    (tmp_path / "link").symlink_to("nothing")
+    assert "File exists" in strongroom("evidence", "--url", nobody, "-o", str(tmp_path / "link")).err
 
 
 # --- AWS's own documents ----------------------------------------------------------------------------------------------
