@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,15 +10,12 @@ import click
 from rich.text import Text
 
 from strongroom.options import json_option, load_policy, out
-from strongroom.policy_init import POLICY_TOML, init, remark_line, remarks_as_json
+from strongroom.policy_init import POLICY_TOML, init, remarks_as_json, show_remark
 from strongroom.policy_text import explain, warnings
 from strongroom.reference_options import ANY_FILE
-from strongroom.render import printable, shorten
+from strongroom.render import printable, shorten, wrapped
 
 INDENT = " " * 7
-MIN_WIDTH, MAX_WIDTH = 40, 120
-"""Columns of an explanation."""
-
 policy_argument = click.argument(
     "file", type=ANY_FILE, default=POLICY_TOML, envvar="STRONGROOM_POLICY", metavar="[FILE]"
 )
@@ -65,7 +61,7 @@ def check(file: Path, strict: bool, as_json: bool) -> int:
         click.echo(json.dumps({"policy": str(file), **remarks_as_json(remarks)}))
     else:
         for remark in remarks:
-            out.print(remark_line(remark), soft_wrap=True)
+            show_remark(out, remark)
         count = {0: "no warning", 1: "1 warning"}.get(len(found), f"{len(found)} warnings")
         out.print(f"{printable(str(file))}: can be judged by, {count}", soft_wrap=True)
     return 1 if strict and found else 0
@@ -97,18 +93,6 @@ def explain_command(file: Path, full: bool, as_json: bool) -> None:
     for section in sections:
         out.print(Text(f"\n{section.numbers:>5}  {section.title}".rstrip(), "bold"), soft_wrap=True)
         for sentence in section.sentences:
-            for line in _wrapped(sentence if full else shorten(sentence)):
+            hanging = INDENT + ("  " if sentence.startswith("- ") else "")
+            for line in wrapped(out, sentence if full else shorten(sentence), first=INDENT, indent=hanging):
                 out.print(Text(line), soft_wrap=True)
-
-
-def _wrapped(sentence: str) -> list[str]:
-    """Lines for this console. A digest is not broken: somebody will want to copy it."""
-    hanging = INDENT + ("  " if sentence.startswith("- ") else "")
-    return textwrap.wrap(
-        printable(sentence),
-        min(max(out.width, MIN_WIDTH), MAX_WIDTH),
-        initial_indent=INDENT,
-        subsequent_indent=hanging,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import click
+from rich.console import Console
 from rich.text import Text
 
 from attestation.anchors import AWS_NITRO_G1
@@ -45,7 +46,7 @@ from strongroom.reference_options import (
     PinnedKey,
     read_manifest,
 )
-from strongroom.render import printable, shorten
+from strongroom.render import printable, shorten, wrapped
 
 POLICY_TOML = "policy.toml"
 
@@ -320,13 +321,16 @@ def _report_init(
     for release in made.accepted_releases:
         out.print(f"release {release.name}: {shorten(registers_text(release.pcrs.as_registers()))}", soft_wrap=True)
     for remark in remarks:
-        err.print(remark_line(remark), soft_wrap=True)
+        show_remark(err, remark)
 
 
-def remark_line(remark: Remark) -> Text:
-    """A line for people, on standard output or standard error."""
+def show_remark(console: Console, remark: Remark) -> None:
+    """For people, on standard output or standard error."""
     kind, style = ("note", "dim") if remark.is_note else ("warning", "yellow")
-    return Text(f"{kind:<7}  ", style).append(f"{remark.code}: {printable(remark.text)}", "default")
+    first, *others = wrapped(console, f"{kind:<7}  {remark.code}: {remark.text}", indent=" " * 9)
+    console.print(Text(first[:9], style).append(first[9:], "default"), soft_wrap=True)
+    for line in others:
+        console.print(Text(line), soft_wrap=True)
 
 
 def remarks_as_json(remarks: Sequence[Remark]) -> dict[str, list[dict[str, str]]]:

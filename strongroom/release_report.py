@@ -103,8 +103,22 @@ def _changes(entries: Sequence[Entry]) -> Iterator[str]:
 
 
 def _show_table(console: Console, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A row on a line; where that does not fit, a row is a paragraph, and each of its cells a line."""
     sizes = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    if sum(sizes) + len(_GAP) * (len(sizes) - 1) > console.width:
+        _show_paragraphs(console, titles, rows)
+        return
     console.print()
     for row in (titles, *rows):
         line = _GAP.join(cell.ljust(size) for cell, size in zip(row, sizes, strict=True)).rstrip()
         console.print(Text(line, "bold" if row is titles else ""), soft_wrap=True)
+
+
+def _show_paragraphs(console: Console, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    size = max(map(len, titles))
+    for row in rows:
+        console.print()
+        for title, cell in zip(titles, row, strict=True):
+            style = "bold" if title is titles[0] else ""
+            for number, part in enumerate(cell.split(", ")):
+                console.print(Text(f"{'' if number else title:<{size}}{_GAP}{part}", style), soft_wrap=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
@@ -15,6 +16,12 @@ from attestation.checks import QUESTIONS, STEPS, Check, Label, Status
 from attestation.verifier import ArchivedResult, AttestationResult, DocumentResult
 
 WIDTH_WITHOUT_TERMINAL = 120
+NARROW = 90
+"""Columns below which a table has no room for two values beside each other: they stand below their check."""
+
+MIN_TEXT, MAX_TEXT = 40, 120
+"""Columns of a text that is wrapped."""
+
 MARKS = {
     Status.PASSED: ("ok", "green"),
     Status.FAILED: ("FAILED", "bold red"),
@@ -24,7 +31,7 @@ MARKS = {
 }
 WARNINGS = {
     Label.ARCHIVED: "ARCHIVED: judged at its own time, by what was known then; it says nothing about now.",
-    Label.EMULATED: "EMULATED: no hardware vouches for this enclave; whoever runs this machine can read the prompt.",
+    Label.EMULATED: "EMULATED: no hardware vouches for this enclave; who runs such a one can read what reaches it.",
     Label.DEBUG: "DEBUG: this enclave shows its memory to its host.",
 }
 Verdict = AttestationResult | DocumentResult | ArchivedResult
@@ -52,11 +59,32 @@ def hashing_bar(console: Console, what: str) -> Iterator[Callable[[int, int], No
 
 
 def show_verdict(console: Console, checks: Iterable[Check], *, whole: bool = False) -> None:
-    """Every step of PROTOCOL.md section 3 on a line, with what was expected and got; then each failure with both whole.
+    """Every step of PROTOCOL.md section 3 on a line, with what was expected and got, on a narrow console below it; then
+    each failure with both whole.
 
     A value that is as expected stands once. Long values are shortened, unless ``whole``.
     """
     checks = tuple(checks)
+    if console.width < NARROW and not whole:
+        _show_stacked(console, checks)
+    else:
+        _show_table(console, checks, whole)
+    for check in checks:
+        if check.status is Status.FAILED:
+            _show_failure(console, check)
+
+
+def _show_stacked(console: Console, checks: Iterable[Check]) -> None:
+    for check in checks:
+        mark, style = MARKS[check.status]
+        room = console.width - 6 - len(_GAP) - len(mark)
+        console.print(Text(f"{check.step:>4}{_GAP}{_cut(check.name, room)}{_GAP}").append(mark, style), soft_wrap=True)
+        for title, value in zip(TITLES[3:], _values(check, whole=False), strict=True):
+            if value:
+                console.print(Text(f"{'':6}{title:<8}{_GAP}{_cut(value, console.width - 16)}"), soft_wrap=True)
+
+
+def _show_table(console: Console, checks: Sequence[Check], whole: bool) -> None:
     rows = [TITLES, *((str(each.step), each.name, MARKS[each.status][0], *_values(each, whole)) for each in checks)]
     sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
     if not whole:
@@ -67,9 +95,6 @@ def show_verdict(console: Console, checks: Iterable[Check], *, whole: bool = Fal
         line = Text(_GAP.join((step.strip().rjust(sizes[0]), name, "")), "bold" if row is TITLES else "")
         line.append(mark, style).append(_GAP.join(("", expected, got)).rstrip(), "bold" if row is TITLES else "")
         console.print(line, soft_wrap=True)
-    for check in checks:
-        if check.status is Status.FAILED:
-            _show_failure(console, check)
 
 
 def _values(check: Check, whole: bool) -> tuple[str, str]:
@@ -105,6 +130,20 @@ def shorten(text: str) -> str:
     """Digests within ``text`` by their first and last digits."""
     first, last = _SHORT_DIGEST
     return _DIGEST.sub(lambda match: f"{match[0][:first]}…{match[0][-last:]}", text)
+
+
+def wrapped(console: Console, text: str, *, first: str = "", indent: str = "") -> list[str]:
+    """Lines that fit: the first begins with ``first``, the others with ``indent``. A digest is not broken: somebody may
+    want to copy it.
+    """
+    return textwrap.wrap(
+        printable(text),
+        min(max(console.width, MIN_TEXT), MAX_TEXT),
+        initial_indent=first,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def printable(text: str) -> str:

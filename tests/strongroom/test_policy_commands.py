@@ -35,6 +35,7 @@ from attestation.rules import (
     SignedReleases,
 )
 from attestation.verifier import verify, verify_archived, verify_document
+from strongroom.options import out
 from tests.eif_files import image as eif
 from tests.gguf_files import TEXT, Gguf
 from tests.pki import forge
@@ -535,7 +536,7 @@ def policy_file(folder: Path) -> Path:
 
 def test_check(strongroom: Terminal, policy_file: Path) -> None:
     lines = strongroom("policy", "check").out.splitlines()
-    assert [line.split(":")[0].split() for line in lines[:-1]] == [
+    assert [line.split(":")[0].split() for line in lines[:-1] if line[0] != " "] == [
         ["warning", "emulated_anchor"],
         ["note", "ignored_module_id"],
         ["warning", "unsigned_image"],
@@ -545,6 +546,16 @@ def test_check(strongroom: Terminal, policy_file: Path) -> None:
     said = strongroom("policy", "check", str(policy_file), "--json").json
     assert said["policy"] == str(policy_file)
     assert [each["code"] for each in said["warnings"]] == ["emulated_anchor", "unsigned_image"]
+
+
+@pytest.mark.parametrize("columns", [50, 120])
+def test_remarks_fit_their_terminal(
+    monkeypatch: pytest.MonkeyPatch, strongroom: Terminal, policy_file: Path, columns: int
+) -> None:
+    monkeypatch.setattr(out, "width", columns)
+    lines = strongroom("policy", "check").out.splitlines()
+    assert max(map(len, lines)) <= columns
+    assert "whoever holds its key can sign anything" in " ".join(" ".join(lines).split())
 
 
 def test_check_strictly(monkeypatch: pytest.MonkeyPatch, strongroom: Terminal, policy_file: Path, init: Init) -> None:

@@ -16,6 +16,7 @@ from attestation.manifest import ModelManifest
 from attestation.reference import configuration_digest
 from attestation.release_signing import PublicKey
 from emulator.kms import SoftwareKms, serving
+from strongroom.options import out
 from strongroom.release_commands import release as group
 from strongroom.release_file import ReleaseFile, write_key
 from tests.eif_files import image as eif
@@ -144,6 +145,20 @@ def test_a_history_from_its_beginning_to_a_check(release: Publisher, folder: Pat
         == refreshed["digest"]
         == f"sha384:{verified(Path('releases.jsonl').read_bytes()).head.digest.hex()}"
     )
+
+
+@pytest.mark.parametrize("columns", [40, 60, 90, 130, 200])
+def test_a_check_fits_its_terminal(
+    release: Publisher, folder: Path, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    release.add("1.0", *REGISTERS, *SOURCE, "--model", "sha384:" + "0a" * 48, "--model", "sha384:" + "0b" * 48)
+    release.add("2.0")
+    monkeypatch.setattr(out, "width", columns)
+    shown = release.check().out
+    whole = ("key ", "head ")  # somebody may want to copy them
+    assert all(len(line) <= columns for line in shown.splitlines() if not line.startswith(whole))
+    for words in ("0a0a0a0a…0a0a0a", "0b0b0b0b…0b0b0b", "unsigned", "+ 2.0", "VERIFIED"):
+        assert words in shown
 
 
 def test_repeating_a_command_changes_nothing(release: Publisher, folder: Path) -> None:

@@ -22,6 +22,7 @@ from attestation.rules import Release, Require
 from attestation.verifier import AttestationResult, verify
 from strongroom.render import (
     MARKS,
+    NARROW,
     WARNINGS,
     open_console,
     printable,
@@ -74,7 +75,7 @@ def refused(attested: Attested, policy: AppraisalPolicy) -> AppraisalError:
     return caught.value
 
 
-@pytest.mark.parametrize("width", [80, 100, 120, 200])
+@pytest.mark.parametrize("width", [90, 100, 120, 200])
 def test_every_check_is_one_line_that_fits(result: AttestationResult, width: int) -> None:
     head, *lines = table_of(shown(result.checks, width))
     assert head.split() == ["step", "check", "verdict", "expected", "got"]
@@ -86,7 +87,14 @@ def test_every_check_is_one_line_that_fits(result: AttestationResult, width: int
         assert f" {MARKS[check.status][0]}" in line
 
 
-@pytest.mark.parametrize("width", [80, 120])
+def test_values_stand_below_their_check_where_there_is_no_room_beside_it(result: AttestationResult) -> None:
+    text = shown(result.checks, 60)
+    assert "\n   6  nonce  ok\n      expected  h'" in text
+    assert "\n      got       the same\n   7  freshness  ok\n      expected  0 to " in text
+    assert "step" not in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
 def test_failures_are_whole(refused: AppraisalError, width: int) -> None:
     text = shown(refused.checks, width)
     assert max(map(len, table_of(text))) <= width
@@ -153,17 +161,25 @@ ASCII_CHECKS = CHECKS.map(
 )
 
 
-@given(ASCII_CHECKS, st.integers(72, 200))
+@given(ASCII_CHECKS, st.integers(NARROW, 200))
 def test_any_checks_fit_any_terminal(checks: tuple[Check, ...], width: int) -> None:
     lines = table_of(shown(checks, width))
     assert len(lines) == len(checks) + 1
     assert all(len(line) <= width for line in lines)
 
 
+@given(ASCII_CHECKS, st.integers(40, NARROW - 1))
+def test_any_checks_fit_a_narrow_terminal(checks: tuple[Check, ...], width: int) -> None:
+    lines = table_of(shown(checks, width))
+    assert sum(line[:4].strip().isdigit() for line in lines) == len(checks)
+    assert all(len(line) <= width for line in lines)
+
+
 @given(CHECKS)
 def test_no_check_moves_the_cursor(checks: tuple[Check, ...]) -> None:
     for whole in (False, True):
-        assert all(each.isprintable() or each == "\n" for each in shown(checks, 100, whole=whole))
+        for width in (60, 100):
+            assert all(each.isprintable() or each == "\n" for each in shown(checks, width, whole=whole))
 
 
 def test_control_characters_are_written_out() -> None:
@@ -210,6 +226,8 @@ def test_a_debug_enclave_is_called_so(tmp_path: Path) -> None:
 
 
 def test_every_label_has_a_warning() -> None:
+    """One that is true of a channel, of a bare document and of an archive: neither speaks of a prompt, or of now."""
+    assert not any("prompt" in warning or "this machine" in warning for warning in WARNINGS.values())
     assert WARNINGS.keys() == set(Label)
 
 
