@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from attestation import strict_toml
 from attestation.anchors import AWS_NITRO_G1
 from attestation.chain import Anchor, Trust
 from attestation.document import MAX_CERTIFICATE, MAX_FIELD, PCR_COUNT
@@ -212,10 +212,7 @@ class AppraisalPolicy:
     @classmethod
     def parse(cls, text: str, directory: Path, *, heads: HeadMemory | None = None) -> AppraisalPolicy:
         """``directory`` is where the names of files in ``text`` start. Raises as :meth:`load`."""
-        try:
-            top = Table("", tomllib.loads(text))
-        except (ValueError, RecursionError) as error:
-            raise PolicyError("malformed_policy", f"not TOML: {error}") from error
+        top = strict_toml.read(text)
         version = top.integer("version")
         if version != VERSION:
             raise PolicyError(

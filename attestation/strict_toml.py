@@ -6,12 +6,29 @@ For the policy, whose author is a person: an error says which field, what was ex
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Iterator, Mapping
 
 from attestation.errors import PolicyError
 
 MAX_TEXT = 500
 """Characters of one text."""
+
+
+MAX_KEY_PARTS = 16
+"""Dots of a dotted key. The parser's work grows with their square and more."""
+
+_STRING_OR_COMMENT = re.compile(r"""(?s)"(?:[^"\\\n]++|\\.)*+"?|'[^'\n]*+'?|\#[^\n]*+""")
+
+
+def read(text: str) -> Table:
+    """The whole of a TOML ``text``. Raises PolicyError ``malformed_policy``, never anything else."""
+    try:
+        if any(line.count(".") > MAX_KEY_PARTS for line in _STRING_OR_COMMENT.sub("", text).split("\n")):
+            raise ValueError(f"a key of more than {MAX_KEY_PARTS} parts")
+        return Table("", tomllib.loads(text))
+    except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
+        raise PolicyError("malformed_policy", f"not TOML: {error}") from error
 
 
 class Table:

@@ -7,9 +7,9 @@ parent.
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass
 
+from attestation import strict_toml
 from attestation.commitment import Entropy
 from attestation.errors import PolicyError, StrongroomError
 from attestation.reference import DIGEST_SIZE, configuration_digest
@@ -99,9 +99,9 @@ class EnclaveConfiguration:
     def parse(cls, data: bytes) -> EnclaveConfiguration:
         """Raises ConfigurationError."""
         try:
-            return cls._read(Table("", tomllib.loads(data.decode("utf-8"))), configuration_digest(data))
-        except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
-            raise ConfigurationError("enclave.toml is not TOML") from error
+            return cls._read(strict_toml.read(data.decode("utf-8")), configuration_digest(data))
+        except UnicodeDecodeError as error:
+            raise ConfigurationError("enclave.toml is not UTF-8 text") from error
         except PolicyError as error:
             raise ConfigurationError(error.message, expected=error.expected, got=error.got) from error
 

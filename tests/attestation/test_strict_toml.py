@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from attestation import strict_toml
 from attestation.errors import PolicyError
 from attestation.strict_toml import MAX_TEXT, Table
 
@@ -67,3 +68,38 @@ def test_what_is_unknown_empty_or_contradictory_is_refused() -> None:
     assert refused(lambda: table(1).one_of("forbid", "ignore")).code == "missing_field"
     assert both.one_of("forbid", "require") == "forbid"
     assert (both.has("forbid"), both.has("require")) == (True, False)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a" + ".a" * 17 + " = 1",
+        "[a" + ".a" * 17 + "]",
+        "x = {a" + ".a" * 17 + " = 1}",
+        '"a b"' + '."a b"' * 17 + " = 1",
+        "a = " + "[" * 5000,
+        "a = " + "9" * 5000,
+        "a = 1\na = 2",
+        "a = ",
+    ],
+    ids=["dotted", "table", "inline", "quoted", "nested", "digits", "twice", "nothing"],
+)
+def test_what_is_not_read(text: str) -> None:
+    with pytest.raises(PolicyError) as caught:
+        strict_toml.read(text)
+    assert caught.value.code == "malformed_policy"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a" + ".a" * 16 + " = 1",
+        f'a = "{"." * 99}"',
+        f"a = '{'.' * 99}'",
+        f"a = 1 # {'.' * 99}",
+        rf'a = "\"{"." * 99}"',
+        'a = ["1.1", "2.2"]\n',
+    ],
+)
+def test_dots_elsewhere_are_no_keys(text: str) -> None:
+    assert strict_toml.read(text).has("a")
