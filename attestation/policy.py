@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from attestation import strict_toml
 from attestation.anchors import AWS_NITRO_G1
@@ -60,6 +60,8 @@ from attestation.strict_toml import Table, missing, printable, wrong_value
 
 if TYPE_CHECKING:  # where heads are kept is a matter of the system: files and locks
     from attestation.release_heads import HeadMemory
+
+T = TypeVar("T")
 
 VERSION = 1
 MAX_POLICY = 1_048_576
@@ -230,9 +232,9 @@ class AppraisalPolicy:
             binding=_binding(top.table("binding")),
             releases=_releases(top, directory, heads),
             model=_model_rule(top.table("model"), directory),
-            configuration=_digest_rule(top.table("configuration")),
+            configuration=_rule(top.table("configuration"), _DIGEST_RULES),
             pcrs=_register_rules(top.table("pcrs")),
-            module_id=_name_rule(top.table("module_id")),
+            module_id=_rule(top.table("module_id"), _NAME_RULES),
         )
         top.finish()
         return policy
@@ -290,7 +292,8 @@ def _binding(table: Table) -> Binding:
     if purpose == "channel":
         binding = ChannelBinding()
     elif purpose == "document":
-        binding = DocumentBinding(_field_rule(table.table("public_key")), _field_rule(table.table("user_data")))
+        public_key, user_data = (_rule(table.table(name), _FIELD_RULES) for name in ("public_key", "user_data"))
+        binding = DocumentBinding(public_key, user_data)
     else:
         raise PolicyError(
             "unknown_value",
@@ -326,8 +329,12 @@ def _releases(top: Table, directory: Path, heads: HeadMemory | None) -> tuple[Re
         )
     data = _read(directory / file, MAX_HISTORY, "unreadable_history", field=table.field("history"))
     head = heads.recall(key, name)
-    history = ReleaseHistory.verify(data, key=key, name=name, minimum_sequence=minimum, head=head)
-    heads.remember(history)  # before anything is judged by it: that everything was taken back is worth remembering most
+    try:
+        history = ReleaseHistory.verify(data, key=key, name=name, minimum_sequence=minimum, head=head)
+        # Before anything is judged by it: that everything was taken back is worth remembering most.
+        heads.remember(history)
+    except ReleaseError as error:
+        raise error.of(file) from error
     return SignedReleases(file, minimum, history)
 
 
@@ -348,40 +355,31 @@ def _register_rules(table: Table) -> Mapping[int, RegisterRule]:
     for key in table:
         if not re.fullmatch(r"0|[1-9][0-9]?", key):
             raise PolicyError("unknown_field", "not a register", field=table.field(key), expected="a number, 0 to 31")
-        rules[int(key)] = _register_rule(table.table(key))
+        rules[int(key)] = _rule(table.table(key), _REGISTER_RULES)
     table.finish()
     return rules
 
 
-def _register_rule(table: Table) -> RegisterRule:
-    rule: RegisterRule
-    match table.one_of("require", "measures", "forbid", "ignore"):
-        case "require":
-            rule = Require(tuple(table.octets(field, text, DIGEST_SIZE) for field, text in table.texts("require")))
-        case "measures":
-            rule = Measures(tuple(text for _, text in table.texts("measures")))
-        case "forbid":
-            table.true("forbid")
-            rule = Forbid()
-        case _:
-            rule = Ignore(table.text("ignore"))
+def _rule(table: Table, kinds: Mapping[str, Callable[[Table], T]]) -> T:
+    """The rule that ``table`` is: exactly one of ``kinds``, and nothing beside it."""
+    rule = kinds[table.one_of(*kinds)](table)
     table.finish()
     return rule
 
 
-def _field_rule(table: Table) -> FieldRule:
-    rule: FieldRule
-    match table.one_of("require", "forbid", "ignore"):
-        case "require":
-            values = table.texts("require", longest=2 * MAX_FIELD)
-            rule = Require(tuple(_field_value(field, text) for field, text in values))
-        case "forbid":
-            table.true("forbid")
-            rule = Forbid()
-        case _:
-            rule = Ignore(table.text("ignore"))
-    table.finish()
-    return rule
+def _forbid(table: Table) -> Forbid:
+    table.true("forbid")
+    return Forbid()
+
+
+def _released(table: Table) -> Released:
+    table.true("released")
+    return Released()
+
+
+def _require_fields(table: Table) -> Require[bytes]:
+    values = table.texts("require", longest=2 * MAX_FIELD)
+    return Require(tuple(_field_value(field, text) for field, text in values))
 
 
 def _field_value(field: str, text: str) -> bytes:
@@ -392,7 +390,7 @@ def _field_value(field: str, text: str) -> bytes:
 
 def _model_rule(table: Table, directory: Path) -> ModelRule:
     if not table.has("manifests"):
-        return _digest_rule(table)
+        return _rule(table, _DIGEST_RULES)
     minimum = table.integer("minimum_version")
     _require_bounds(table.field("minimum_version"), minimum, 0, (1 << 63) - 1, "")
     files = tuple((name, _manifest(field, directory / name)) for field, name in table.texts("manifests"))
@@ -411,20 +409,6 @@ def _manifest(field: str, path: Path) -> ModelManifest:
         raise PolicyError(error.code, error.message, field=field, expected=error.expected, got=error.got) from error
 
 
-def _digest_rule(table: Table) -> DigestRule:
-    rule: DigestRule
-    match table.one_of("require", "released", "ignore"):
-        case "require":
-            rule = Require(_digests(table, "require"))
-        case "released":
-            table.true("released")
-            rule = Released()
-        case _:
-            rule = Ignore(table.text("ignore"))
-    table.finish()
-    return rule
-
-
 def _digests(table: Table, key: str) -> tuple[bytes, ...]:
     digests = []
     for field, text in table.texts(key):
@@ -434,14 +418,32 @@ def _digests(table: Table, key: str) -> tuple[bytes, ...]:
     return tuple(digests)
 
 
-def _name_rule(table: Table) -> NameRule:
-    rule: NameRule
-    if table.one_of("require", "ignore") == "require":
-        rule = Require(tuple(text for _, text in table.texts("require")))
-    else:
-        rule = Ignore(table.text("ignore"))
-    table.finish()
-    return rule
+def _ignore(table: Table) -> Ignore:
+    return Ignore(table.text("ignore"))
+
+
+_REGISTER_RULES: Mapping[str, Callable[[Table], RegisterRule]] = {
+    "require": lambda table: Require(
+        tuple(table.octets(field, text, DIGEST_SIZE) for field, text in table.texts("require"))
+    ),
+    "measures": lambda table: Measures(tuple(text for _, text in table.texts("measures"))),
+    "forbid": _forbid,
+    "ignore": _ignore,
+}
+_FIELD_RULES: Mapping[str, Callable[[Table], FieldRule]] = {
+    "require": _require_fields,
+    "forbid": _forbid,
+    "ignore": _ignore,
+}
+_DIGEST_RULES: Mapping[str, Callable[[Table], DigestRule]] = {
+    "require": lambda table: Require(_digests(table, "require")),
+    "released": _released,
+    "ignore": _ignore,
+}
+_NAME_RULES: Mapping[str, Callable[[Table], NameRule]] = {
+    "require": lambda table: Require(tuple(text for _, text in table.texts("require"))),
+    "ignore": _ignore,
+}
 
 
 def _require_bounds(field: str, value: int, low: int, high: int, unit: str) -> None:
@@ -455,7 +457,8 @@ def _read(path: Path, limit: int, code: str, *, field: str | None) -> bytes:
         with path.open("rb") as file:
             data = file.read(limit + 1)
     except (OSError, ValueError) as error:
-        raise PolicyError(code, f"cannot read {path}: {error}", field=field) from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise PolicyError(code, f"{path}: {reason}", field=field) from error
     if len(data) > limit:
         raise PolicyError(code, f"{path} is too large", field=field, expected=f"at most {limit} bytes")
     return data

@@ -5,6 +5,7 @@ For the policy, whose author is a person: an error says which field, what was ex
 
 from __future__ import annotations
 
+import difflib
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -67,16 +68,18 @@ class Table:
             "exactly one of these must be given",
             field=self._path,
             expected=" or ".join(keys),
-            got=" and ".join(present) or "none",
+            got=" and ".join(present) or next(filter(None, map(self._like, keys)), "none"),
         )
 
     def table(self, key: str) -> Table:
+        self._require(key, f"there is no such table: add [{self.field(key)}]")
         value = self._take(key)
         if not isinstance(value, dict):
             raise wrong_value(self.field(key), "a table", type(value).__name__)
         return Table(self.field(key), value)
 
     def tables(self, key: str) -> list[Table]:
+        self._require(key, f"there is no such table: add [[{self.field(key)}]], one or more")
         value = self._take(key)
         if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
             raise wrong_value(self.field(key), "tables", type(value).__name__)
@@ -117,10 +120,20 @@ class Table:
         return bytes.fromhex(text)
 
     def _take(self, key: str) -> object:
-        if key not in self._values:
-            raise missing(self.field(key))
+        self._require(key, "every field must be given")
         self._taken.add(key)
         return self._values[key]
+
+    def _require(self, key: str, message: str) -> None:
+        if key not in self._values:
+            like = self._like(key)
+            raise PolicyError("missing_field", message, field=self.field(key), expected=key, got=like or "none")
+
+    def _like(self, key: str) -> str | None:
+        """A field that nobody has asked for and that may be ``key`` with a slip in it; safe to print."""
+        others = [other for other in self._values if other not in self._taken and len(other) <= 2 * len(key)]
+        like = difflib.get_close_matches(key, others, n=1, cutoff=0.8)
+        return f"{ascii(like[0])[1:-1]} (a slip?)" if like else None
 
 
 def printable(field: str, value: object, longest: int = MAX_TEXT) -> str:

@@ -146,7 +146,7 @@ def _run(*, as_json: bool) -> int:
         return error.exit_code
     except OSError as error:
         _flush()  # when it is our output that failed, it fails again
-        text = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+        text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         report(_as_json("system_error", text), text, as_json)
         return USAGE if isinstance(error, WRONG_FILE) else UNAVAILABLE
     except Exception as error:

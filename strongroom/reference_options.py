@@ -57,7 +57,7 @@ class Hexadecimal(click.ParamType[bytes]):
 
 
 class DigestOrFile(click.ParamType[bytes | Path]):
-    """``sha384:HEX``, or a file that is there."""
+    """``sha384:HEX``, or a file."""
 
     name = "file|sha384:hex"
 
@@ -67,7 +67,7 @@ class DigestOrFile(click.ParamType[bytes | Path]):
         text = str(value)
         if text.startswith(DIGEST_PREFIX):
             return Hexadecimal(DIGEST_SIZE).convert(text.removeprefix(DIGEST_PREFIX), param, ctx)
-        path: Path = click.Path(path_type=Path, dir_okay=False, exists=True).convert(text, param, ctx)
+        path: Path = ANY_FILE.convert(text, param, ctx)
         return path
 
 

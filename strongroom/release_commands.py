@@ -33,7 +33,6 @@ from strongroom.release_report import as_json_object, show_history, time_text
 DEFAULT_VALIDITY_DAYS = 90
 F = TypeVar("F", bound=Callable[..., Any])
 REGISTER = Hexadecimal(DIGEST_SIZE)
-READABLE_FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 
 
 product_option = click.option("--product", required=True, metavar="NAME", help="What the history is about.")
@@ -51,9 +50,7 @@ expires_option = click.option(
 def signer_options(command: F) -> F:
     """``--key`` and ``--kms-key``, of which one is given."""
     kms = click.option("--kms-key", metavar="ARN", help="A KMS key of spec ECC_NIST_P384, by its full ARN.")
-    return click.option("--key", type=READABLE_FILE, help="A private key in PEM: Ed25519, or ECDSA on P-384.")(
-        kms(command)
-    )
+    return click.option("--key", type=ANY_FILE, help="A private key in PEM: Ed25519, or ECDSA on P-384.")(kms(command))
 
 
 @click.group()
@@ -129,13 +126,13 @@ def _signer(key: Path | None, kms_key: str | None) -> Iterator[Signer]:
 @signer_options
 @product_option
 @click.option("--release", "release_name", required=True, metavar="NAME", help="What this release is called.")
-@click.option("--from-eif", type=READABLE_FILE, help="Measure this image file, and state its digest.")
-@click.option("--from-measurements", type=READABLE_FILE, help="What nitro-cli build-enclave printed (JSON).")
+@click.option("--from-eif", type=ANY_FILE, help="Measure this image file, and state its digest.")
+@click.option("--from-measurements", type=ANY_FILE, help="What nitro-cli build-enclave printed (JSON).")
 @click.option("--pcr0", type=REGISTER, help="In place of a file: the image.")
 @click.option("--pcr1", type=REGISTER, help="In place of a file: kernel and boot ramdisk.")
 @click.option("--pcr2", type=REGISTER, help="In place of a file: the application.")
 @click.option("--pcr8", type=REGISTER, help="In place of a file: the signing certificate, of a signed image.")
-@click.option("--image", type=READABLE_FILE, help="State the digest of this image file; it is not measured.")
+@click.option("--image", type=ANY_FILE, help="State the digest of this image file; it is not measured.")
 @click.option("--repository", required=True, help="Where the source is.")
 @click.option("--commit", required=True, type=Hexadecimal(20, 32), help="The commit that the image was built from.")
 @click.option(
@@ -204,7 +201,7 @@ def add(
 
 
 @release.command()
-@click.argument("history", type=READABLE_FILE)
+@click.argument("history", type=ANY_FILE)
 @click.argument("release_name", metavar="NAME")
 @signer_options
 @product_option
@@ -226,7 +223,7 @@ def withdraw(
 
 
 @release.command()
-@click.argument("history", type=READABLE_FILE)
+@click.argument("history", type=ANY_FILE)
 @signer_options
 @product_option
 @expires_option
@@ -273,7 +270,7 @@ def _measure(
 
 
 @release.command()
-@click.argument("history", type=READABLE_FILE)
+@click.argument("history", type=ANY_FILE)
 @click.option("--key", required=True, type=PinnedKey(), help="The pinned key: ed25519:HEX or ecdsa-p384:HEX.")
 @product_option
 @click.option(

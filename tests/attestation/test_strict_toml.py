@@ -59,6 +59,34 @@ def test_anything_else_is_refused_with_its_field(take: Callable[[Table, str], ob
     assert missing.field == "above.key"
 
 
+@pytest.mark.parametrize(
+    ("there", "key", "got"),
+    [
+        ("max_age_second", "max_age_seconds", "max_age_second (a slip?)"),
+        ("Max_age_seconds", "max_age_seconds", "Max_age_seconds (a slip?)"),
+        ("max_age_secönds", "max_age_seconds", "max_age_sec\\xf6nds (a slip?)"),
+        ("something", "max_age_seconds", "none"),
+        ("pcr1", "pcr2", "none"),
+        ("a" * 100, "a", "none"),
+    ],
+)
+def test_a_slip_is_named_with_what_is_missing(there: str, key: str, got: str) -> None:
+    for take in (Table.integer, Table.table, Table.tables, Table.one_of):
+        error = refused(lambda take=take: take(Table("", {there: 1}), key))  # type: ignore[misc]
+        assert (error.code, error.expected, error.got) == ("missing_field", key, got)
+
+
+def test_a_field_that_was_asked_for_is_no_slip() -> None:
+    fields = Table("", {"root_sha25": 1})
+    assert fields.integer("root_sha25") == 1
+    assert refused(lambda: fields.text("root_sha25x")).got == "none"
+
+
+def test_a_missing_table_is_named_as_it_is_written() -> None:
+    assert "add [above.key]" in refused(lambda: Table("above", {}).table("key")).message
+    assert "add [[key]]" in refused(lambda: Table("", {}).tables("key")).message
+
+
 def test_what_is_unknown_empty_or_contradictory_is_refused() -> None:
     unknown = refused(Table("", {"a\nb": 1}).finish)
     assert (unknown.code, unknown.field) == ("unknown_field", "a\\nb")

@@ -253,6 +253,22 @@ def test_a_policy_that_is_none(strongroom: Terminal, street: Street, tmp_path: P
     assert strongroom("verify", "--url", street.url, "--policy", str(path), "--json").json["error"]["code"]
 
 
+def test_a_file_that_is_not_there_is_said_in_one_way(strongroom: Terminal, tmp_path: Path) -> None:
+    absent, pin = str(tmp_path / "absent"), "ed25519:" + "07" * 32
+    for command in (
+        ("verify", absent, "--archived", "--policy", absent),
+        ("inspect", absent),
+        ("policy", "check", absent),
+        ("policy", "init", "--from-eif", absent),
+        ("policy", "init", "--from-measurements", absent),
+        ("release", "check", absent, "--key", pin, "--product", "x"),
+        ("release", "refresh", "x", "--key", absent, "--product", "x"),
+    ):
+        ran = strongroom(*command)
+        assert (ran.code, ran.out) == (2, "")
+        assert f"strongroom: {absent}: No such file or directory" in ran.err
+
+
 @pytest.mark.parametrize("url", ["", "nonsense", "ftp://x", "http://[::1", "http://127.0.0.1:x"])
 def test_a_url_that_is_none(strongroom: Terminal, street: Street, url: str) -> None:
     ran = strongroom("verify", "--policy", street.policy_file, "--url", url)
@@ -372,7 +388,7 @@ def test_init_on_a_disk_that_refuses_leaves_nothing(
     monkeypatch.setattr(Path, "write_bytes", refuse)
     ran = strongroom("init", "--model", str(model), "--directory", str(tmp_path / "demo"))
     assert (ran.code, ran.out) == (code, "")
-    assert f"strongroom: {os.strerror(number)}: {tmp_path / 'demo' / prepare.ROOT_DER}\n" in ran.err
+    assert f"strongroom: {tmp_path / 'demo' / prepare.ROOT_DER}: {os.strerror(number)}\n" in ran.err
     assert list((tmp_path / "demo").iterdir()) == []
 
 

@@ -450,7 +450,7 @@ FROM_EIF = ("--from-eif", "enclave.eif")
         ((*FROM_EIF, *IGNORED, "--role", "two\nlines"), "--role: "),
         ((*FROM_EIF, *IGNORED, "--max-age", "86401"), "--max-age"),
         ((*FROM_EIF, *IGNORED, "--leeway", "601"), "--leeway"),
-        ((*FROM_EIF, *IGNORED, "--output", "nowhere/policy.toml"), "No such folder: nowhere"),
+        ((*FROM_EIF, *IGNORED, "--output", "nowhere/policy.toml"), "nowhere: No such folder"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_meant(init: Init, arguments: tuple[str, ...], words: str) -> None:

@@ -83,7 +83,7 @@ def test_a_key_is_made_once(strongroom: Terminal, folder: Path) -> None:
     assert strongroom("release", "pin", "--key", "new.pem", "--json").json == {"key": str(key), "key_id": key.key_id}
     again = strongroom("release", "keygen", "new.pem")
     assert (again.code, again.out) == (2, "")
-    assert again.err == "strongroom: File exists; keys are never replaced: choose another name: new.pem\n"
+    assert again.err == "strongroom: new.pem: File exists; keys are never replaced: choose another name\n"
     assert strongroom("release", "pin", "--key", "new.pem").out == ran.out
 
 

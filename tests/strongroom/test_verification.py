@@ -380,7 +380,7 @@ def test_nobody_to_ask(strongroom: Terminal, nobody: str, tmp_path: Path) -> Non
 
 def test_the_folder_is_looked_at_before_an_enclave_is_asked(strongroom: Terminal, nobody: str, tmp_path: Path) -> None:
     ran = strongroom("evidence", "--url", nobody, "-o", str(tmp_path / "nowhere" / "kept.json"))
-    assert (ran.code, ran.err) == (2, f"strongroom: No such folder: {tmp_path / 'nowhere'}\n")
+    assert (ran.code, ran.err) == (2, f"strongroom: {tmp_path / 'nowhere'}: No such folder\n")
     (tmp_path / "link").symlink_to("nothing")
     assert "File exists" in strongroom("evidence", "--url", nobody, "-o", str(tmp_path / "link")).err
 
