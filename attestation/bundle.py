@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -84,8 +85,9 @@ _FIELDS = frozenset(("v", "evidence", "nonce", "fetched", "source"))
 def read_kept(data: bytes) -> Bundle | bytes:
     """What a file holds: a bundle, or Evidence or a document as bytes.
 
-    People keep those as they are, as hexadecimal digits or as base64; all of these are told apart by their first byte,
-    because neither Evidence nor a document begins with an ASCII character. Raises EvidenceError ``malformed_bundle``.
+    People keep those as they are, as hexadecimal digits or as base64, in either alphabet of RFC 4648 (that for URLs
+    with or without its padding). All are told apart by their first byte, because neither Evidence nor a document begins
+    with an ASCII character. Raises EvidenceError ``malformed_bundle``.
     """
     text = data.strip()
     _require_size(text)
@@ -97,7 +99,7 @@ def read_kept(data: bytes) -> Bundle | bytes:
     try:
         return bytes.fromhex(joined)
     except ValueError:
-        return _base64(joined)
+        return _base64(_as_standard(joined))
 
 
 def _require_size(data: bytes) -> None:
@@ -114,6 +116,14 @@ def _base64(text: str) -> bytes:
         raise EvidenceError(
             _CODE, "neither a bundle nor Evidence in hexadecimal or base64", got=f"{len(text)} characters"
         ) from error
+
+
+def _as_standard(text: str) -> str:
+    """Base64 in the alphabet for URLs (RFC 4648 section 5), as JSON APIs give it; any other text as it is."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+=*", text) or not re.search(r"[_-]", text):
+        return text
+    digits = text.rstrip("=")
+    return digits.replace("-", "+").replace("_", "/") + "=" * (-len(digits) % 4)
 
 
 def _hexadecimal(text: str) -> bytes:

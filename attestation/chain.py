@@ -14,7 +14,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Generic, NamedTuple, TypeVar
 
@@ -120,7 +120,7 @@ def validate(
     if cabundle[0] != anchor.der:
         raise EvidenceError(
             "untrusted_chain",
-            f"the chain does not lead to the anchor {anchor.trust.value}",
+            f"the chain leads to another root than the anchor {anchor.trust.value}, which is the one that was named",
             expected=f"root sha256 {anchor.fingerprint}",
             got=f"root sha256 {hashlib.sha256(cabundle[0]).hexdigest()}",
         )
@@ -171,6 +171,9 @@ class _Period(NamedTuple):
         return self.not_before <= at.replace(microsecond=0) <= self.not_after
 
 
+_ALWAYS = _Period(datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC))
+
+
 class _Leaf(NamedTuple):
     """What stands at the end of a path (RFC 5280 section 6.1.5)."""
 
@@ -216,8 +219,16 @@ class _Issuer(NamedTuple):
     def _verify(self, certificate: x509.Certificate, step: PolicyBuilder, at: datetime) -> None:
         """``certificate`` fits its profile, the issuer that of a CA; both are valid; one has signed the other."""
         verifier = step.store(self.store).time(at).build_client_verifier()
+        try:
+            chain = verifier.verify(certificate, []).chain
+        except VerificationError as error:
+            period = _ALWAYS.within(certificate)
+            if period.covers(at):
+                raise
+            not_before, not_after = (each.isoformat() for each in period)
+            raise _Refused(f"a certificate is valid from {not_before} to {not_after} only") from error
         # A certificate that is itself in the store would be a path of one, on which nothing was signed by anything.
-        if len(verifier.verify(certificate, []).chain) != 2:
+        if len(chain) != 2:
             raise _Refused("a certificate stands behind itself")
 
 

@@ -410,7 +410,10 @@ def _require_signature(signed: CoseSign1, key: ec.EllipticCurvePublicKey) -> Non
         key.verify(encode_dss_signature(r, s), signed.signed_bytes(), _ES384)
     except InvalidSignature as error:
         raise EvidenceError(
-            "bad_signature", "the document was altered", expected="signed by the leaf", got="not signed by it"
+            "bad_signature",
+            "the document was altered, or another key has signed it",
+            expected="signed by the leaf",
+            got="not signed by it",
         ) from error
 
 

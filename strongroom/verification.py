@@ -14,7 +14,7 @@ from click.core import ParameterSource
 
 from attestation.appraisal import field_text
 from attestation.bundle import Bundle, read_kept
-from attestation.checks import Label
+from attestation.checks import Label, Status
 from attestation.commitment import Evidence
 from attestation.document import MAX_FIELD, AttestationDocument
 from attestation.errors import AppraisalError, EvidenceError, PolicyError
@@ -124,6 +124,8 @@ def verify_command(
                 show_verdict(out, error.checks, whole=full)
             out.print()
             out.print(refusal_line(error.message, error.code, labels), soft_wrap=True)
+            if file is not None and not archived and (made := _made_long_ago(error)):
+                out.print(f"made at {made}; --archived judges it at its own time", soft_wrap=True)
         return error.exit_code
     if as_json:
         click.echo(json.dumps(result.as_json()))
@@ -136,6 +138,13 @@ def verify_command(
         out.print(verdict_line(result), soft_wrap=True)
         warn_of_labels(out, result)
     return 0
+
+
+def _made_long_ago(error: EvidenceError | AppraisalError) -> str | None:
+    """When the document was made, where its age is why it is refused as of now."""
+    stated = [check.got for check in error.checks if check.step == 3 and check.status is Status.PASSED]
+    is_old = error.code == "stale" or (error.code == "untrusted_chain" and "valid from" in (error.got or ""))
+    return stated[0].rpartition(", ")[2] if is_old and stated and stated[0] else None
 
 
 def _require_sense(context: click.Context, file: Path | None, nonce: bytes | None, archived: bool) -> None:

@@ -92,6 +92,17 @@ def test_what_is_no_bundle_is_refused(data: bytes) -> None:
     assert str(caught.value).isprintable()
 
 
+@pytest.mark.parametrize("size", [600, 601, 602])
+def test_both_alphabets_of_base64_are_read(size: int) -> None:
+    data = (b"\x84" + bytes(range(256)) * 3)[:size]
+    standard, for_urls = base64.b64encode(data), base64.urlsafe_b64encode(data)
+    assert (b"+" in standard, b"-" in for_urls, b"_" in for_urls) == (True, True, True)
+    for text in (standard, for_urls, for_urls.rstrip(b"="), base64.encodebytes(data), b" " + for_urls + b"\n"):
+        assert read_kept(text) == data
+    with pytest.raises(EvidenceError):
+        read_kept(for_urls + standard)
+
+
 @given(st.binary(max_size=300) | st.text(st.characters(max_codepoint=127)).map(str.encode))
 def test_any_bytes_give_the_typed_error(data: bytes) -> None:
     for whole in (data, b"{" + data):

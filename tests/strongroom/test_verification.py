@@ -129,6 +129,8 @@ def test_an_old_file_is_not_accepted_as_of_now(verify: Callable[..., Ran]) -> No
     ran = verify("evidence.cbor", "--nonce", forge.NONCE.hex())
     assert ran.code == 3
     assert "ARCHIVED" not in ran.out
+    assert ran.out.splitlines()[-1] == "made at 2026-03-01T12:00:00+00:00; --archived judges it at its own time"
+    assert "a certificate is valid from 2026-02-25T12:00:00+00:00 to 2026-03-17T13:00:00+00:00 only" in ran.out
 
 
 @pytest.mark.parametrize("file", ["bundle.json", "evidence.cbor", "-"])
