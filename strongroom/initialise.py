@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from strongroom.options import engine_options, err
+from strongroom.options import engine_options, err, json_option
 from strongroom.prepare import PrepareError, Settings, installed_model, prepare
 from strongroom.render import hashing_bar
 
@@ -33,7 +33,7 @@ from strongroom.render import hashing_bar
     show_default=True,
     help="The beat of answers; 0 shows tokens' cadence.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 def init(model: Path | None, directory: Path, context: int, threads: int, tick_ms: int, as_json: bool) -> None:
     """Write enclave.toml and policy.toml for a model, from the files on this disk.
 

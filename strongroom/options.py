@@ -21,6 +21,27 @@ out = open_console()
 err = open_console(stderr=True)
 
 
+class Octets(click.ParamType[bytes]):
+    """Hexadecimal digits, of ``low`` to ``high`` bytes."""
+
+    name = "hex"
+
+    def __init__(self, low: int, high: int) -> None:
+        self._low, self._high = low, high
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> bytes:
+        if isinstance(value, bytes):
+            return value
+        try:
+            octets = bytes.fromhex(str(value))
+        except ValueError:
+            self.fail("not hexadecimal", param, ctx)
+        if not self._low <= len(octets) <= self._high:
+            expected = f"{self._low}" if self._low == self._high else f"{self._low} to {self._high}"
+            self.fail(f"expected {expected} bytes, got {len(octets)}", param, ctx)
+        return octets
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 

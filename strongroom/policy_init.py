@@ -6,8 +6,10 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -16,13 +18,14 @@ from rich.text import Text
 from attestation.anchors import AWS_NITRO_G1
 from attestation.appraisal import registers_text
 from attestation.chain import Anchor
-from attestation.document import MAX_CERTIFICATE
-from attestation.errors import PolicyError
+from attestation.document import MAX_CERTIFICATE, MAX_FIELD
+from attestation.errors import EvidenceError, PolicyError
 from attestation.policy import DIGEST_PREFIX, MAX_AGE, MAX_LEEWAY, AppraisalPolicy
 from attestation.policy_writer import write_policy
 from attestation.reference import PCR_INSTANCE, PCR_ROLE
-from attestation.release_signing import PublicKey
+from attestation.release_signing import PublicKey, ReleaseError
 from attestation.rules import (
+    Binding,
     ChannelBinding,
     DigestRule,
     DocumentBinding,
@@ -30,13 +33,14 @@ from attestation.rules import (
     Manifests,
     Measures,
     ModelRule,
+    NameRule,
     Require,
 )
 from attestation.strict_toml import printable as require_printable
 from strongroom import policy_sources as sources
 from strongroom import reference_options as reference
 from strongroom.files import read_bounded, read_evidence, require_new, write_new
-from strongroom.options import err, json_option, load_policy, out
+from strongroom.options import Octets, err, json_option, load_policy, out
 from strongroom.policy_sources import Source
 from strongroom.policy_text import FIRST_USE, Remark, first_use, warnings
 from strongroom.reference_options import (
@@ -109,40 +113,37 @@ POLICY_TOML = "policy.toml"
 @click.option("--role", multiple=True, metavar="ARN", help="The parent's IAM role (PCR3); repeatable.  [default: any]")
 @click.option("--instance", multiple=True, metavar="ID", help="The parent instance (PCR4); repeatable.  [default: any]")
 @click.option(
+    "--module-id", multiple=True, metavar="NAME", help="The enclave's own name, another at each start.  [default: any]"
+)
+@click.option(
+    "--public-key",
+    multiple=True,
+    type=Octets(1, MAX_FIELD),
+    help="Of --purpose document: the public key that it carries; repeatable.  [default: any]",
+)
+@click.option(
+    "--user-data",
+    multiple=True,
+    type=Octets(1, MAX_FIELD),
+    help="Of --purpose document: the user data that it carries; repeatable.  [default: any]",
+)
+@click.option(
     "--max-age", type=click.IntRange(1, MAX_AGE), default=300, show_default=True, help="Of documents, in seconds."
 )
 @click.option(
     "--leeway", type=click.IntRange(0, MAX_LEEWAY), default=120, show_default=True, help="For clocks, in seconds."
 )
 @json_option
-def init(
-    output: Path,
-    from_eif: Path | None,
-    from_measurements: Path | None,
-    from_evidence: Path | None,
-    from_release: Path | None,
-    key: PublicKey | None,
-    product: str | None,
-    minimum_sequence: int | None,
-    release: str | None,
-    anchor: Path | None,
-    purpose: str | None,
-    model: tuple[bytes | Path, ...],
-    minimum_version: int | None,
-    ignore_model: str | None,
-    configuration: tuple[bytes | Path, ...],
-    ignore_configuration: str | None,
-    role: tuple[str, ...],
-    instance: tuple[str, ...],
-    max_age: int,
-    leeway: int,
-    as_json: bool,
-) -> None:
+def init(**options: Any) -> None:
     """Write a policy from exactly one source of reference values.
 
-    What the source does not say is asked for: nothing is left out in silence. Evidence is verified before it is
-    believed, and says of its model and configuration what it runs; to trust it is trust on first use, and the policy
-    says so. A history's releases say themselves which models and configurations go with them.
+    Which model and which configuration may run is asked for where the source does not say it. Role, instance, module
+    and what a bare document carries are judged only where you name them: for what you do not name the policy accepts
+    any, in so many words, and a warning says so.
+
+    Evidence is verified before it is believed, and says of its model and configuration what it runs; to trust it is
+    trust on first use, and the policy says so. A history's releases say themselves which models and configurations go
+    with them.
 
     \b
     Examples:
@@ -157,67 +158,154 @@ def init(
     Exit codes: 0 written, 1 Evidence of an enclave that this policy would refuse, 2 usage or a broken file, 3 Evidence
     or a history that nothing vouches for.
     """
-    if [from_eif, from_measurements, from_evidence, from_release].count(None) != 3:
-        raise click.UsageError("name one of --from-eif, --from-measurements, --from-evidence and --from-release")
-    if from_release is None and (key, product, minimum_sequence) != (None, None, None):
-        raise click.UsageError("--key, --product and --minimum-sequence are for --from-release")
-    if from_release is not None and release is not None:
-        raise click.UsageError("--release is for one release; those of --from-release have names of their own")
-    for what, given, reason in (("model", model, ignore_model), ("configuration", configuration, ignore_configuration)):
-        if given and reason is not None:
-            raise click.UsageError(f"--{what} and --ignore-{what} contradict each other")
-    require_new(output)
-    folder = output.parent
-    if release is not None:
-        require_printable("--release", release)
-    root = None if anchor is None else read_bounded(anchor, MAX_CERTIFICATE)
-    trusted = AWS_NITRO_G1 if root is None else Anchor.emulated(root)
-    source: Source
-    if from_eif is not None:
-        source = sources.from_eif(from_eif, release)
-    elif from_measurements is not None:
-        source = sources.from_measurements(from_measurements, release)
-    elif from_evidence is not None:
-        source = sources.from_evidence(read_evidence(from_evidence), anchor=trusted, purpose=purpose, name=release)
-    else:
-        assert from_release is not None
-        if key is None or product is None:
-            raise click.UsageError("--from-release needs --key and --product: whose word it is, and about what")
-        stated = _stated(from_release, folder, "releases.history")
-        source = sources.from_history(from_release, stated, key=key, product=product, minimum_sequence=minimum_sequence)
-    models: ModelRule
-    if minimum_version is None:
-        models = _rule("model", model, ignore_model, source.model, reference.model_digest)
-    else:
-        models = _manifests(model, minimum_version, folder)
-    made = AppraisalPolicy(
-        anchor=trusted,
-        max_age_seconds=max_age,
-        leeway_seconds=leeway,
-        accept_debug=None,
-        binding=(
-            ChannelBinding()
-            if (purpose or source.purpose) == "channel"
-            else DocumentBinding(source.public_key, source.user_data)
-        ),
-        releases=source.releases,
-        model=models,
-        configuration=_rule(
-            "configuration", configuration, ignore_configuration, source.configuration, reference.configuration
-        ),
-        pcrs={
-            **source.registers,
-            PCR_ROLE: _measured("role", role),
-            PCR_INSTANCE: _measured("instance", instance),
-        },
-        module_id=Ignore("another one at each boot"),
-    )
+    asked = Asked(**options)
+    _require_sense(asked)
+    root = None if asked.anchor is None else read_bounded(asked.anchor, MAX_CERTIFICATE)
+    anchor = AWS_NITRO_G1 if root is None else Anchor.emulated(root)
+    source = _source(asked, anchor)
+    made = _policy(asked, anchor, source)
     source.require_accepted(made)
-    wrote = _write(made, output, anchor, source.notes)
+    wrote = _write(made, asked.output, asked.anchor, source.notes)
     remarks = warnings(made, datetime.now(UTC))
     if source.is_first_use and not any(remark.code == FIRST_USE for remark in remarks):
         remarks += [first_use(release.name) for release in made.accepted_releases]
-    _report_init(made, wrote, source, remarks, as_json)
+    _report_init(made, wrote, source, remarks, asked.as_json)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What was given on the command line: the options, by their names."""
+
+    output: Path
+    from_eif: Path | None
+    from_measurements: Path | None
+    from_evidence: Path | None
+    from_release: Path | None
+    key: PublicKey | None
+    product: str | None
+    minimum_sequence: int | None
+    release: str | None
+    anchor: Path | None
+    purpose: str | None
+    model: tuple[bytes | Path, ...]
+    minimum_version: int | None
+    ignore_model: str | None
+    configuration: tuple[bytes | Path, ...]
+    ignore_configuration: str | None
+    role: tuple[str, ...]
+    instance: tuple[str, ...]
+    module_id: tuple[str, ...]
+    public_key: tuple[bytes, ...]
+    user_data: tuple[bytes, ...]
+    max_age: int
+    leeway: int
+    as_json: bool
+
+
+def _require_sense(asked: Asked) -> None:
+    """Raises click.UsageError for options that contradict each other; OSError where no policy can be written."""
+    if [asked.from_eif, asked.from_measurements, asked.from_evidence, asked.from_release].count(None) != 3:
+        raise click.UsageError("name one of --from-eif, --from-measurements, --from-evidence and --from-release")
+    if asked.from_release is None and (asked.key, asked.product, asked.minimum_sequence) != (None, None, None):
+        raise click.UsageError("--key, --product and --minimum-sequence are for --from-release")
+    if asked.from_release is not None and asked.release is not None:
+        raise click.UsageError("--release is for one release; those of --from-release have names of their own")
+    for what, given, reason in (
+        ("model", asked.model, asked.ignore_model),
+        ("configuration", asked.configuration, asked.ignore_configuration),
+    ):
+        if given and reason is not None:
+            raise click.UsageError(f"--{what} and --ignore-{what} contradict each other")
+    require_new(asked.output)
+    if asked.release is not None:
+        require_printable("--release", asked.release)
+
+
+# --- The source ---------------------------------------------------------------------------------------------------
+
+
+def _source(asked: Asked, anchor: Anchor) -> Source:
+    if asked.from_eif is not None:
+        return sources.from_eif(asked.from_eif, asked.release)
+    if asked.from_measurements is not None:
+        return sources.from_measurements(asked.from_measurements, asked.release)
+    if asked.from_evidence is not None:
+        return _from_evidence(asked.from_evidence, asked, anchor)
+    assert asked.from_release is not None  # by _require_sense
+    return _from_release(asked.from_release, asked)
+
+
+def _from_evidence(path: Path, asked: Asked, anchor: Anchor) -> Source:
+    try:
+        return sources.from_evidence(read_evidence(path), anchor=anchor, purpose=asked.purpose, name=asked.release)
+    except EvidenceError as error:
+        if error.code != "untrusted_chain" or asked.anchor is not None:
+            raise
+        message = f"{error.message}; if the enclave is an emulated one, name its root: --anchor FILE.der"
+        raise EvidenceError(error.code, message, expected=error.expected, got=error.got) from error
+
+
+def _from_release(path: Path, asked: Asked) -> Source:
+    if asked.key is None or asked.product is None:
+        raise click.UsageError("--from-release needs --key and --product: whose word it is, and about what")
+    stated = _stated(path, asked.output.parent, "releases.history")
+    try:
+        return sources.from_history(
+            path, stated, key=asked.key, product=asked.product, minimum_sequence=asked.minimum_sequence
+        )
+    except ReleaseError as error:
+        raise error.of(str(path)) from error
+
+
+# --- The policy ---------------------------------------------------------------------------------------------------
+
+
+def _policy(asked: Asked, anchor: Anchor, source: Source) -> AppraisalPolicy:
+    """Raises click.UsageError for what nobody says or what does not go together; PolicyError; what reading raises."""
+    models: ModelRule
+    if asked.minimum_version is None:
+        models = _rule("model", asked.model, asked.ignore_model, source.model, reference.model_digest)
+    else:
+        models = _manifests(asked.model, asked.minimum_version, asked.output.parent)
+    configurations = _rule(
+        "configuration",
+        asked.configuration,
+        asked.ignore_configuration,
+        source.configuration,
+        reference.configuration,
+    )
+    return AppraisalPolicy(
+        anchor=anchor,
+        max_age_seconds=asked.max_age,
+        leeway_seconds=asked.leeway,
+        accept_debug=None,
+        binding=_binding(asked, source),
+        releases=source.releases,
+        model=models,
+        configuration=configurations,
+        pcrs={
+            **source.registers,
+            PCR_ROLE: _measured("role", asked.role),
+            PCR_INSTANCE: _measured("instance", asked.instance),
+        },
+        module_id=_module_id(asked.module_id),
+    )
+
+
+def _binding(asked: Asked, source: Source) -> Binding:
+    if (asked.purpose or source.purpose) == "document":
+        return DocumentBinding(
+            Require(asked.public_key) if asked.public_key else source.public_key,
+            Require(asked.user_data) if asked.user_data else source.user_data,
+        )
+    if asked.public_key or asked.user_data:
+        raise click.UsageError("--public-key and --user-data are for --purpose document; a channel has its own")
+    return ChannelBinding()
+
+
+def _module_id(given: tuple[str, ...]) -> NameRule:
+    with _said_of("--module-id"):
+        return Require(given) if given else Ignore("another one at each boot")
 
 
 def _rule(

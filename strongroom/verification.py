@@ -23,7 +23,7 @@ from attestation.rules import ChannelBinding
 from attestation.verifier import MIN_NONCE, NONCE_SIZE, verify, verify_archived, verify_document
 from strongroom.files import read_evidence, require_new, write_new
 from strongroom.inspection import inspect, show_inspection
-from strongroom.options import err, load_policy, out, policy_option, url_option
+from strongroom.options import Octets, err, json_option, load_policy, out, policy_option, url_option
 from strongroom.proxy_client import ProxyClient
 from strongroom.render import (
     Verdict,
@@ -38,27 +38,6 @@ from strongroom.session import Session
 FILE = click.argument("file", required=False, type=click.Path(path_type=Path, allow_dash=True, dir_okay=False))
 
 
-class Nonce(click.ParamType[bytes]):
-    """Hexadecimal digits, of ``low`` to ``high`` bytes."""
-
-    name = "hex"
-
-    def __init__(self, low: int, high: int) -> None:
-        self._low, self._high = low, high
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> bytes:
-        if isinstance(value, bytes):
-            return value
-        try:
-            nonce = bytes.fromhex(str(value))
-        except ValueError:
-            self.fail("not hexadecimal", param, ctx)
-        if not self._low <= len(nonce) <= self._high:
-            expected = f"{self._low}" if self._low == self._high else f"{self._low} to {self._high}"
-            self.fail(f"expected {expected} bytes, got {len(nonce)}", param, ctx)
-        return nonce
-
-
 # --- verify -------------------------------------------------------------------------------------------------------
 
 
@@ -68,7 +47,7 @@ class Nonce(click.ParamType[bytes]):
 @policy_option
 @click.option(
     "--nonce",
-    type=Nonce(MIN_NONCE, MAX_FIELD),
+    type=Octets(MIN_NONCE, MAX_FIELD),
     help="The nonce that you asked with; for a FILE that you judge as of now.",
 )
 @click.option("--archived", is_flag=True, help="Judge a FILE at its own time. Says ARCHIVED everywhere.")
@@ -215,7 +194,7 @@ def _require_kind(data: bytes, policy: AppraisalPolicy) -> None:
 @click.command("inspect")
 @FILE
 @url_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 @click.pass_context
 def inspect_command(context: click.Context, file: Path | None, url: str, as_json: bool) -> int:
     """Decode Evidence without judging it: from an enclave, or from FILE (- is standard input).
@@ -254,7 +233,9 @@ def inspect_command(context: click.Context, file: Path | None, url: str, as_json
     "--output", "-o", type=click.Path(path_type=Path, allow_dash=True, dir_okay=False), default="evidence.json",
     show_default=True, help="Where the bundle goes; - is standard output.",
 )  # fmt: skip
-@click.option("--nonce", type=Nonce(NONCE_SIZE, NONCE_SIZE), help="32 bytes to ask with.  [default: fresh random ones]")
+@click.option(
+    "--nonce", type=Octets(NONCE_SIZE, NONCE_SIZE), help="32 bytes to ask with.  [default: fresh random ones]"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object about the bundle.")
 def evidence_command(url: str, output: Path, nonce: bytes | None, as_json: bool) -> int:
     """Ask an enclave for Evidence and save it as a bundle, which an auditor can verify offline later.

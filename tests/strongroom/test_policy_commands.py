@@ -310,6 +310,58 @@ def test_a_bare_document_opens_no_channel(init: Init) -> None:
     assert (ran.code, "[wrong_purpose]" in ran.err) == (2, True)
 
 
+def test_a_document_is_held_to_what_was_named(init: Init) -> None:
+    document = forge.document(forge.payload_fields(public_key=b"a key", user_data=b"some data"))
+    (init.folder / "document.cbor").write_bytes(document)
+    source = ("--from-evidence", "document.cbor", *EMULATED, *IGNORED)
+    policy = init.policy(
+        *source,
+        *("--public-key", b"a key".hex(), "--public-key", b"another".hex(), "--user-data", b"some data".hex()),
+        *("--module-id", "i-0123456789abcdef0-enc0123456789abcdef"),
+    )
+    assert policy.binding == DocumentBinding(Require((b"a key", b"another")), Require((b"some data",)))
+    assert policy.module_id == Require(("i-0123456789abcdef0-enc0123456789abcdef",))
+    (init.folder / "policy.toml").unlink()
+    for option, value in (("--public-key", "00"), ("--user-data", "00"), ("--module-id", "another")):
+        ran = init.refused(*source, option, value)
+        assert ran.code == 1
+
+
+def test_what_an_image_file_cannot_say_of_documents(init: Init) -> None:
+    policy = init.policy(*FROM_EIF, *IGNORED, "--purpose", "document", "--user-data", "ab")
+    assert isinstance(policy.binding, DocumentBinding)
+    assert policy.binding.user_data == Require((b"\xab",))
+
+
+def test_a_channel_has_its_own_key_and_data(init: Init) -> None:
+    for option in ("--public-key", "--user-data"):
+        ran = init.refused(*FROM_EIF, *IGNORED, option, "ab")
+        assert (ran.code, "for --purpose document" in ran.err) == (2, True)
+    assert "expected 1 to 1024 bytes" in init.refused(*FROM_EIF, *IGNORED, "--user-data", "ab" * 1025).err
+    assert "--module-id: " in init.refused(*FROM_EIF, *IGNORED, "--module-id", "two\nlines").err
+
+
+def test_evidence_of_an_emulated_enclave_needs_its_root(init: Init) -> None:
+    ran = init.refused("--from-evidence", "bundle.json")
+    assert (ran.code, "[untrusted_chain]" in ran.err) == (3, True)
+    assert "another root than the anchor AWS-NITRO-G1" in ran.err
+    assert "--anchor FILE.der" in ran.err
+
+
+def test_a_history_that_was_rolled_back_is_named(init: Init) -> None:
+    init.publish([GOOD], [GOOD])
+    assert init(*RELEASE).code == 0
+    (init.folder / "policy.toml").unlink()
+    init.publish([GOOD])
+    ran = init.refused(*RELEASE)
+    assert (ran.code, "releases.jsonl: the history has 1 entry, and 2 were seen before" in ran.err) == (3, True)
+
+
+def test_the_help_says_what_is_ignored_unasked(strongroom: Terminal) -> None:
+    said = " ".join(strongroom("policy", "init", "--help").out.split())
+    assert "for what you do not name the policy accepts any, in so many words, and a warning says so" in said
+
+
 def test_more_than_evidence_can_be(init: Init) -> None:
     (init.folder / "large").write_bytes(bytes(200_000))
     for place, stdin in (("large", b""), ("-", bytes(200_000))):
