@@ -141,7 +141,12 @@ class SigningCertificate:
 
     @classmethod
     def from_pem(cls, pem: bytes) -> SigningCertificate:
-        """The first certificate of ``pem``, as AWS's tools take it. Raises ImageError ``malformed_signature``."""
+        """The one certificate of ``pem``. Raises ImageError ``malformed_signature``, also for a second one or another
+        block: tools differ in which of them they take, and PCR8 would with them.
+        """
+        if pem.count(b"-----BEGIN ") != 1:
+            expected, got = "one certificate", f"{pem.count(b'-----BEGIN ')} blocks of PEM"
+            raise ImageError("malformed_signature", "not one signing certificate", expected=expected, got=got)
         try:
             certificate = x509.load_pem_x509_certificate(pem)
             der, key = certificate.public_bytes(Encoding.DER), certificate.public_key()

@@ -282,7 +282,7 @@ def _show_registers(console: Console, registers: Mapping[object, object]) -> Non
 
 
 def _show(console: Console, name: str, value: object) -> None:
-    console.print(Text(f"  {name:<13} {printable(str(value))}"), soft_wrap=True)
+    console.print(Text(f"  {printable(name):<13} {printable(str(value))}"), soft_wrap=True)  # of both, anybody writes
 
 
 def _maps(value: object) -> list[Mapping[str, object]]:

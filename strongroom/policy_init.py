@@ -48,6 +48,7 @@ from strongroom.reference_options import (
     MANIFEST_SUFFIX,
     DigestOrFile,
     PinnedKey,
+    Product,
     read_manifest,
 )
 from strongroom.render import printable, shorten, wrapped
@@ -68,7 +69,7 @@ POLICY_TOML = "policy.toml"
 )
 @click.option("--from-release", type=ANY_FILE, metavar="HISTORY", help="A publisher's signed release history.")
 @click.option("--key", type=PinnedKey(), help="With --from-release: the publisher's public key, ed25519:HEX.")
-@click.option("--product", metavar="NAME", help="With --from-release: what the history is about.")
+@click.option("--product", type=Product(), metavar="NAME", help="With --from-release: what the history is about.")
 @click.option(
     "--minimum-sequence",
     type=click.IntRange(1),

@@ -171,7 +171,7 @@ def from_evidence(data: bytes, *, anchor: Anchor, purpose: str | None, name: str
             registers[index] = Require((value,))
     return Source(
         "evidence",
-        (Release(name or f"{TRUST_ON_FIRST_USE}, {made}", pcrs),),
+        (Release(f"{TRUST_ON_FIRST_USE}, {name or made}", pcrs),),
         (
             f"TRUST ON FIRST USE: the reference values are what an enclave said of itself, at {made}.",
             f"It was the module {claims.module_id}.",

@@ -15,6 +15,7 @@ from attestation.manifest import MAX_MANIFEST_SIZE, ModelManifest
 from attestation.policy import DIGEST_PREFIX
 from attestation.reference import DIGEST_SIZE, PcrSet, configuration_digest
 from attestation.release_signing import PublicKey, ReleaseError
+from attestation.releases import MAX_NAME
 from strongroom.files import read_bounded
 from strongroom.options import err
 from strongroom.render import hashing_bar
@@ -36,6 +37,18 @@ class PinnedKey(click.ParamType[PublicKey]):
             return PublicKey.parse(str(value))
         except ReleaseError as error:
             self.fail(f"{error.message}; expected {error.expected}", param, ctx)
+
+
+class Product(click.ParamType[str]):
+    """What a release history is about: 1 to ``MAX_NAME`` printable characters (PROTOCOL.md section 4.1)."""
+
+    name = "name"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = str(value)
+        if not 0 < len(text) <= MAX_NAME or not text.isprintable() or text != text.strip():
+            self.fail(f"a name has 1 to {MAX_NAME} printable characters", param, ctx)
+        return text
 
 
 class Hexadecimal(click.ParamType[bytes]):

@@ -26,7 +26,7 @@ from attestation.releases import (
 from strongroom import reference_options as reference
 from strongroom.files import read_bounded
 from strongroom.options import json_option, out, user_heads
-from strongroom.reference_options import ANY_FILE, DigestOrFile, Hexadecimal, PinnedKey
+from strongroom.reference_options import ANY_FILE, DigestOrFile, Hexadecimal, PinnedKey, Product
 from strongroom.release_file import Outcome, ReleaseFile, read_key, write_key
 from strongroom.release_report import as_json_object, show_history, time_text
 
@@ -35,7 +35,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 REGISTER = Hexadecimal(DIGEST_SIZE)
 
 
-product_option = click.option("--product", required=True, metavar="NAME", help="What the history is about.")
+product_option = click.option(
+    "--product", required=True, type=Product(), metavar="NAME", help="What the history is about."
+)
 expires_option = click.option(
     "--expires",
     "days",
@@ -195,8 +197,8 @@ def add(
         configurations=tuple(map(reference.configuration, configuration)),
     )
 
-    with _signer(key, kms_key) as signer:
-        file = ReleaseFile(history, signer, product)
+    with _signer(key, kms_key) as signer, user_heads() as heads:
+        file = ReleaseFile(history, signer, product, heads)
         _say(file.add(added, at=datetime.now(UTC), validity=timedelta(days=days)), history, as_json)
 
 
@@ -216,8 +218,8 @@ def withdraw(
     Example:
       strongroom release withdraw releases.jsonl 1.0 --key publisher.pem --product assistant
     """
-    with _signer(key, kms_key) as signer:
-        file = ReleaseFile(history, signer, product)
+    with _signer(key, kms_key) as signer, user_heads() as heads:
+        file = ReleaseFile(history, signer, product, heads)
         outcome = file.withdraw(release_name, at=datetime.now(UTC), validity=timedelta(days=days))
         _say(outcome, history, as_json)
 
@@ -235,8 +237,8 @@ def refresh(history: Path, key: Path | None, kms_key: str | None, product: str, 
     Example:
       strongroom release refresh releases.jsonl --key publisher.pem --product assistant --expires 90
     """
-    with _signer(key, kms_key) as signer:
-        file = ReleaseFile(history, signer, product)
+    with _signer(key, kms_key) as signer, user_heads() as heads:
+        file = ReleaseFile(history, signer, product, heads)
         _say(file.refresh(at=datetime.now(UTC), validity=timedelta(days=days)), history, as_json)
 
 

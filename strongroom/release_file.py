@@ -12,6 +12,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TypeAlias
 
+from attestation.release_heads import HeadMemory
 from attestation.release_signing import MAX_PEM, LocalSigner, ReleaseError, Signer, SigningError
 from attestation.releases import MAX_HISTORY, ReleasedImage, ReleaseHistory, append
 from strongroom.files import read_bounded, replace, require_new, write_new
@@ -33,13 +34,17 @@ class ReleaseFile:
     The file is replaced whole, under a lock that other processes respect, and only when what it held verifies. Each
     method signs one entry at most, issued ``at`` (with a time zone) and valid for ``validity``, and is safe to repeat.
     Each raises ReleaseError for a file that does not verify, FileError for one that is too large; SigningError: the
-    signer's, those named below, and ``unusable_statement``; OSError.
+    signer's, those named below, ``history_missing`` and ``unusable_statement``; HeadError; OSError.
     """
 
-    def __init__(self, path: Path, signer: Signer, name: str) -> None:
+    def __init__(self, path: Path, signer: Signer, name: str, heads: HeadMemory) -> None:
+        """``heads`` remembers what was signed here, so that no second history is begun beside the one that clients have
+        seen.
+        """
         self._path = path.resolve()  # what a link leads to is replaced, not the link
         self._signer = signer
         self._name = name
+        self._heads = heads
 
     def add(self, release: ReleasedImage, *, at: datetime, validity: timedelta) -> Outcome:
         """``release`` counts too from now on. Without the file a new history begins. SigningError ``release_exists``
@@ -96,18 +101,29 @@ class ReleaseFile:
             if self._path.exists():
                 data = read_bounded(self._path, MAX_HISTORY)
                 before = self._verify(data)
+            elif head := self._heads.recall(self._signer.public_key, self._name):
+                raise SigningError(
+                    "history_missing",
+                    f"{self._path} is not there, and a history of this product was signed here before: clients that"
+                    " have seen it would refuse a new one",
+                    expected=f"the history with entry {head.sequence}",
+                    got="none",
+                )
             releases = change(before)
             if before is not None and releases == before.current.releases and at < before.expires and not even_the_same:
                 return Outcome(before, is_changed=False)
             expires = at + validity
             data += append(data, signer=self._signer, name=self._name, releases=releases, issued=at, expires=expires)
+            signed = self._verify(data)
             replace(self._path, data)
-        return Outcome(self._verify(data), is_changed=True)
+            self._heads.remember(signed)
+        return Outcome(signed, is_changed=True)
 
     def _verify(self, data: bytes) -> ReleaseHistory:
         key = self._signer.public_key
+        head = self._heads.recall(key, self._name)
         try:
-            return ReleaseHistory.verify(data, key=key, name=self._name, minimum_sequence=1, head=None)
+            return ReleaseHistory.verify(data, key=key, name=self._name, minimum_sequence=1, head=head)
         except ReleaseError as error:
             raise error.of(str(self._path)) from error
 

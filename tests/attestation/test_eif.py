@@ -461,10 +461,16 @@ def test_a_name_cannot_move_a_terminals_cursor() -> None:
     assert "A\\x1b[2J\\nB" in signer.subject
 
 
-def test_of_several_certificates_the_first_counts() -> None:
-    other = eif_files.certificate(private_key("another"), "another")
-    section = eif_files.section(b"a comment\n" + Signer().pem() + other, Signer().sign1(PCR0))
-    assert read(GOOD.having(Part(SIGNATURE, section)).encode()).measurements.pcr8 == Signer().pcr8()
+@pytest.mark.parametrize("label", [b"CERTIFICATE", b"TRUSTED CERTIFICATE", b"EC PARAMETERS"])
+@pytest.mark.parametrize("first", [True, False])
+def test_of_two_blocks_none_is_the_signer(label: bytes, first: bool) -> None:
+    """Tools differ in which of them they take, and PCR8 would with them."""
+    other = eif_files.certificate(private_key("another"), "another").replace(b"CERTIFICATE", label)
+    mine = Signer().pem()
+    section = eif_files.section(mine + other if first else other + mine, Signer().sign1(PCR0))
+    with pytest.raises(ImageError) as caught:
+        read(GOOD.having(Part(SIGNATURE, section)).encode())
+    assert (caught.value.code, caught.value.got) == ("malformed_signature", "2 blocks of PEM")
 
 
 def signature(entry: object) -> Callable[[], bytes]:

@@ -229,8 +229,9 @@ def test_trust_on_first_use_says_what_it_is(init: Init) -> None:
 def test_trust_on_first_use_under_another_name(init: Init) -> None:
     ran = init("--from-evidence", "bundle.json", *EMULATED, "--release", "mine", "--json")
     assert ran.json["trust_on_first_use"] is True
-    assert [release["name"] for release in ran.json["releases"]] == ["mine"]
-    assert [each["text"][:5] for each in ran.json["warnings"] if each["code"] == "trust_on_first_use"] == ["mine:"]
+    assert [release["name"] for release in ran.json["releases"]] == ["trusted on first use, mine"]
+    assert [each["code"] for each in ran.json["warnings"]].count("trust_on_first_use") == 1
+    assert "trust_on_first_use" in init.terminal("policy", "check").out
 
 
 def test_from_a_bare_document(init: Init) -> None:

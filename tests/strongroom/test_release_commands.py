@@ -14,6 +14,7 @@ import pytest
 from attestation.eif import read_image
 from attestation.manifest import ModelManifest
 from attestation.reference import configuration_digest
+from attestation.release_heads import MemoryHeads
 from attestation.release_signing import PublicKey
 from emulator.kms import SoftwareKms, serving
 from strongroom.options import out
@@ -264,9 +265,15 @@ def test_refusals_of_the_file(release: Publisher, folder: Path) -> None:
 # --- Checking ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("product", ["", " x", "\udcff", "a\nb", "x" * 129])
+def test_a_product_that_nothing_can_be_called(release: Publisher, product: str) -> None:
+    ran = release.terminal("release", "check", "releases.jsonl", "--key", PIN, "--product", product)
+    assert (ran.code, ran.out) == (2, "")
+
+
 def test_an_expired_history(release: Publisher, folder: Path) -> None:
     """Long ago, whatever the machine's clock says now."""
-    file = ReleaseFile(Path("releases.jsonl"), ED25519, NAME)
+    file = ReleaseFile(Path("releases.jsonl"), ED25519, NAME, MemoryHeads())
     for image in (ONE, TWO):
         file.add(image, at=datetime(2020, 1, 1, tzinfo=UTC), validity=timedelta(days=1))
     ran = release.check()

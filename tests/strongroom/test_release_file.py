@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from attestation.release_heads import MemoryHeads
 from attestation.release_signing import LocalSigner, ReleaseError, SigningError
 from attestation.releases import ReleaseHistory
 from strongroom.release_file import Outcome, ReleaseFile, read_key, write_key
@@ -26,7 +27,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def file(path: Path) -> ReleaseFile:
-    return ReleaseFile(path, ED25519, NAME)
+    return ReleaseFile(path, ED25519, NAME, MemoryHeads())
 
 
 def what_counts(path: Path) -> list[str]:
@@ -131,10 +132,10 @@ def test_a_signer_that_fails_changes_nothing(path: Path) -> None:
         def sign(self, data: bytes) -> bytes:
             raise SigningError("kms_unavailable", "no")
 
-    ReleaseFile(path, ED25519, NAME).add(ONE, at=ISSUED, validity=VALIDITY)
+    ReleaseFile(path, ED25519, NAME, MemoryHeads()).add(ONE, at=ISSUED, validity=VALIDITY)
     before = path.read_bytes()
     with pytest.raises(SigningError):
-        ReleaseFile(path, Failing(), NAME).add(TWO, at=ISSUED, validity=VALIDITY)
+        ReleaseFile(path, Failing(), NAME, MemoryHeads()).add(TWO, at=ISSUED, validity=VALIDITY)
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
 
@@ -142,17 +143,17 @@ def test_a_signer_that_fails_changes_nothing(path: Path) -> None:
 def test_the_files_mode_stays_and_a_link_leads_to_the_file(path: Path, tmp_path: Path) -> None:
     link = tmp_path / "link.jsonl"
     link.symlink_to(path)
-    ReleaseFile(link, ED25519, NAME).add(ONE, at=ISSUED, validity=VALIDITY)
+    ReleaseFile(link, ED25519, NAME, MemoryHeads()).add(ONE, at=ISSUED, validity=VALIDITY)
     assert path.stat().st_mode & 0o777 == 0o644
     path.chmod(0o640)
-    ReleaseFile(link, ED25519, NAME).add(TWO, at=ISSUED, validity=VALIDITY)
+    ReleaseFile(link, ED25519, NAME, MemoryHeads()).add(TWO, at=ISSUED, validity=VALIDITY)
     assert link.is_symlink()
     assert path.stat().st_mode & 0o777 == 0o640
     assert what_counts(path) == ["1.0", "2.0"]
 
 
 def _publish(path: Path, key: bytes, names: list[str]) -> None:
-    file = ReleaseFile(path, LocalSigner.from_pem(key), NAME)
+    file = ReleaseFile(path, LocalSigner.from_pem(key), NAME, MemoryHeads())
     for name in names:
         file.add(replace(ONE, name=name), at=ISSUED, validity=VALIDITY)
 
@@ -193,3 +194,24 @@ def test_a_key_that_others_may_read(tmp_path: Path, mode: int) -> None:
         read_key(path)
     assert (caught.value.code, caught.value.exit_code) == ("unsafe_permissions", 2)
     assert caught.value.got == f"{mode:o}"
+
+
+def test_what_was_signed_here_is_remembered(path: Path) -> None:
+    """Yesterday's file put back, or none: a second entry 2 would be one that clients who saw the first refuse."""
+    heads = MemoryHeads()
+    file = ReleaseFile(path, ED25519, NAME, heads)
+    file.add(ONE, at=ISSUED, validity=VALIDITY)
+    yesterday = path.read_bytes()
+    file.withdraw(ONE.name, at=ISSUED, validity=VALIDITY)
+    today = path.read_bytes()
+    path.write_bytes(yesterday)
+    with pytest.raises(ReleaseError) as caught:
+        file.add(TWO, at=ISSUED, validity=VALIDITY)
+    assert caught.value.code == "rolled_back"
+    assert path.read_bytes() == yesterday
+    path.unlink()
+    with pytest.raises(SigningError) as missing:
+        file.add(TWO, at=ISSUED, validity=VALIDITY)
+    assert missing.value.code == "history_missing"
+    path.write_bytes(today)
+    assert file.add(TWO, at=ISSUED, validity=VALIDITY).history.head == heads.recall(ED25519.public_key, NAME)
