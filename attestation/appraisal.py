@@ -23,6 +23,7 @@ from attestation.reference import (
     PCR_MODEL,
     PCR_SIGNER,
     ZERO_PCR,
+    digest_text,
     once_extended,
 )
 from attestation.rules import (
@@ -141,7 +142,7 @@ class _Committed:
         self._digest = digest
 
     def __str__(self) -> str:
-        return f"register {_register(self._register)}" if self._digest is None else _sha384(self._digest)
+        return f"register {_register(self._register)}" if self._digest is None else digest_text(self._digest)
 
     def is_of(self, digest: bytes) -> bool:
         if self._digest is None:
@@ -155,7 +156,7 @@ def _judge_model(checklist: Checklist, rule: ModelRule, release: Release | None,
         texts, accepted = [], False
         for name, manifest in rule.files:
             if manifest.version >= rule.minimum_version:
-                texts.append(f"{name} version {manifest.version} ({_sha384(manifest.digest())})")
+                texts.append(f"{name} version {manifest.version} ({digest_text(manifest.digest())})")
                 accepted = accepted or got.is_of(manifest.digest())
         checklist.add(_judged(12, STEPS[12], accepted, " or ".join(texts), str(got), "wrong_model"))
     elif isinstance(rule, Ignore):
@@ -177,7 +178,9 @@ def _judge_configuration(checklist: Checklist, rule: DigestRule, release: Releas
 
 
 def _judge_digest(checklist: Checklist, step: int, digests: tuple[bytes, ...], got: _Committed, code: str) -> None:
-    expected = " or ".join(map(_sha384, digests)) or "what the release names, and no release was matched that names one"
+    expected = (
+        " or ".join(map(digest_text, digests)) or "what the release names, and no release was matched that names one"
+    )
     checklist.add(_judged(step, STEPS[step], any(map(got.is_of, digests)), expected, str(got), code))
 
 
@@ -281,7 +284,3 @@ def _register(value: bytes | None) -> str:
     if value is None:
         return "absent"
     return "zero" if value == ZERO_PCR else value.hex()
-
-
-def _sha384(digest: bytes) -> str:
-    return f"sha384:{digest.hex()}"

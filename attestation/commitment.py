@@ -13,7 +13,7 @@ import cbor2
 
 from attestation import cbor
 from attestation.errors import EvidenceError
-from attestation.reference import DIGEST_SIZE
+from attestation.reference import DIGEST_SIZE, digest_text
 
 CHANNEL_SUITE = "MLKEM768-X25519/HKDF-SHA256/AES-256-GCM"
 """The one suite of protocol version 1: KEM, KDF and AEAD of the channel's HPKE."""
@@ -160,7 +160,7 @@ class UserData:
         _require_size("commitment_digest", self.commitment_digest, DIGEST_SIZE)
 
     def __str__(self) -> str:
-        return f"{self.purpose.value}, sha384:{self.commitment_digest.hex()}"
+        return f"{self.purpose.value}, {digest_text(self.commitment_digest)}"
 
     def encode(self) -> bytes:
         return cbor2.dumps([_USER_DATA_VERSION, self.purpose.value, self.commitment_digest], canonical=True)

@@ -24,6 +24,7 @@ from attestation.errors import PolicyError
 from attestation.gguf import ModelError
 from attestation.manifest import MAX_MANIFEST_SIZE, ModelManifest
 from attestation.reference import (
+    DIGEST_PREFIX,
     DIGEST_SIZE,
     PCR_APPLICATION,
     PCR_BOOT,
@@ -71,7 +72,6 @@ MAX_AGE = 86_400
 MAX_LEEWAY = 600
 """Seconds: the largest that a policy may ask for. A leeway is for clocks, not for keeping old documents alive."""
 
-DIGEST_PREFIX = "sha384:"
 _JUDGED_ELSEWHERE = MappingProxyType(
     {
         PCR_IMAGE: "release",

@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterator, Sequence
 
 from attestation.chain import Anchor
-from attestation.policy import DIGEST_PREFIX, MAX_LEEWAY, VERSION, AppraisalPolicy
-from attestation.reference import PCR_INSTANCE, PCR_ROLE, PCR_SIGNER
+from attestation.policy import MAX_LEEWAY, VERSION, AppraisalPolicy
+from attestation.reference import PCR_INSTANCE, PCR_ROLE, PCR_SIGNER, digest_text
 from attestation.rules import (
     Binding,
     ChannelBinding,
@@ -143,7 +143,7 @@ def _release(release: Release) -> Iterator[str]:
         yield f'pcr{index} = "{value.hex()}"'
     for name, digests in (("models", release.models), ("configurations", release.configurations)):
         if digests:
-            yield from _list(name, [DIGEST_PREFIX + digest.hex() for digest in digests])
+            yield from _list(name, [digest_text(digest) for digest in digests])
 
 
 def _model(rule: ModelRule) -> Iterator[str]:
@@ -160,7 +160,7 @@ def _digests(rule: DigestRule) -> Iterator[str]:
     elif isinstance(rule, Released):
         yield "released = true"
     else:
-        yield from _list("require", [DIGEST_PREFIX + value.hex() for value in rule.values])
+        yield from _list("require", [digest_text(value) for value in rule.values])
 
 
 def _values(rule: RegisterRule | FieldRule) -> Iterator[str]:

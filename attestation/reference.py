@@ -13,6 +13,9 @@ DIGEST_SIZE = 48
 
 ZERO_PCR = bytes(DIGEST_SIZE)
 
+DIGEST_PREFIX = "sha384:"
+"""Begins a digest that is written for people or in JSON: 96 hexadecimal digits follow."""
+
 PCR_IMAGE, PCR_BOOT, PCR_APPLICATION = 0, 1, 2
 PCR_ROLE, PCR_INSTANCE, PCR_SIGNER = 3, 4, 8
 PCR_MODEL, PCR_CONFIGURATION = 16, 17
@@ -21,6 +24,11 @@ PCR_MODEL, PCR_CONFIGURATION = 16, 17
 def h384(label: str, data: bytes) -> bytes:
     """SHA-384 of ``data`` in the domain of ``label``: ``SHA-384(label || 0x00 || data)``."""
     return hashlib.sha384(label.encode("ascii") + b"\x00" + data).digest()
+
+
+def digest_text(digest: bytes) -> str:
+    """``digest`` as it is written everywhere: ``sha384:`` and its digits."""
+    return f"{DIGEST_PREFIX}{digest.hex()}"
 
 
 def extend(old: bytes, data: bytes) -> bytes:

@@ -20,7 +20,16 @@ from typing import Final, NoReturn, final
 from attestation import strict_json
 from attestation.cbor import Record, Value, shown
 from attestation.errors import EvidenceError
-from attestation.reference import DIGEST_SIZE, PCR_APPLICATION, PCR_BOOT, PCR_IMAGE, PCR_SIGNER, ZERO_PCR, PcrSet
+from attestation.reference import (
+    DIGEST_SIZE,
+    PCR_APPLICATION,
+    PCR_BOOT,
+    PCR_IMAGE,
+    PCR_SIGNER,
+    ZERO_PCR,
+    PcrSet,
+    digest_text,
+)
 from attestation.release_signing import PublicKey, ReleaseError, Signer, SigningError, seal, unseal
 
 VERSION: Final = 1
@@ -96,8 +105,8 @@ class ReleaseStatement:
             "name": self.name,
             "sequence": self.sequence,
             "previous": _written(self.previous),
-            "issued": self.issued.strftime(_TIME),
-            "expires": self.expires.strftime(_TIME),
+            "issued": time_text(self.issued),
+            "expires": time_text(self.expires),
             "releases": [
                 {
                     "name": release.name,
@@ -243,8 +252,8 @@ class ReleaseHistory:
             raise ReleaseError(
                 "expired_release",
                 "the reference values have expired, and were not renewed",
-                expected=f"before {self.expires.strftime(_TIME)}",
-                got=at.strftime(_TIME),
+                expected=f"before {time_text(self.expires)}",
+                got=time_text(at),
             )
 
 
@@ -322,8 +331,8 @@ def _require_succession(statement: ReleaseStatement, before: Sequence[Entry], na
         raise ReleaseError(
             "broken_history",
             "issued before the one before it",
-            expected=f"{before[-1].statement.issued.strftime(_TIME)} or later",
-            got=statement.issued.strftime(_TIME),
+            expected=f"{time_text(before[-1].statement.issued)} or later",
+            got=time_text(statement.issued),
         )
 
 
@@ -336,7 +345,7 @@ def _read_statement(value: Value) -> ReleaseStatement:
     top.literal("v", VERSION)
     issued, expires = _time(top, "issued"), _time(top, "expires")
     if not timedelta(0) < expires - issued <= MAX_VALIDITY:
-        raise top.refusal("expires", f"after issued, by at most {MAX_VALIDITY.days} days", expires.strftime(_TIME))
+        raise top.refusal("expires", f"after issued, by at most {MAX_VALIDITY.days} days", time_text(expires))
     releases = top.array("releases")
     if len(releases) > MAX_RELEASES:
         raise top.refusal("releases", f"at most {MAX_RELEASES}", len(releases))
@@ -426,8 +435,13 @@ def _time(record: Record, field: str) -> datetime:
         raise record.refusal(field, "YYYY-MM-DDThh:mm:ssZ", ascii(text)) from None
 
 
+def time_text(at: datetime) -> str:
+    """A time, in UTC, as statements write it: ``2026-03-01T12:00:00Z``."""
+    return at.strftime(_TIME)
+
+
 def _written(digest: bytes | None) -> str | None:
-    return None if digest is None else f"sha384:{digest.hex()}"
+    return None if digest is None else digest_text(digest)
 
 
 def _entries(count: int) -> str:

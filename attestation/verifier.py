@@ -26,7 +26,7 @@ from attestation.cose import COSE_SIGN1_TAG, SIGNATURE_SIZE, CoseSign1, payload_
 from attestation.document import MAX_FIELD, AttestationDocument
 from attestation.errors import EvidenceError, PolicyError
 from attestation.policy import AppraisalPolicy
-from attestation.reference import PCR_CONFIGURATION, PCR_MODEL, once_extended
+from attestation.reference import PCR_CONFIGURATION, PCR_MODEL, digest_text, once_extended
 from attestation.rules import Binding, ChannelBinding, DocumentBinding, Release
 
 NONCE_SIZE = 32
@@ -446,8 +446,8 @@ def _name(release: Release | None) -> str | None:
 def _committed(commitment: Commitment) -> dict[str, object]:
     return {
         "purpose": "channel",
-        "model": f"sha384:{commitment.model.hex()}",
-        "configuration": f"sha384:{commitment.configuration.hex()}",
+        "model": digest_text(commitment.model),
+        "configuration": digest_text(commitment.configuration),
         "key_id": commitment.key_id.hex(),
     }
 

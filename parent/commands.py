@@ -19,6 +19,7 @@ import click
 from rich.console import Console
 
 from attestation.manifest import ModelManifest
+from attestation.reference import digest_text
 from parent.config import LaunchConfiguration, LaunchConfigurationError
 from parent.launch.process import Launch, LaunchError, Supervisor
 from parent.progress import BootProgress
@@ -149,7 +150,7 @@ def pinned_manifest(configuration: Path, model: Path, progress: Callable[[int, i
     """
     pinned = LaunchConfiguration.load(configuration).manifest
     manifest = ModelManifest.from_gguf(model, progress=progress)
-    got = f"sha384:{manifest.digest().hex()}"
+    got = digest_text(manifest.digest())
     if got != pinned:
         raise LaunchConfigurationError("model.manifest", f"{model.name} is another model", expected=pinned, got=got)
     return manifest

@@ -15,6 +15,7 @@ from pathlib import Path
 import click
 
 from attestation.errors import StrongroomError
+from attestation.reference import digest_text
 from attestation.verifier import AttestationResult
 from strongroom.options import F, err, load_policy, out, session_options
 from strongroom.render import printable, verdict_line, warn_of_labels
@@ -88,7 +89,7 @@ class Spoken:
             "usage": {"prompt_tokens": self.done.prompt_tokens, "completion_tokens": self.done.completion_tokens},
             "seconds_to_first_token": round(self.seconds_to_first, 4),
             "tokens_per_second": round(self.tokens_per_second, 2),
-            "model": f"sha384:{result.commitment.model.hex()}",
+            "model": digest_text(result.commitment.model),
             "labels": sorted(result.labels),
         }
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from attestation.reference import digest_text
 from strongroom.options import engine_options, err, json_option
 from strongroom.prepare import PrepareError, Settings, installed_model, prepare
 from strongroom.render import hashing_bar
@@ -53,7 +54,7 @@ def init(model: Path | None, directory: Path, context: int, threads: int, tick_m
             "enclave": str(prepared.configuration),
             "policy": str(prepared.policy),
             "model": prepared.manifest.name,
-            "manifest": f"sha384:{prepared.manifest.digest().hex()}",
+            "manifest": digest_text(prepared.manifest.digest()),
         }
         click.echo(json.dumps(body))
     else:

@@ -25,7 +25,7 @@ from attestation.commitment import Commitment, Evidence, UserData
 from attestation.cose import COSE_SIGN1_TAG, CoseSign1
 from attestation.document import MAX_FIELD, AttestationDocument
 from attestation.errors import EvidenceError
-from attestation.reference import ZERO_PCR
+from attestation.reference import ZERO_PCR, digest_text
 from strongroom.render import printable
 
 UNVERIFIED = "UNVERIFIED: decoded and not judged. Anybody can write such bytes."
@@ -189,7 +189,7 @@ def _binding(user_data: object) -> dict[str, str] | None:
     if isinstance(user_data, bytes):
         with contextlib.suppress(EvidenceError):  # another program's user data is its own affair
             said = UserData.decode(user_data)
-            return {"purpose": said.purpose.value, "commitment": f"sha384:{said.commitment_digest.hex()}"}
+            return {"purpose": said.purpose.value, "commitment": digest_text(said.commitment_digest)}
     return None
 
 
@@ -224,8 +224,8 @@ def _commitment(encoded: bytes, problems: Problems) -> dict[str, object] | None:
         "lifetime": commitment.lifetime,
         "boot_id": commitment.boot_id.hex(),
         "receipt_key": commitment.receipt_key.hex(),
-        "model": f"sha384:{commitment.model.hex()}",
-        "configuration": f"sha384:{commitment.configuration.hex()}",
+        "model": digest_text(commitment.model),
+        "configuration": digest_text(commitment.configuration),
         "entropy": commitment.entropy.value,
     }
 

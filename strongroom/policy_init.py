@@ -20,9 +20,9 @@ from attestation.appraisal import registers_text
 from attestation.chain import Anchor
 from attestation.document import MAX_CERTIFICATE, MAX_FIELD
 from attestation.errors import EvidenceError, PolicyError
-from attestation.policy import DIGEST_PREFIX, MAX_AGE, MAX_LEEWAY, AppraisalPolicy
+from attestation.policy import MAX_AGE, MAX_LEEWAY, AppraisalPolicy
 from attestation.policy_writer import write_policy
-from attestation.reference import PCR_INSTANCE, PCR_ROLE
+from attestation.reference import DIGEST_PREFIX, PCR_INSTANCE, PCR_ROLE
 from attestation.release_signing import PublicKey, ReleaseError
 from attestation.rules import (
     Binding,

@@ -33,7 +33,7 @@ from attestation.reference import (
     PcrSet,
 )
 from attestation.release_signing import PublicKey
-from attestation.releases import MAX_HISTORY, ReleaseHistory
+from attestation.releases import MAX_HISTORY, ReleaseHistory, time_text
 from attestation.rules import (
     DigestRule,
     FieldRule,
@@ -163,7 +163,7 @@ def from_evidence(data: bytes, *, anchor: Anchor, purpose: str | None, name: str
     claims = authentic.claims
     commitment = Commitment.decode(parts.commitment) if purpose == "channel" else None
     pcrs = _image_registers(claims)
-    made = claims.timestamp.strftime("%Y-%m-%dT%H:%M:%SZ")
+    made = time_text(claims.timestamp)
     registers: dict[int, RegisterRule] = {} if pcrs.pcr8 else {PCR_SIGNER: Forbid()}
     for index in range(PCR_COUNT):
         value = claims.pcrs.get(index, ZERO_PCR)

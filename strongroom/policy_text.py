@@ -12,8 +12,9 @@ from datetime import datetime, timedelta
 from attestation.appraisal import field_text, registers_text
 from attestation.commitment import MAX_DOCUMENT, MAX_EVIDENCE
 from attestation.document import MAX_FIELD
-from attestation.policy import DIGEST_PREFIX, AppraisalPolicy
-from attestation.reference import PCR_CONFIGURATION, PCR_INSTANCE, PCR_MODEL, PCR_ROLE, PCR_SIGNER
+from attestation.policy import AppraisalPolicy
+from attestation.reference import PCR_CONFIGURATION, PCR_INSTANCE, PCR_MODEL, PCR_ROLE, PCR_SIGNER, digest_text
+from attestation.releases import time_text
 from attestation.rules import (
     ChannelBinding,
     DigestRule,
@@ -153,7 +154,7 @@ def _image(policy: AppraisalPolicy) -> Iterator[str]:
         history, current = releases.history, releases.history.current
         yield (
             f"The publisher of {current.name} has signed the release, with the key {history.key}: entry"
-            f" {current.sequence} of {releases.file}, which counts until {_time(current.expires)}."
+            f" {current.sequence} of {releases.file}, which counts until {time_text(current.expires)}."
         )
         fewest = releases.minimum_sequence
         yield f"A history that is older than one that was seen before, or has fewer entries than {fewest}, is refused."
@@ -171,7 +172,7 @@ def _model(policy: AppraisalPolicy) -> Iterator[str]:
         yield f"PCR{PCR_MODEL} commits to one of these manifests, of version {rule.minimum_version} or newer:"
         for name, manifest in rule.files:
             old = "" if manifest.version >= rule.minimum_version else "; too old, and refused"
-            yield f"- {name}: {manifest.name}, version {manifest.version}, {_sha384(manifest.digest())}{old}"
+            yield f"- {name}: {manifest.name}, version {manifest.version}, {digest_text(manifest.digest())}{old}"
     else:
         named = [(release.name, release.models) for release in policy.accepted_releases]
         yield from _committed("model manifest", PCR_MODEL, rule, named)
@@ -188,9 +189,9 @@ def _committed(what: str, index: int, rule: DigestRule, named: list[tuple[str, t
     elif isinstance(rule, Released):
         yield f"PCR{index} commits to a {what} that the matched release names:"
         for release, digests in named:
-            yield f"- {release}: {_one_of(map(_sha384, digests)) or 'none, so that none is accepted'}"
+            yield f"- {release}: {_one_of(map(digest_text, digests)) or 'none, so that none is accepted'}"
     else:
-        yield f"PCR{index} commits to the {what} {_one_of(map(_sha384, rule.values))}."
+        yield f"PCR{index} commits to the {what} {_one_of(map(digest_text, rule.values))}."
 
 
 def _others(policy: AppraisalPolicy) -> Iterator[str]:
@@ -264,10 +265,10 @@ def _remarks(policy: AppraisalPolicy, now: datetime) -> Iterator[Remark]:
         if release.name.startswith(TRUST_ON_FIRST_USE):
             yield first_use(release.name)
     if policy.expires is not None and now >= policy.expires:
-        text = f"the signed releases have expired, at {_time(policy.expires)}: no enclave is accepted"
+        text = f"the signed releases have expired, at {time_text(policy.expires)}: no enclave is accepted"
         yield Remark("releases_expired", text)
     elif policy.expires is not None and policy.expires - now <= SOON:
-        text = f"the signed releases expire within {SOON.days} days, at {_time(policy.expires)}"
+        text = f"the signed releases expire within {SOON.days} days, at {time_text(policy.expires)}"
         yield Remark("releases_expire_soon", text)
     if len(releases) > 1:
         names = ", ".join(release.name for release in releases)
@@ -320,14 +321,6 @@ def _register_name(policy: AppraisalPolicy, index: int) -> str:
 
 def _one_of(texts: Iterable[str]) -> str:
     return " or ".join(texts)
-
-
-def _sha384(digest: bytes) -> str:
-    return f"{DIGEST_PREFIX}{digest.hex()}"
-
-
-def _time(at: datetime) -> str:
-    return at.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _duration(length: timedelta) -> str:

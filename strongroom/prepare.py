@@ -18,7 +18,7 @@ from attestation.manifest import ModelManifest
 from attestation.measure import measure_process_image
 from attestation.policy import AppraisalPolicy
 from attestation.policy_writer import write_policy
-from attestation.reference import PCR_INSTANCE, PCR_ROLE, PCR_SIGNER, configuration_digest
+from attestation.reference import PCR_INSTANCE, PCR_ROLE, PCR_SIGNER, configuration_digest, digest_text
 from attestation.rules import ChannelBinding, Forbid, Ignore, Release, Require
 from emulator.pki import ensure_development_root
 
@@ -133,7 +133,7 @@ entropy = "host"                # on Nitro: "nsm-hwrng"
 
 [model]
 store = "unix:models.sock"
-manifest = "sha384:{manifest.digest().hex()}"   # {_comment(manifest.name)}
+manifest = "{digest_text(manifest.digest())}"   # {_comment(manifest.name)}
 
 [engine]
 context = {settings.context}                  # tokens, prompt and answer together

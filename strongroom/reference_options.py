@@ -12,8 +12,7 @@ import click
 
 from attestation.eif import CHUNK_SIZE, MAX_JSON_SIZE, EnclaveImage, measurements_from_nitro_cli, read_image
 from attestation.manifest import MAX_MANIFEST_SIZE, ModelManifest
-from attestation.policy import DIGEST_PREFIX
-from attestation.reference import DIGEST_SIZE, PcrSet, configuration_digest
+from attestation.reference import DIGEST_PREFIX, DIGEST_SIZE, PcrSet, configuration_digest
 from attestation.release_signing import PublicKey, ReleaseError
 from attestation.releases import MAX_NAME
 from strongroom.files import read_bounded

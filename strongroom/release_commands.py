@@ -22,13 +22,14 @@ from attestation.releases import (
     ReleasedImage,
     ReleaseHistory,
     Source,
+    time_text,
 )
 from strongroom import reference_options as reference
 from strongroom.files import read_bounded
 from strongroom.options import json_option, out, user_heads
 from strongroom.reference_options import ANY_FILE, DigestOrFile, Hexadecimal, PinnedKey, Product
 from strongroom.release_file import Outcome, ReleaseFile, read_key, write_key
-from strongroom.release_report import as_json_object, show_history, time_text
+from strongroom.release_report import as_json_object, show_history
 
 DEFAULT_VALIDITY_DAYS = 90
 F = TypeVar("F", bound=Callable[..., Any])

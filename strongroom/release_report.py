@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from datetime import datetime
 
 from rich.console import Console
 from rich.text import Text
 
-from attestation.releases import Entry, ReleasedImage, ReleaseHistory
+from attestation.reference import digest_text
+from attestation.releases import Entry, ReleasedImage, ReleaseHistory, time_text
 from strongroom.render import printable, shorten
 
 RELEASE_TITLES = ("release", "PCR0", "PCR1", "PCR2", "PCR8", "image", "commit", "models", "configurations")
@@ -24,7 +24,7 @@ def show_history(console: Console, history: ReleaseHistory, *, whole: bool) -> N
     for title, value in (
         ("product", printable(current.name)),
         ("key", str(history.key)),
-        ("head", f"entry {current.sequence}, sha384:{history.head.digest.hex()}"),
+        ("head", f"entry {current.sequence}, {digest_text(history.head.digest)}"),
         ("expires", time_text(history.expires)),
     ):
         console.print(Text(f"{title:<8}").append(value), soft_wrap=True)
@@ -44,24 +44,24 @@ def as_json_object(history: ReleaseHistory) -> dict[str, object]:
         "name": current.name,
         "key": str(history.key),
         "sequence": current.sequence,
-        "digest": _digest_text(history.head.digest),
+        "digest": digest_text(history.head.digest),
         "issued": time_text(current.issued),
         "expires": time_text(current.expires),
         "releases": [
             {
                 "name": release.name,
                 "pcrs": {str(index): value.hex() for index, value in release.pcrs.as_registers().items()},
-                "image": None if release.image is None else _digest_text(release.image),
+                "image": None if release.image is None else digest_text(release.image),
                 "source": {"repository": release.source.repository, "commit": release.source.commit},
-                "models": [_digest_text(digest) for digest in release.models],
-                "configurations": [_digest_text(digest) for digest in release.configurations],
+                "models": [digest_text(digest) for digest in release.models],
+                "configurations": [digest_text(digest) for digest in release.configurations],
             }
             for release in current.releases
         ],
         "entries": [
             {
                 "sequence": entry.statement.sequence,
-                "digest": _digest_text(entry.digest),
+                "digest": digest_text(entry.digest),
                 "issued": time_text(entry.statement.issued),
                 "expires": time_text(entry.statement.expires),
                 "releases": [release.name for release in entry.statement.releases],
@@ -69,14 +69,6 @@ def as_json_object(history: ReleaseHistory) -> dict[str, object]:
             for entry in history.entries
         ],
     }
-
-
-def time_text(at: datetime) -> str:
-    return at.strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def _digest_text(digest: bytes) -> str:
-    return f"sha384:{digest.hex()}"
 
 
 def _release_row(release: ReleasedImage, whole: bool) -> tuple[str, ...]:

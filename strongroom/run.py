@@ -21,6 +21,7 @@ import click
 from rich.text import Text
 
 from attestation.errors import StrongroomError
+from attestation.reference import digest_text
 from attestation.verifier import AttestationResult
 from strongroom.conversation import Sampling, Spoken, open_session, sampling_options, talk, write_now
 from strongroom.initialise import model_or_installed
@@ -103,7 +104,7 @@ def _ask(url: str, prepared: Prepared, prompt: str, sampling: Sampling, as_json:
         click.echo(json.dumps(spoken.as_json(result)))
         return
     assert spoken.done is not None
-    digest = f"sha384:{prepared.manifest.digest().hex()}"
+    digest = digest_text(prepared.manifest.digest())
     out.print(f"\n\nmodel        {prepared.manifest.name}  {digest}", soft_wrap=True)
     out.print(f"first token  {spoken.seconds_to_first * 1000:.0f} ms, with the pacing tick")
     out.print(f"speed        {spoken.tokens_per_second:.1f} tokens/s over {spoken.done.completion_tokens} tokens")

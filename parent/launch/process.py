@@ -25,7 +25,7 @@ from pathlib import Path
 from attestation.errors import StrongroomError
 from attestation.manifest import ModelManifest
 from attestation.measure import measure_process_image
-from attestation.reference import PcrSet
+from attestation.reference import PcrSet, digest_text
 from parent.config import LaunchConfiguration
 from parent.events import Event, EventError, EventReader
 from parent.modelstore import ModelStore
@@ -87,7 +87,7 @@ class Supervisor:
             phase="MEASURING",
             address=f"unix:{self._instance.directory / self._configuration.listen.path}",
             started_at=time.time(),
-            model=f"{launch.manifest.name} sha384:{launch.manifest.digest().hex()}",
+            model=f"{launch.manifest.name} {digest_text(launch.manifest.digest())}",
         )
 
     async def run(self) -> State:
