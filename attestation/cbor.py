@@ -21,6 +21,8 @@ MAX_DEPTH = 8
 """Arrays and maps inside one another. Real documents have two."""
 
 _UNSIGNED, _NEGATIVE, _BYTES, _TEXT, _ARRAY, _MAP, _TAG, _SIMPLE = range(8)
+_SMALL = 24
+"""Below it, an initial byte is the integer that it stands for."""
 _NULL = 22
 _INDEFINITE = 31
 _INDEFINITE_MAP = b"\xbf"
@@ -117,16 +119,15 @@ class _Reader:
         self.position = position + 1
         if argument > 23:
             argument = self._argument(major, argument)
-        if major == _BYTES:
+        if _BYTES <= major <= _TEXT:
             start, end = self.position, self.position + argument
             if end > self._size:
                 raise self._cut_short(argument)
             self.position = end
-            return self._data[start:end]
+            taken = self._data[start:end]
+            return taken if major == _BYTES else self._text(taken)
         if major == _UNSIGNED:
             return argument
-        if major == _TEXT:
-            return self._text(argument)
         if major == _MAP:
             return self._map(range(argument), depth)
         if major == _ARRAY:
@@ -157,12 +158,7 @@ class _Reader:
         left = self._size - self.position
         return self.error("the input ends too early", expected=f"{size} bytes", got=f"{left} bytes")
 
-    def _text(self, size: int) -> str:
-        start, end = self.position, self.position + size
-        if end > self._size:
-            raise self._cut_short(size)
-        self.position = end
-        encoded = self._data[start:end]
+    def _text(self, encoded: bytes) -> str:
         try:
             return encoded.decode("utf-8")
         except UnicodeDecodeError:
@@ -183,9 +179,14 @@ class _Reader:
         inner = self._descend(depth)
         entries: dict[int | str, Value] = {}
         previous = b""
+        data, size = self._data, self._size
         for _ in turns:
             start = self.position
-            key = self.value(inner)
+            if start < size and data[start] < _SMALL:  # most keys; a call for each would be a tenth of the whole
+                key: Value = data[start]
+                self.position = start + 1
+            else:
+                key = self.value(inner)
             if not (isinstance(key, str) or isinstance(key, int)):  # noqa: SIM101 - a union or tuple takes thrice as long
                 raise self.error("a map key that is neither an integer nor a text", got=shown(key))
             if key in entries:

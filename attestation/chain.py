@@ -74,7 +74,7 @@ class Anchor:
                 got=f"sha256 {self.fingerprint}",
             )
         try:
-            certificate = _load(self.der)
+            certificate, _ = _load(self.der)
             constraints = _constraints(certificate)
             usage = certificate.extensions.get_extension_for_class(x509.KeyUsage).value
             certificate.verify_directly_issued_by(certificate)
@@ -202,18 +202,16 @@ class _Issuer(NamedTuple):
         """6.1.3 and 6.1.4: the state behind one more CA. Raises one of ``_REFUSALS``."""
         if self.max_path_length == 0:
             raise _Refused("path length constraint violated")
-        certificate = _load(der)
+        certificate, _ = _load(der)
         self._verify(certificate, _CA_STEP, at)
         length = _path_length(_constraints(certificate), self.max_path_length - 1)
         return _Issuer((*self.path, der), Store([certificate]), length, self.period.within(certificate))
 
     def ended_by(self, der: bytes, at: datetime) -> _Leaf:
         """6.1.3 and 6.1.5: the leaf. Raises one of ``_REFUSALS``."""
-        certificate = _load(der)
+        certificate, key = _load(der)
         self._verify(certificate, _LEAF_STEP, at)
         _extensions(certificate)
-        key = certificate.public_key()
-        assert isinstance(key, ec.EllipticCurvePublicKey)  # by _load
         return _Leaf(self.path, der, key, self.period.within(certificate))
 
     def _verify(self, certificate: x509.Certificate, step: PolicyBuilder, at: datetime) -> None:
@@ -309,8 +307,8 @@ _REFUSALS = (
 )
 
 
-def _load(der: bytes) -> x509.Certificate:
-    """A certificate with a P-384 key, signed with ecdsa-with-SHA384, as every one of AWS's is."""
+def _load(der: bytes) -> tuple[x509.Certificate, ec.EllipticCurvePublicKey]:
+    """A certificate and its key: on P-384, and signed with ecdsa-with-SHA384, as every one of AWS's is."""
     try:
         certificate = x509.load_der_x509_certificate(der)
         key = certificate.public_key()
@@ -324,7 +322,7 @@ def _load(der: bytes) -> x509.Certificate:
         raise _Refused("a certificate is not signed with ecdsa-with-SHA384")
     if serial < 1:  # RFC 5280 section 4.1.2.2; of 0 the library only warns
         raise _Refused("a certificate's serial number is not positive")
-    return certificate
+    return certificate, key
 
 
 def _constraints(certificate: x509.Certificate) -> x509.BasicConstraints:
