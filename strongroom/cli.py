@@ -104,6 +104,9 @@ def strongroom() -> None:
     strongroom ask "Why is the sky blue?" --policy DIR/policy.toml
 
     Exit codes: 0 ok, 1 verdict negative, 2 usage, 3 malformed or untrusted Evidence or answer, 4 unavailable.
+
+    What is remembered, of enclaves and of release histories, is in the folder that STRONGROOM_HOME names, else below
+    ~/.local.
     """
 
 

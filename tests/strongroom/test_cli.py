@@ -46,6 +46,7 @@ def test_the_group_names_every_command_and_exit_code(strongroom: Terminal) -> No
     for name in COMMANDS:
         assert f"\n  {name} " in ran.out
     assert "Exit codes: 0 ok, 1 verdict negative, 2 usage, 3 malformed or untrusted" in " ".join(ran.out.split())
+    assert "STRONGROOM_HOME" in ran.out
 
 
 @pytest.mark.parametrize("name", COMMANDS)
