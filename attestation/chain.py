@@ -25,7 +25,6 @@ from cryptography.x509.oid import ExtensionOID, SignatureAlgorithmOID
 from cryptography.x509.verification import (
     Criticality,
     ExtensionPolicy,
-    Policy,
     PolicyBuilder,
     Store,
     VerificationError,
@@ -75,8 +74,7 @@ class Anchor:
             )
         try:
             certificate, _ = _load(self.der)
-            constraints = _constraints(certificate)
-            usage = certificate.extensions.get_extension_for_class(x509.KeyUsage).value
+            constraints, usage = _what_it_may(certificate)
             certificate.verify_directly_issued_by(certificate)
             period = _Period(certificate.not_valid_before_utc, certificate.not_valid_after_utc)
         except x509.ExtensionNotFound as error:
@@ -204,14 +202,21 @@ class _Issuer(NamedTuple):
             raise _Refused("path length constraint violated")
         certificate, _ = _load(der)
         self._verify(certificate, _CA_STEP, at)
-        length = _path_length(_constraints(certificate), self.max_path_length - 1)
+        constraints, usage = _what_it_may(certificate)
+        if not usage.key_cert_sign:
+            raise _Refused("a CA may not sign certificates")
+        length = _path_length(constraints, self.max_path_length - 1)
         return _Issuer((*self.path, der), Store([certificate]), length, self.period.within(certificate))
 
     def ended_by(self, der: bytes, at: datetime) -> _Leaf:
         """6.1.3 and 6.1.5: the leaf. Raises one of ``_REFUSALS``."""
         certificate, key = _load(der)
         self._verify(certificate, _LEAF_STEP, at)
-        _extensions(certificate)
+        constraints, usage = _what_it_may(certificate)
+        if constraints.ca:
+            raise _Refused("the leaf is a CA")
+        if not usage.digital_signature or usage.key_cert_sign:
+            raise _Refused("the leaf may not sign documents, or may sign certificates")
         return _Leaf(self.path, der, key, self.period.within(certificate))
 
     def _verify(self, certificate: x509.Certificate, step: PolicyBuilder, at: datetime) -> None:
@@ -325,13 +330,10 @@ def _load(der: bytes) -> tuple[x509.Certificate, ec.EllipticCurvePublicKey]:
     return certificate, key
 
 
-def _constraints(certificate: x509.Certificate) -> x509.BasicConstraints:
-    """The basicConstraints of a CA. Raises x509.ExtensionNotFound, and one of ``_REFUSALS``."""
-    return _extensions(certificate).get_extension_for_class(x509.BasicConstraints).value
-
-
-def _extensions(certificate: x509.Certificate) -> x509.Extensions:
-    """All of them, readable, and none that asks for what a ``_Issuer`` does not carry. Raises one of ``_REFUSALS``."""
+def _what_it_may(certificate: x509.Certificate) -> tuple[x509.BasicConstraints, x509.KeyUsage]:
+    """What a certificate says of itself, once every extension was read and none asks for what an ``_Issuer`` does not
+    carry. Raises x509.ExtensionNotFound, and one of ``_REFUSALS``.
+    """
     try:
         extensions = certificate.extensions
     except TypeError as error:  # what malformed name constraints come to; elsewhere it would be a bug of ours
@@ -339,7 +341,8 @@ def _extensions(certificate: x509.Certificate) -> x509.Extensions:
     for extension in extensions:
         if extension.oid in _NOT_CARRIED:
             raise _Refused(f"a certificate {_NOT_CARRIED[extension.oid]}")
-    return extensions
+    constraints = extensions.get_extension_for_class(x509.BasicConstraints).value
+    return constraints, extensions.get_extension_for_class(x509.KeyUsage).value
 
 
 _NOT_CARRIED = {
@@ -365,32 +368,18 @@ def _reason(error: Exception) -> str:
     return ascii(said or type(error).__name__)[1:-1]
 
 
-def _leaf_constraints(_policy: Policy, _certificate: x509.Certificate, constraints: x509.BasicConstraints) -> None:
-    if constraints.ca:
-        raise ValueError("the leaf is a CA")
-
-
-def _leaf_usage(_policy: Policy, _certificate: x509.Certificate, usage: x509.KeyUsage) -> None:
-    if not usage.digital_signature or usage.key_cert_sign:
-        raise ValueError("the leaf may not sign documents, or may sign certificates")
-
-
-def _ca_usage(_policy: Policy, _certificate: x509.Certificate, usage: x509.KeyUsage) -> None:
-    if not usage.key_cert_sign:
-        raise ValueError("a CA may not sign certificates")
-
-
 # The web PKI's rules, which a leaf of AWS's breaks in two points only: it has neither an authority key identifier nor a
 # subject alternative name. Those two are relaxed; what AWS's certificates always have is required on top. Critical
-# extensions that no rule names are refused by the library.
+# extensions that no rule names are refused by the library. What the two required ones say is judged in
+# ``_what_it_may``'s callers.
 _LEAF_PROFILE = (
     ExtensionPolicy.webpki_defaults_ee()
     .may_be_present(x509.AuthorityKeyIdentifier, Criticality.AGNOSTIC, None)
     .may_be_present(x509.SubjectAlternativeName, Criticality.AGNOSTIC, None)
-    .require_present(x509.BasicConstraints, Criticality.CRITICAL, _leaf_constraints)
-    .require_present(x509.KeyUsage, Criticality.AGNOSTIC, _leaf_usage)
+    .require_present(x509.BasicConstraints, Criticality.CRITICAL, None)
+    .require_present(x509.KeyUsage, Criticality.AGNOSTIC, None)
 )
-_CA_PROFILE = ExtensionPolicy.webpki_defaults_ca().require_present(x509.KeyUsage, Criticality.CRITICAL, _ca_usage)
+_CA_PROFILE = ExtensionPolicy.webpki_defaults_ca().require_present(x509.KeyUsage, Criticality.CRITICAL, None)
 
 # One certificate, and the one before it in the store: no search.
 _CA_STEP, _LEAF_STEP = (
