@@ -163,6 +163,17 @@ def test_a_history_that_is_not_renewed_expires(folder: Path) -> None:
         assert [(check.step, check.code) for check in failed] == [(11, "expired_release")]
 
 
+def test_releases_expire_by_the_clients_clock(folder: Path) -> None:
+    """And not by the document's: a verdict is as of now."""
+    issued, expires = forge.NOW - timedelta(days=1), forge.NOW + timedelta(seconds=60)
+    history = append(b"", signer=SIGNER, name=NAME, releases=[GOOD], issued=issued, expires=expires)
+    policy = _policy(folder, history, MemoryHeads())
+    assert _verdict(policy, forge.NOW + timedelta(seconds=59)) == "1.0"
+    with pytest.raises(AppraisalError) as caught:
+        _verdict(policy, forge.NOW + timedelta(seconds=60))
+    assert caught.value.code == "expired_release"
+
+
 @pytest.mark.parametrize(
     ("old", "new", "code", "field"),
     [
@@ -243,7 +254,7 @@ def test_an_archive_is_judged_by_what_was_in_force_then(folder: Path, statements
     assert caught.value.code == code
 
 
-@pytest.mark.parametrize(("ahead", "accepted"), [(119, True), (121, False)])
+@pytest.mark.parametrize(("ahead", "accepted"), [(120, True), (121, False)])
 def test_a_statement_from_the_future_does_not_count_yet(folder: Path, ahead: int, accepted: bool) -> None:
     """Beyond the leeway for clocks."""
     policy = _policy(folder, _over_time(([GOOD], timedelta(seconds=ahead), 9 * DAY)), MemoryHeads())
