@@ -117,7 +117,7 @@ def wrong(result: AttestationResult) -> int:
     assert (failed, code) == ("", 1)
     assert [line.split(": ", 1)[1] for line in said.replace(str(consumer), "").splitlines()] == [
         'note: Revealed type is "str"',
-        'note: Revealed type is "Literal[attestation.verifier.Label.EMULATED]?"',
+        'note: Revealed type is "Literal[attestation.checks.Label.EMULATED]?"',
         'error: Module has no attribute "nothing"  [attr-defined]',
         'error: Argument "policy" to "verify" has incompatible type "str"; expected "AppraisalPolicy"  [arg-type]',
         'error: Incompatible return value type (got "str | None", expected "int")  [return-value]',
