@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 
 from attestation import cbor
-from attestation.checks import STEPS, Check, Checklist, Status
+from attestation.checklist import Checklist
+from attestation.checks import STEPS, Check, Status
 from attestation.commitment import Commitment, Entropy
 from attestation.document import AttestationDocument
 from attestation.errors import AppraisalError

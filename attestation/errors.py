@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-if TYPE_CHECKING:
-    from attestation.checks import Check, Label
+from attestation.checks import Check, Label
 
 
 class StrongroomError(Exception):

@@ -20,7 +20,8 @@ from cryptography.hazmat.primitives.hashes import SHA384
 from attestation import cbor, chain
 from attestation.appraisal import appraise, field_text, is_debug, registers_text
 from attestation.chain import Anchor, ChainCache
-from attestation.checks import STEPS, Check, Checklist, Finding, Label, Status
+from attestation.checklist import Checklist, Finding
+from attestation.checks import STEPS, Check, Label, Status
 from attestation.commitment import MAX_DOCUMENT, MAX_EVIDENCE, Commitment, Evidence, Purpose, UserData
 from attestation.cose import COSE_SIGN1_TAG, SIGNATURE_SIZE, CoseSign1, payload_of
 from attestation.document import MAX_FIELD, AttestationDocument

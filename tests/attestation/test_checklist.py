@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from attestation.checks import Checklist, Status
+from attestation.checklist import Checklist
+from attestation.checks import Status
 from attestation.errors import EvidenceError
 
 
