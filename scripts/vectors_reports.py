@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from attestation.errors import AppraisalError, EvidenceError
+from attestation.errors import AppraisalError, EvidenceError, PolicyError
 from attestation.manifest import ManifestFile, ModelManifest
 from attestation.policy import AppraisalPolicy
 from attestation.rules import DocumentBinding, Forbid, Ignore, Manifests, Measures, Released, Require
@@ -19,6 +19,8 @@ from tests.pki import forge
 
 Report = Callable[[], dict[str, Any]]
 
+_FIELD = 'purpose = "document"\n[binding.user_data]\nforbid = true\n[binding.public_key]\nrequire = [{}]'
+_MODEL = f'"sha384:{forge.COMMITMENT.model.hex()}"'
 _OTHER = {3: forge.measured("a role"), 9: forge.measured("more")}
 _MANIFEST = ModelManifest("one", (ManifestFile("one.gguf", 1, bytes(48)),), "{{ template }}", version=3)
 
@@ -94,6 +96,8 @@ def _reports() -> Iterator[tuple[str, Report]]:
 
     bare = {index: value for index, value in forge.PCRS.items() if index < 16}
     yield "document-accepted", document(documents, user_data=b"user data")
+    anything = replace(policy, binding=DocumentBinding(Ignore("any key"), Ignore("any data")))
+    yield "document-lenient", document(anything, user_data=b"user data", public_key=b"key")
     yield "document-refused", document(documents, user_data=None, public_key=b"", pcrs=bare)
     yield "archived", _said(lambda: verify_archived(good, policy=policy))
     yield (
@@ -110,6 +114,35 @@ def _reports() -> Iterator[tuple[str, Report]]:
         return {"labels": sorted(result.labels), "checks": [check.as_json() for check in result.checks]}
 
     yield "authentic", authentic
+    yield "policy-errors", lambda: {name: _policy_error(text) for name, text in _BROKEN.items()}
+
+
+_BROKEN = {
+    "no release": forge.POLICY.replace("[[release]]", "[[other]]"),
+    "register of the release": forge.POLICY + "[pcrs.0]\nforbid = true\n",
+    "register that is none": forge.POLICY + "[pcrs.32]\nforbid = true\n",
+    "register by name": forge.POLICY + "[pcrs.role]\nforbid = true\n",
+    "released by nobody": forge.POLICY.replace(
+        f'require = ["sha384:{forge.COMMITMENT.model.hex()}"]', "released = true"
+    ),
+    "digest": forge.POLICY.replace("sha384:", "sha256:"),
+    "digits": forge.POLICY.replace('purpose = "channel"', _FIELD.format('"0g"')),
+    "zero": forge.POLICY.replace(forge.PCRS[0].hex(), "0" * 96),
+    "age": forge.POLICY.replace("= 300", "= 0"),
+    "anchor": forge.POLICY.replace('"EMULATED"', '"ANYTHING"'),
+    "rule": forge.POLICY.replace("[pcrs.3]\nforbid = true", '[pcrs.3]\nforbid = true\nignore = "why"'),
+    "unknown": forge.POLICY.replace("[debug]\nforbid = true", "[debug]\nforbid = true\nmore = 1"),
+}
+
+
+def _policy_error(text: str) -> dict[str, str | None]:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "root.der").write_bytes(forge.ROOT_DER)
+        try:
+            AppraisalPolicy.parse(text, Path(folder))
+        except PolicyError as error:
+            return error.as_json()
+    raise AssertionError("a broken policy was read")
 
 
 def _said(judge: Callable[[], Any]) -> Report:

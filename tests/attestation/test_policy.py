@@ -234,6 +234,22 @@ def test_a_model_is_named_by_its_manifest(policy_folder: Path) -> None:
     assert AppraisalPolicy.parse(text, policy_folder) == policy
 
 
+def test_a_minimum_version_may_be_anything_that_a_version_may(policy_folder: Path) -> None:
+    last = replace(ONE, version=2**63 - 1)
+    (policy_folder / "one.manifest").write_bytes(last.encode())
+    for minimum in (0, 2**63 - 1):
+        text = forge.POLICY.replace(MODEL, MANIFEST.replace("= 3", f"= {minimum}"))
+        rule = AppraisalPolicy.parse(text, policy_folder).model
+        assert isinstance(rule, Manifests)
+        assert rule.minimum_version == minimum
+
+
+def test_a_field_may_be_as_long_as_a_documents(policy_folder: Path) -> None:
+    text = forge.POLICY.replace('purpose = "channel"', f'{REQUIRED}["{"ab" * 1024}"]')
+    binding = AppraisalPolicy.parse(text, policy_folder).binding
+    assert binding == DocumentBinding(Require((b"\xab" * 1024,)), Forbid())
+
+
 def test_a_role_is_named_by_its_arn(policy_folder: Path) -> None:
     arn = "arn:aws:iam::123456789012:role/enclave"
     text = forge.POLICY.replace("[pcrs.3]\nforbid = true", f'[pcrs.3]\nmeasures = ["{arn}"]')

@@ -25,8 +25,15 @@ from attestation.commitment import Entropy
 from attestation.errors import AppraisalError, EvidenceError
 from attestation.policy import AppraisalPolicy
 from attestation.reference import ZERO_PCR, once_extended
-from attestation.rules import Ignore, NameRule, RegisterRule, Require
-from attestation.verifier import AttestationResult, AuthenticDocument, authenticate, verify
+from attestation.rules import DocumentBinding, Ignore, NameRule, RegisterRule, Require
+from attestation.verifier import (
+    AttestationResult,
+    AuthenticDocument,
+    authenticate,
+    verify,
+    verify_archived,
+    verify_document,
+)
 from tests.pki import forge
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -369,3 +376,43 @@ def test_the_real_clock_is_not_asked(policy: AppraisalPolicy) -> None:
     """Time is the caller's: a document of 2026 is as good as ever at its own time."""
     assert forge.NOW.tzinfo is UTC
     assert _verify(policy).valid_seconds == 300
+
+
+# --- the signer, where no release was matched --------------------------------------------------------------------------
+
+
+def test_a_signer_is_shown_with_a_refused_image_and_judged_without_one(policy: AppraisalPolicy) -> None:
+    signed = replace(
+        policy,
+        releases=policy.accepted_releases[1:],
+        pcrs={index: rule for index, rule in policy.pcrs.items() if index != 8},
+    )
+
+    def failures(by: AppraisalPolicy, **changes: Any) -> list[tuple[int, str]]:
+        with pytest.raises(AppraisalError) as caught:
+            _verify(by, _evidence(**changes))
+        return [(check.step, check.name) for check in caught.value.checks if check.status is Status.FAILED]
+
+    signer = {8: forge.measured("a signer")}
+    assert failures(signed, pcrs={**forge.PCRS, **signer}) == [(11, "image")]
+    assert failures(policy, pcrs={**forge.PCRS, 1: forge.measured("x"), **signer}) == [(11, "image"), (14, "PCR8")]
+    accepting = replace(signed, accept_debug="a test")
+    assert failures(accepting, pcrs={**forge.DEBUG_PCRS, **signer}) == [(14, "other PCRs")]
+
+
+def test_a_cache_is_used(policy: AppraisalPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    validate = chain.validate
+
+    def seeing(*arguments: Any, **options: Any) -> Any:
+        seen.append(options["cache"])
+        return validate(*arguments, **options)
+
+    monkeypatch.setattr(chain, "validate", seeing)
+    cache = chain.ChainCache()
+    document = replace(policy, binding=DocumentBinding(Ignore("a test"), Ignore("a test")))
+    verify(forge.evidence(), policy=policy, nonce=forge.NONCE, at=forge.NOW, cache=cache)
+    verify_document(forge.document(), policy=document, nonce=forge.NONCE, at=forge.NOW, cache=cache)
+    verify_archived(forge.evidence(), policy=policy, cache=cache)
+    authenticate(forge.document(), anchor=policy.anchor, at=forge.NOW, cache=cache)
+    assert seen == [cache] * 4
