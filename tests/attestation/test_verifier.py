@@ -378,7 +378,7 @@ def test_the_real_clock_is_not_asked(policy: AppraisalPolicy) -> None:
     assert _verify(policy).valid_seconds == 300
 
 
-# --- the signer, where no release was matched --------------------------------------------------------------------------
+# --- the signer, where no release was matched -------------------------------------------------------------------------
 
 
 def test_a_signer_is_shown_with_a_refused_image_and_judged_without_one(policy: AppraisalPolicy) -> None:
