@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import combinations
 from typing import Final, NoReturn, final
 
 from attestation import strict_json
@@ -352,6 +353,10 @@ def _read_statement(value: Value) -> ReleaseStatement:
     read = tuple(_read_release(each, f"releases[{position}]") for position, each in enumerate(releases))
     if len({release.name for release in read}) != len(read):
         raise top.refusal("releases", "each name once", "a name twice")
+    for first, second in combinations(read, 2):
+        if first.pcrs.is_ambiguous_beside(second.pcrs):  # no policy takes two releases that one enclave could be
+            expected = "each image once, with all that may run in it"
+            raise top.refusal("releases", expected, f"{first.name} and {second.name} of one image")
     return ReleaseStatement(
         name=_text(top, "name", MAX_NAME),
         sequence=top.integer("sequence", 1, MAX_ENTRIES),

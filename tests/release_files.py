@@ -32,7 +32,12 @@ ONE: Final = ReleasedImage(
     configurations=(b"\x07" * 48,),
 )
 TWO: Final = ReleasedImage(
-    "2.0", replace(PCRS, pcr8=b"\x08" * 48), None, Source("ssh://git@example.org/a", "b" * 64), (), ()
+    "2.0",
+    replace(PCRS, pcr0=b"\x09" * 48, pcr8=b"\x08" * 48),
+    None,
+    Source("ssh://git@example.org/a", "b" * 64),
+    (),
+    (),
 )
 
 

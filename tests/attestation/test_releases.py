@@ -35,6 +35,7 @@ from attestation.releases import (
 from tests.release_files import ED25519, ISSUED, NAME, ONE, P384, P384_ORDER, PCRS, TWO, VALIDITY, history_of, verified
 
 EXPIRES = ISSUED + VALIDITY
+SAME_IMAGE = replace(ONE, name="again", image=None, models=())
 THREE = history_of([ONE], [ONE, TWO], [TWO])
 LINES = THREE.splitlines(keepends=True)
 
@@ -386,12 +387,41 @@ def test_a_release_with_a_wrong_field(change: dict[str, object]) -> None:
 
 def test_names_and_numbers_of_releases() -> None:
     content = statement()
-    content["releases"] = [content["releases"][0] | {"name": f"{index}.0"} for index in range(MAX_RELEASES)]
+    first = content["releases"][0]
+
+    def another(number: int) -> dict[str, Any]:
+        """Another release of another image."""
+        return first | {"name": f"{number}.0", "pcrs": first["pcrs"] | {"0": f"{number:096x}"}}
+
+    content["releases"] = [another(number) for number in range(1, MAX_RELEASES + 1)]
     assert len(verified(signed(content)).current.releases) == MAX_RELEASES
-    content["releases"].append(content["releases"][0] | {"name": "one more"})
-    refused("malformed_release", signed(content))
-    content["releases"] = content["releases"][:1] * 2
-    refused("malformed_release", signed(content))
+    content["releases"].append(another(MAX_RELEASES + 1))
+    assert refused("malformed_release", signed(content)).expected == f"at most {MAX_RELEASES}"
+    content["releases"] = [first, another(2) | {"name": first["name"]}]
+    assert refused("malformed_release", signed(content)).expected == "each name once"
+
+
+SIGNED_ONCE, SIGNED_TWICE = (replace(PCRS, pcr8=bytes([number]) * 48) for number in (8, 9))
+
+
+@pytest.mark.parametrize(
+    ("pcrs", "pcrs_again"), [(PCRS, PCRS), (PCRS, SIGNED_ONCE), (SIGNED_ONCE, PCRS), (SIGNED_ONCE, SIGNED_ONCE)]
+)
+def test_two_releases_of_one_image_are_neither_read_nor_written(pcrs: PcrSet, pcrs_again: PcrSet) -> None:
+    """One enclave could be either, and every policy would refuse what the publisher has signed."""
+    releases = (replace(ONE, pcrs=pcrs), TWO, replace(SAME_IMAGE, pcrs=pcrs_again))
+    unwritten = replace(verified(LINES[0]).current, releases=releases)
+    error = refused("malformed_release", seal(unwritten.encode(), ED25519) + b"\n")
+    assert error.message == "entry 1: statement, releases: not as specified"
+    assert (error.expected, error.got) == ("each image once, with all that may run in it", "1.0 and again of one image")
+    with pytest.raises(SigningError) as caught:
+        history_of(releases)
+    assert (caught.value.code, caught.value.got) == ("unusable_statement", error.got)
+
+
+def test_one_image_of_two_signers_is_two_releases() -> None:
+    releases = (replace(ONE, pcrs=SIGNED_ONCE), replace(SAME_IMAGE, pcrs=SIGNED_TWICE))
+    assert verified(history_of(releases)).current.releases == releases
 
 
 def test_a_signed_payload_that_is_no_json() -> None:
@@ -464,7 +494,7 @@ RELEASE = st.builds(
     models=st.lists(DIGEST, max_size=3, unique=True).map(tuple),
     configurations=st.lists(DIGEST, max_size=3, unique=True).map(tuple),
 )
-RELEASES = st.lists(RELEASE, max_size=3, unique_by=lambda release: release.name)
+RELEASES = st.lists(RELEASE, max_size=3, unique_by=(lambda release: release.name, lambda release: release.pcrs.pcr0))
 
 
 @given(st.lists(RELEASES, min_size=1, max_size=4))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import multiprocessing
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from attestation.release_heads import MemoryHeads
 from attestation.release_signing import LocalSigner, ReleaseError, SigningError
 from attestation.releases import ReleaseHistory
 from strongroom.release_file import Outcome, ReleaseFile, read_key, write_key
-from tests.release_files import ED25519, ISSUED, NAME, ONE, P384, TWO, VALIDITY, history_of, verified
+from tests.release_files import ED25519, ISSUED, NAME, ONE, P384, PCRS, TWO, VALIDITY, history_of, verified
 
 DAY = timedelta(days=1)
 
@@ -155,7 +156,8 @@ def test_the_files_mode_stays_and_a_link_leads_to_the_file(path: Path, tmp_path:
 def _publish(path: Path, key: bytes, names: list[str]) -> None:
     file = ReleaseFile(path, LocalSigner.from_pem(key), NAME, MemoryHeads())
     for name in names:
-        file.add(replace(ONE, name=name), at=ISSUED, validity=VALIDITY)
+        pcrs = replace(PCRS, pcr0=hashlib.sha384(name.encode()).digest())  # of another image each
+        file.add(replace(ONE, name=name, pcrs=pcrs), at=ISSUED, validity=VALIDITY)
 
 
 def test_two_processes_at_once_lose_nothing(path: Path) -> None:
