@@ -387,7 +387,7 @@ def test_a_release_with_a_wrong_field(change: dict[str, object]) -> None:
 
 def test_names_and_numbers_of_releases() -> None:
     content = statement()
-    first = content["releases"][0]
+    first: dict[str, Any] = content["releases"][0]
 
     def another(number: int) -> dict[str, Any]:
         """Another release of another image."""
