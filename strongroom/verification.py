@@ -14,13 +14,13 @@ from click.core import ParameterSource
 
 from attestation.appraisal import field_text
 from attestation.bundle import Bundle, read_kept
-from attestation.checks import Label, Status
+from attestation.checks import STEPS, Check, Label, Status
 from attestation.commitment import Evidence
 from attestation.document import MAX_FIELD, AttestationDocument
 from attestation.errors import AppraisalError, EvidenceError, PolicyError
 from attestation.policy import AppraisalPolicy
 from attestation.rules import ChannelBinding
-from attestation.verifier import MIN_NONCE, NONCE_SIZE, verify, verify_archived, verify_document
+from attestation.verifier import MIN_NONCE, NONCE_SIZE, ArchivedResult, verify, verify_archived, verify_document
 from strongroom.files import read_evidence, require_new, write_new
 from strongroom.inspection import inspect, show_inspection
 from strongroom.options import Octets, err, json_option, load_policy, out, policy_option, url_option
@@ -155,12 +155,7 @@ def _judge(data: bytes, policy: AppraisalPolicy, nonce: bytes | None, archived: 
         result = verify_archived(evidence, policy=policy, nonce=nonce)
         if nonce is None and isinstance(kept, Bundle) and kept.nonce != result.claims.nonce:
             # A nonce that is equal proves nothing: whoever saved the bundle may have copied it out of the document.
-            raise EvidenceError(
-                "wrong_nonce",
-                "the bundle names another nonce than its document answers",
-                expected=kept.nonce.hex(),
-                got=field_text(result.claims.nonce),
-            )
+            raise _wrong_nonce(kept, result)
         return result
     assert nonce is not None  # by _require_sense
     if not isinstance(policy.binding, ChannelBinding):
@@ -168,6 +163,20 @@ def _judge(data: bytes, policy: AppraisalPolicy, nonce: bytes | None, archived: 
     if len(nonce) != NONCE_SIZE:
         raise click.BadParameter(f"a channel's has {NONCE_SIZE} bytes, got {len(nonce)}", param_hint="--nonce")
     return verify(evidence, policy=policy, nonce=nonce, at=datetime.now(UTC))
+
+
+def _wrong_nonce(bundle: Bundle, result: ArchivedResult) -> EvidenceError:
+    """With what became of every check: step 6, which the verifier ignored, is the one that failed."""
+    error = EvidenceError(
+        "wrong_nonce",
+        "the bundle names another nonce than its document answers",
+        expected=field_text(bundle.nonce),
+        got=field_text(result.claims.nonce),
+    )
+    failed = Check(6, STEPS[6], Status.FAILED, error.expected, error.got, error.code, error.message)
+    error.checks = tuple(failed if check.step == failed.step else check for check in result.checks)
+    error.labels = result.labels
+    return error
 
 
 def _require_kind(data: bytes, policy: AppraisalPolicy) -> None:

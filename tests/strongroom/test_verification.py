@@ -95,7 +95,17 @@ def test_a_refused_archive_says_that_it_is_one(verify: Callable[..., Ran]) -> No
 def test_a_bundles_nonce_is_judged(verify: Callable[..., Ran], folder: Path) -> None:
     bundle = Bundle(forge.evidence(), bytes(32), forge.NOW, "x")
     (folder / "bundle.json").write_bytes(bundle.encode())
-    assert "wrong_nonce" in verify("bundle.json", "--archived").out
+    ran = verify("bundle.json", "--archived")
+    assert ran.code == 3
+    assert (
+        "REFUSED  ARCHIVED  EMULATED  the bundle names another nonce than its document answers [wrong_nonce]" in ran.out
+    )
+    told = verify("bundle.json", "--archived", "--json").json
+    assert (told["verdict"], told["labels"], told["error"]["code"]) == ("refused", LABELS, "wrong_nonce")
+    assert {check["step"] for check in told["checks"]} == set(range(1, 16))
+    [failed] = [check for check in told["checks"] if check["status"] == "failed"]
+    assert (failed["step"], failed["code"]) == (6, "wrong_nonce")
+    assert (failed["expected"], failed["got"]) == (f"h'{bytes(32).hex()}'", f"h'{forge.NONCE.hex()}'")
     assert verify("bundle.json", "--archived", "--nonce", forge.NONCE.hex()).code == 0
 
 
