@@ -85,14 +85,14 @@ def appraise(
     return release
 
 
-def is_debug(claims: AttestationDocument) -> bool:
-    """Whether the enclave runs in debug mode: nothing was measured, and its host reads its memory."""
-    return all(claims.pcrs.get(index) == ZERO_PCR for index in IMAGE_REGISTERS)
+def is_debug(pcrs: Mapping[int, bytes]) -> bool:
+    """Whether these are the registers of debug mode: nothing was measured, and the enclave's host reads its memory."""
+    return all(pcrs.get(index) == ZERO_PCR for index in IMAGE_REGISTERS)
 
 
 def _judge_debug(checklist: Checklist, policy: AppraisalPolicy, claims: AttestationDocument) -> bool:
     """10. Whether the enclave is in debug mode, which the policy must accept by name."""
-    debug = is_debug(claims)
+    debug = is_debug(claims.pcrs)
     expected, got = "PCR0, PCR1 and PCR2 not all zero", "all zero" if debug else "not all zero"
     if debug and policy.accept_debug is not None:
         checklist.add(Check(10, STEPS[10], Status.IGNORED, expected, got, explanation=policy.accept_debug))

@@ -34,6 +34,8 @@ MAX_DOCUMENT = 16_384
 _COMMITMENT_VERSION = 1
 _EVIDENCE_VERSION = 1
 _USER_DATA_VERSION = 1
+_CBOR_MAP = 5
+"""The major type: the first three bits of a map."""
 
 
 class Entropy(StrEnum):
@@ -207,8 +209,8 @@ class Evidence:
 
     @staticmethod
     def is_in(data: bytes) -> bool:
-        """Whether ``data`` begins as Evidence does: with a map of three. It may be none."""
-        return data[:1] == b"\xa3"
+        """Whether ``data`` begins as Evidence does: with a CBOR map, where a document is an array. It may be none."""
+        return bool(data) and data[0] >> 5 == _CBOR_MAP
 
     @classmethod
     def decode(cls, data: bytes) -> Evidence:

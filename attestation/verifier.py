@@ -308,7 +308,7 @@ class _Verification:
         with self.checklist.proving(5) as finding:
             finding.expected, finding.got = "signed by the leaf", "signed by the leaf"
             _require_signature(signed, key)
-        if is_debug(claims):
+        if is_debug(claims.pcrs):
             self.checklist.labels |= {Label.DEBUG}
         return claims
 

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 from attestation import cbor
+from attestation.appraisal import is_debug
 from attestation.bundle import Bundle
 from attestation.commitment import Commitment, Evidence, UserData
 from attestation.cose import COSE_SIGN1_TAG, CoseSign1
@@ -60,8 +61,7 @@ def inspect(kept: Bundle | bytes) -> dict[str, object]:
         kept = kept.evidence
     if kept[:1] == bytes([_DER_SEQUENCE]):
         raise EvidenceError("malformed_cbor", "neither Evidence nor a document: a DER certificate?")
-    # Evidence is a map; a document is an array, tagged or not.
-    is_evidence = bool(kept) and kept[0] >> 5 == 5
+    is_evidence = Evidence.is_in(kept)
     seen["subject"] = "Evidence" if is_evidence else "attestation document"
     if is_evidence:
         document, commitment = _envelope(kept, problems)
@@ -132,7 +132,7 @@ def _claims(fields: Mapping[object, object], problems: Problems) -> dict[str, ob
         "module_id": _plain(fields.get("module_id")),
         "timestamp": _time(timestamp),
         "pcrs": dict(_entries(_sorted(registers))) if isinstance(pcrs, Mapping) else _plain(pcrs),
-        "debug": all(registers.get(index) == ZERO_PCR for index in (0, 1, 2)),
+        "debug": is_debug(registers),
         "public_key": _plain(fields.get("public_key")),
         "user_data": _plain(user_data),
         "binding": _binding(user_data),

@@ -141,7 +141,7 @@ def from_evidence(data: bytes, *, anchor: Anchor, purpose: str | None, name: str
     """
     kept = read_kept(data)
     evidence = kept.evidence if isinstance(kept, Bundle) else kept
-    is_evidence = bool(evidence) and evidence[0] >> 5 == 5  # a map; a document is an array, tagged or not
+    is_evidence = Evidence.is_in(evidence)
     if purpose is None:
         purpose = "channel" if is_evidence else "document"
     if purpose == "channel" and not is_evidence:

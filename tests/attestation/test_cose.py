@@ -61,6 +61,9 @@ def test_which_of_the_two_a_file_begins_as() -> None:
         (forge.evidence(), True, False),
         (forge.document(), False, True),
         (tagged, False, True),
+        (b"\xa0", True, False),
+        (b"\xbf", True, False),
+        (b"\x80", False, False),
         (b"", False, False),
         (b"{}", False, False),
     ):
