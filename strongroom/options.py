@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,24 +23,28 @@ err = open_console(stderr=True)
 
 
 class Octets(click.ParamType[bytes]):
-    """Hexadecimal digits, of ``low`` to ``high`` bytes."""
+    """Hexadecimal digits, of as many bytes as ``sizes`` has: a range of them, or a few."""
 
     name = "hex"
 
-    def __init__(self, low: int, high: int) -> None:
-        self._low, self._high = low, high
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self._sizes = sizes
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> bytes:
         if isinstance(value, bytes):
             return value
-        try:
-            octets = bytes.fromhex(str(value))
-        except ValueError:
-            self.fail("not hexadecimal", param, ctx)
-        if not self._low <= len(octets) <= self._high:
-            expected = f"{self._low}" if self._low == self._high else f"{self._low} to {self._high}"
-            self.fail(f"expected {expected} bytes, got {len(octets)}", param, ctx)
-        return octets
+        digits = str(value)
+        if not re.fullmatch(r"[0-9A-Fa-f]+", digits):
+            self.fail(f"not hexadecimal; expected {self._expected()}", param, ctx)
+        size, odd = divmod(len(digits), 2)
+        if odd or size not in self._sizes:
+            self.fail(f"expected {self._expected()}, got {len(digits)}", param, ctx)
+        return bytes.fromhex(digits)
+
+    def _expected(self) -> str:
+        if isinstance(self._sizes, range):
+            return f"{2 * self._sizes[0]} to {2 * self._sizes[-1]} hexadecimal digits"
+        return f"{' or '.join(str(2 * size) for size in self._sizes)} hexadecimal digits"
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

@@ -119,13 +119,13 @@ POLICY_TOML = "policy.toml"
 @click.option(
     "--public-key",
     multiple=True,
-    type=Octets(1, MAX_FIELD),
+    type=Octets(range(1, MAX_FIELD + 1)),
     help="Of --purpose document: the public key that it carries; repeatable.  [default: any]",
 )
 @click.option(
     "--user-data",
     multiple=True,
-    type=Octets(1, MAX_FIELD),
+    type=Octets(range(1, MAX_FIELD + 1)),
     help="Of --purpose document: the user data that it carries; repeatable.  [default: any]",
 )
 @click.option(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from datetime import datetime
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from attestation.reference import DIGEST_PREFIX, DIGEST_SIZE, PcrSet, configurat
 from attestation.release_signing import PublicKey, ReleaseError
 from attestation.releases import MAX_NAME
 from strongroom.files import read_bounded
-from strongroom.options import err
+from strongroom.options import Octets, err
 from strongroom.render import hashing_bar
 
 MANIFEST_SUFFIX = ".manifest"
@@ -50,24 +49,6 @@ class Product(click.ParamType[str]):
         return text
 
 
-class Hexadecimal(click.ParamType[bytes]):
-    """Digits of one of ``sizes``, in bytes."""
-
-    name = "hex"
-
-    def __init__(self, *sizes: int) -> None:
-        self._sizes = sizes
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> bytes:
-        if isinstance(value, bytes):
-            return value
-        text = str(value)
-        if not re.fullmatch(r"[0-9A-Fa-f]+", text) or len(text) not in [2 * size for size in self._sizes]:
-            digits = " or ".join(str(2 * size) for size in self._sizes)
-            self.fail(f"{digits} hexadecimal digits are needed", param, ctx)
-        return bytes.fromhex(text)
-
-
 class DigestOrFile(click.ParamType[bytes | Path]):
     """``sha384:HEX``, or a file."""
 
@@ -78,7 +59,7 @@ class DigestOrFile(click.ParamType[bytes | Path]):
             return value
         text = str(value)
         if text.startswith(DIGEST_PREFIX):
-            return Hexadecimal(DIGEST_SIZE).convert(text.removeprefix(DIGEST_PREFIX), param, ctx)
+            return Octets([DIGEST_SIZE]).convert(text.removeprefix(DIGEST_PREFIX), param, ctx)
         path: Path = ANY_FILE.convert(text, param, ctx)
         return path
 

@@ -26,14 +26,14 @@ from attestation.releases import (
 )
 from strongroom import reference_options as reference
 from strongroom.files import read_bounded
-from strongroom.options import json_option, out, user_heads
-from strongroom.reference_options import ANY_FILE, DigestOrFile, Hexadecimal, PinnedKey, Product
+from strongroom.options import Octets, json_option, out, user_heads
+from strongroom.reference_options import ANY_FILE, DigestOrFile, PinnedKey, Product
 from strongroom.release_file import Outcome, ReleaseFile, read_key, write_key
 from strongroom.release_report import as_json_object, show_history
 
 DEFAULT_VALIDITY_DAYS = 90
 F = TypeVar("F", bound=Callable[..., Any])
-REGISTER = Hexadecimal(DIGEST_SIZE)
+REGISTER = Octets([DIGEST_SIZE])
 
 
 product_option = click.option(
@@ -137,7 +137,7 @@ def _signer(key: Path | None, kms_key: str | None) -> Iterator[Signer]:
 @click.option("--pcr8", type=REGISTER, help="In place of a file: the signing certificate, of a signed image.")
 @click.option("--image", type=ANY_FILE, help="State the digest of this image file; it is not measured.")
 @click.option("--repository", required=True, help="Where the source is.")
-@click.option("--commit", required=True, type=Hexadecimal(20, 32), help="The commit that the image was built from.")
+@click.option("--commit", required=True, type=Octets([20, 32]), help="The commit that the image was built from.")
 @click.option(
     "--model",
     type=DigestOrFile(),

@@ -47,7 +47,7 @@ FILE = click.argument("file", required=False, type=click.Path(path_type=Path, al
 @policy_option
 @click.option(
     "--nonce",
-    type=Octets(MIN_NONCE, MAX_FIELD),
+    type=Octets(range(MIN_NONCE, MAX_FIELD + 1)),
     help="The nonce that you asked with; for a FILE that you judge as of now.",
 )
 @click.option("--archived", is_flag=True, help="Judge a FILE at its own time. Says ARCHIVED everywhere.")
@@ -242,9 +242,7 @@ def inspect_command(context: click.Context, file: Path | None, url: str, as_json
     "--output", "-o", type=click.Path(path_type=Path, allow_dash=True, dir_okay=False), default="evidence.json",
     show_default=True, help="Where the bundle goes; - is standard output.",
 )  # fmt: skip
-@click.option(
-    "--nonce", type=Octets(NONCE_SIZE, NONCE_SIZE), help="32 bytes to ask with.  [default: fresh random ones]"
-)
+@click.option("--nonce", type=Octets([NONCE_SIZE]), help="32 bytes to ask with.  [default: fresh random ones]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object about the bundle.")
 def evidence_command(url: str, output: Path, nonce: bytes | None, as_json: bool) -> int:
     """Ask an enclave for Evidence and save it as a bundle, which an auditor can verify offline later.

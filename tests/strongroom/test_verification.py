@@ -173,7 +173,10 @@ def test_a_policy_for_another_purpose(
         (("--nonce", bytes(32).hex()), "--nonce is for a FILE"),
         (("x", "--url", "http://127.0.0.1:1", "--archived"), "not both"),
         (("x", "--nonce", "0g"), "not hexadecimal"),
-        (("x", "--nonce", "00"), "16 to 1024 bytes"),
+        (("x", "--nonce", ""), "not hexadecimal"),
+        (("x", "--nonce", "00"), "expected 32 to 2048 hexadecimal digits, got 2"),
+        (("x", "--nonce", "0" * 33), "got 33"),
+        (("x", "--nonce", "00 " * 16), "not hexadecimal"),
         (("absent.cbor", "--archived"), "No such file"),
         ((".", "--archived"), "directory"),
     ],
@@ -387,7 +390,7 @@ def test_nobody_to_ask(strongroom: Terminal, nobody: str, tmp_path: Path) -> Non
     assert not path.exists()
     for size in (1, 16, 33):
         ran = strongroom("evidence", "--url", nobody, "--nonce", bytes(size).hex())
-        assert (ran.code, f"expected 32 bytes, got {size}" in ran.err) == (2, True)
+        assert (ran.code, f"expected 64 hexadecimal digits, got {2 * size}" in ran.err) == (2, True)
 
 
 def test_the_folder_is_looked_at_before_an_enclave_is_asked(strongroom: Terminal, nobody: str, tmp_path: Path) -> None:
