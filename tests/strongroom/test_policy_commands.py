@@ -338,7 +338,10 @@ def test_a_channel_has_its_own_key_and_data(init: Init) -> None:
     for option in ("--public-key", "--user-data"):
         ran = init.refused(*FROM_EIF, *IGNORED, option, "ab")
         assert (ran.code, "for --purpose document" in ran.err) == (2, True)
-    assert "expected 2 to 2048 hexadecimal digits, got 2050" in init.refused(*FROM_EIF, *IGNORED, "--user-data", "ab" * 1025).err
+    assert (
+        "expected 2 to 2048 hexadecimal digits, got 2050"
+        in init.refused(*FROM_EIF, *IGNORED, "--user-data", "ab" * 1025).err
+    )
     assert "--module-id: " in init.refused(*FROM_EIF, *IGNORED, "--module-id", "two\nlines").err
 
 
