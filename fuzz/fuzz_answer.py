@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from attestation.secret import Secret
 from vsockrpc.messages import Delta, Done, Failure, MessageError, MessageReader, Start, decode_answer
 from vsockrpc.sealed import AnswerOpener, AnswerRecords, ExchangeKeys, SealedError
-from vsockrpc.secret import Secret
 
 KEYS = ExchangeKeys(Secret(bytes(32)), bytes(1168))
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from attestation.secret import Secret
 from vsockrpc.messages import MessageError, MessageReader, Request, decode_answer
 from vsockrpc.sealed import RecordOpener, RecordSealer, SealedError, split_opening
-from vsockrpc.secret import Secret
 
 KEY = Secret(bytes(32))
 

@@ -16,9 +16,10 @@ _SERVE = (*_CLI, "httptools", "starlette", "uvicorn")
 EXTRAS: Mapping[str, tuple[str, ...]] = {
     "cli": _CLI,
     "serve": _SERVE,
-    "parent": (*_SERVE, "prometheus_client"),
-    "enclave": ("jinja2", "llama_cpp"),
-    "kms": ("boto3",),
+    "parent": (*_SERVE, "botocore", "dns", "prometheus_client"),
+    "enclave": ("botocore", "jinja2", "llama_cpp", "pyasn1"),
+    "kms": (*_CLI, "boto3"),
+    "emulator": (*_CLI, "boto3", "moto"),
 }
 """The extras of ``pyproject.toml`` that commands need, each with the modules that must be there."""
 

@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from attestation.errors import StrongroomError
+from attestation.secret import Secret
 from strongroom.openai_api import (
     ApiError,
     CompletionRequest,
@@ -31,7 +32,6 @@ from strongroom.openai_api import (
 from strongroom.session import RequestFailed, Session
 from vsockrpc.http_server import unless_client_leaves
 from vsockrpc.messages import Answer, Delta, Done, Start
-from vsockrpc.secret import Secret
 
 MAX_BODY_BYTES = 4 << 20
 NO_RETRY = "x-should-retry"

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import click
 
+from attestation.secret import Secret
 from strongroom.gateway import Gateway
 from strongroom.options import err, load_policy, session_options
 from strongroom.render import verdict_line, warn_of_labels
 from strongroom.session import Session
 from vsockrpc.http import is_loopback
 from vsockrpc.http_server import listen_on, parse_listen, serve_http
-from vsockrpc.secret import Secret
 
 EVERY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104 - compared with, and served only to who has the token
 HTTP_PORT = 80

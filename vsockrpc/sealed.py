@@ -22,8 +22,8 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from attestation.commitment import CHANNEL_SUITE, Commitment
 from attestation.errors import StrongroomError
+from attestation.secret import Secret
 from attestation.verifier import AttestationResult
-from vsockrpc.secret import Secret
 
 VERSION = 1
 SEALED_SECRET_SIZE = 1168

@@ -452,7 +452,7 @@ def test_the_names_by_which_dependencies_are_imported() -> None:
 
 @pytest.mark.usefixtures("dependencies_are_installed")
 def test_dependencies_are_closed_under_what_they_require() -> None:
-    required = {"cbor2", "cryptography", "jinja2", "llama-cpp-python"}
+    required = {"botocore", "cbor2", "cryptography", "jinja2", "llama-cpp-python", "pyasn1"}
     waiting = list(required)
     while waiting:
         for line in importlib.metadata.requires(waiting.pop()) or ():

@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attestation.errors import StrongroomError
+from attestation.secret import Secret
 from enclave.config import PacingSettings
 from enclave.pacing import DRAIN_SECONDS, MAX_PENDING, PacedAnswer
 from vsockrpc.errors import ConnectionLost
 from vsockrpc.messages import Answer, Delta, Done, Failure, MessageReader, decode_answer
 from vsockrpc.sealed import ANSWER_SALT_SIZE, HEADER_SIZE, TAG_SIZE, AnswerOpener, ExchangeKeys
-from vsockrpc.secret import Secret
 from vsockrpc.transport import Fault, IncomingCall
 
 T = TypeVar("T")

@@ -14,6 +14,7 @@ import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
 from attestation.rules import Require
+from attestation.secret import Secret
 from enclave.generation import EngineFailed, Overloaded
 from strongroom import gateway as gateway_module
 from strongroom.gateway import MAX_BODY_BYTES, Gateway
@@ -23,7 +24,6 @@ from tests.house import MODEL_NAME, House
 from vsockrpc.address import TcpAddress
 from vsockrpc.http import SEALED_PATH, STATUS_OF_FAULT
 from vsockrpc.http_server import HttpServer, listen_on
-from vsockrpc.secret import Secret
 
 TOKEN = "a-token-that-nobody-guesses"
 HELLO: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hello there"}]

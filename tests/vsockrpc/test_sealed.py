@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from attestation.secret import Secret
 from tests.attested import Attested
 from vsockrpc.sealed import (
     ANSWER_SALT_SIZE,
@@ -26,7 +27,6 @@ from vsockrpc.sealed import (
     seal_request,
     split_opening,
 )
-from vsockrpc.secret import Secret
 
 KEY = Secret(b"k" * 32)
 RECORD = 64

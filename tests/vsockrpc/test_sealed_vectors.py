@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from attestation.commitment import Commitment
+from attestation.secret import Secret
 from vsockrpc import sealed
 from vsockrpc.messages import MessageError, MessageReader, Request, decode_answer, encode_message
 from vsockrpc.sealed import (
@@ -26,7 +27,6 @@ from vsockrpc.sealed import (
     SealedError,
     split_opening,
 )
-from vsockrpc.secret import Secret
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 VECTORS = REPOSITORY / "tests" / "vectors" / "sealed"
