@@ -152,7 +152,7 @@ def printable(text: str) -> str:
 
 
 def explain_verdict(console: Console, checks: Iterable[Check]) -> None:
-    """Every step with what it means, and each check of it with expected and got, whole."""
+    """Every step with the question that it asks, and each check of it with expected and got, whole."""
     shown = 0
     for check in checks:
         if check.step != shown:

@@ -51,7 +51,7 @@ FILE = click.argument("file", required=False, type=click.Path(path_type=Path, al
     help="The nonce that you asked with; for a FILE that you judge as of now.",
 )
 @click.option("--archived", is_flag=True, help="Judge a FILE at its own time. Says ARCHIVED everywhere.")
-@click.option("--explain", is_flag=True, help="Every step: what it means, expected and got whole.")
+@click.option("--explain", is_flag=True, help="Every step with the question that it asks, expected and got whole.")
 @click.option("--full", is_flag=True, help="Print digests whole.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: verdict, every check, claims.")
 @click.pass_context

@@ -15,6 +15,7 @@ import pytest
 
 from attestation.anchors import AWS_NITRO_G1
 from attestation.bundle import Bundle
+from attestation.checks import QUESTIONS
 from attestation.policy import AppraisalPolicy
 from attestation.policy_writer import write_policy
 from attestation.reference import PcrSet
@@ -209,6 +210,7 @@ def test_every_step_is_explained(verify: Callable[..., Ran], strongroom: Termina
     assert ran.code == 0
     heads = [line for line in ran.out.splitlines() if line[:2].strip().isdigit()]
     assert [int(line.split()[0]) for line in heads] == list(range(1, 16))
+    assert all(f"    {question}\n" in ran.out for question in QUESTIONS.values())
     assert "…" not in ran.out
     assert "    ok\n      expected  COSE_Sign1, ES384\n      got       COSE_Sign1, ES384\n" in ran.out
     failed = verify("evidence.cbor", "--nonce", bytes(32).hex(), "--explain").out
