@@ -9,22 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from attestation import strict_toml
 from attestation.anchors import AWS_NITRO_G1
 from attestation.chain import Anchor, Trust
-from attestation.document import MAX_CERTIFICATE, MAX_FIELD, PCR_COUNT
+from attestation.document import MAX_CERTIFICATE, PCR_COUNT
 from attestation.errors import PolicyError
-from attestation.gguf import ModelError
-from attestation.manifest import MAX_MANIFEST_SIZE, ModelManifest
 from attestation.reference import (
-    DIGEST_PREFIX,
     DIGEST_SIZE,
     PCR_APPLICATION,
     PCR_BOOT,
@@ -38,31 +35,34 @@ from attestation.reference import (
 )
 from attestation.release_signing import PublicKey, ReleaseError
 from attestation.releases import MAX_ENTRIES, MAX_HISTORY, ReleaseHistory
+from attestation.rule_reader import (
+    DIGEST_RULES,
+    FIELD_RULES,
+    NAME_RULES,
+    REGISTER_RULES,
+    digests,
+    read_file,
+    read_model_rule,
+    read_rule,
+    require_bounds,
+)
 from attestation.rules import (
     Binding,
     ChannelBinding,
     DigestRule,
     DocumentBinding,
-    FieldRule,
-    Forbid,
-    Ignore,
-    Manifests,
-    Measures,
     ModelRule,
     NameRule,
     RegisterRule,
     Release,
     Released,
     ReleasesInForce,
-    Require,
     SignedReleases,
 )
-from attestation.strict_toml import Table, missing, printable, wrong_value
+from attestation.strict_toml import Table, missing, printable
 
 if TYPE_CHECKING:  # where heads are kept is a matter of the system: files and locks
     from attestation.release_heads import HeadMemory
-
-T = TypeVar("T")
 
 VERSION = 1
 MAX_POLICY = 1_048_576
@@ -110,8 +110,8 @@ class AppraisalPolicy:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pcrs", MappingProxyType(dict(self.pcrs)))
-        _require_bounds("freshness.max_age_seconds", self.max_age_seconds, 1, MAX_AGE, "seconds")
-        _require_bounds("freshness.leeway_seconds", self.leeway_seconds, 0, MAX_LEEWAY, "seconds")
+        require_bounds("freshness.max_age_seconds", self.max_age_seconds, 1, MAX_AGE, "seconds")
+        require_bounds("freshness.leeway_seconds", self.leeway_seconds, 0, MAX_LEEWAY, "seconds")
         if self.accept_debug is not None:
             printable("debug.accept", self.accept_debug)
         releases = self.accepted_releases
@@ -204,7 +204,7 @@ class AppraisalPolicy:
         PolicyError; ReleaseError and HeadError for a history.
         """
         path = Path(path)
-        data = _read(path, MAX_POLICY, "unreadable_policy", field=None)
+        data = read_file(path, MAX_POLICY, "unreadable_policy", field=None)
         try:
             text = data.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -231,10 +231,10 @@ class AppraisalPolicy:
             accept_debug=_debug(top.table("debug")),
             binding=_binding(top.table("binding")),
             releases=_releases(top, directory, heads),
-            model=_model_rule(top.table("model"), directory),
-            configuration=_rule(top.table("configuration"), _DIGEST_RULES),
+            model=read_model_rule(top.table("model"), directory),
+            configuration=read_rule(top.table("configuration"), DIGEST_RULES),
             pcrs=_register_rules(top.table("pcrs")),
-            module_id=_rule(top.table("module_id"), _NAME_RULES),
+            module_id=read_rule(top.table("module_id"), NAME_RULES),
         )
         top.finish()
         return policy
@@ -254,7 +254,7 @@ def _anchor(table: Table, directory: Path) -> Anchor:
         anchor = AWS_NITRO_G1
     elif trust == Trust.EMULATED:
         name, fingerprint = table.text("root"), table.hexadecimal("root_sha256", 32).hex()
-        der = _read(directory / name, MAX_CERTIFICATE, "unreadable_anchor", field=table.field("root"))
+        der = read_file(directory / name, MAX_CERTIFICATE, "unreadable_anchor", field=table.field("root"))
         got = hashlib.sha256(der).hexdigest()
         if got != fingerprint:
             raise PolicyError(
@@ -292,7 +292,7 @@ def _binding(table: Table) -> Binding:
     if purpose == "channel":
         binding = ChannelBinding()
     elif purpose == "document":
-        public_key, user_data = (_rule(table.table(name), _FIELD_RULES) for name in ("public_key", "user_data"))
+        public_key, user_data = (read_rule(table.table(name), FIELD_RULES) for name in ("public_key", "user_data"))
         binding = DocumentBinding(public_key, user_data)
     else:
         raise PolicyError(
@@ -312,7 +312,7 @@ def _releases(top: Table, directory: Path, heads: HeadMemory | None) -> tuple[Re
     top.one_of("release", "releases")
     table = top.table("releases")
     file, name, minimum = table.text("history"), table.text("name"), table.integer("minimum_sequence")
-    _require_bounds(table.field("minimum_sequence"), minimum, 1, MAX_ENTRIES, "entries")
+    require_bounds(table.field("minimum_sequence"), minimum, 1, MAX_ENTRIES, "entries")
     field = table.field("key")
     try:
         key = PublicKey.parse(table.text("key"))
@@ -327,7 +327,7 @@ def _releases(top: Table, directory: Path, heads: HeadMemory | None) -> tuple[Re
             expected="a memory of heads",
             got="none",
         )
-    data = _read(directory / file, MAX_HISTORY, "unreadable_history", field=table.field("history"))
+    data = read_file(directory / file, MAX_HISTORY, "unreadable_history", field=table.field("history"))
     head = heads.recall(key, name)
     try:
         history = ReleaseHistory.verify(data, key=key, name=name, minimum_sequence=minimum, head=head)
@@ -341,7 +341,7 @@ def _releases(top: Table, directory: Path, heads: HeadMemory | None) -> tuple[Re
 def _release(table: Table) -> Release:
     pcr8 = table.hexadecimal("pcr8", DIGEST_SIZE) if table.has("pcr8") else None
     pcr0, pcr1, pcr2 = (table.hexadecimal(key, DIGEST_SIZE) for key in ("pcr0", "pcr1", "pcr2"))
-    models, configurations = (_digests(table, key) if table.has(key) else () for key in ("models", "configurations"))
+    models, configurations = (digests(table, key) if table.has(key) else () for key in ("models", "configurations"))
     name, pcrs = table.text("name"), PcrSet(pcr0, pcr1, pcr2, pcr8)
     table.finish()
     try:
@@ -355,110 +355,6 @@ def _register_rules(table: Table) -> Mapping[int, RegisterRule]:
     for key in table:
         if not re.fullmatch(r"0|[1-9][0-9]?", key):
             raise PolicyError("unknown_field", "not a register", field=table.field(key), expected="a number, 0 to 31")
-        rules[int(key)] = _rule(table.table(key), _REGISTER_RULES)
+        rules[int(key)] = read_rule(table.table(key), REGISTER_RULES)
     table.finish()
     return rules
-
-
-def _rule(table: Table, kinds: Mapping[str, Callable[[Table], T]]) -> T:
-    """The rule that ``table`` is: exactly one of ``kinds``, and nothing beside it."""
-    rule = kinds[table.one_of(*kinds)](table)
-    table.finish()
-    return rule
-
-
-def _forbid(table: Table) -> Forbid:
-    table.true("forbid")
-    return Forbid()
-
-
-def _released(table: Table) -> Released:
-    table.true("released")
-    return Released()
-
-
-def _require_fields(table: Table) -> Require[bytes]:
-    values = table.texts("require", longest=2 * MAX_FIELD)
-    return Require(tuple(_field_value(field, text) for field, text in values))
-
-
-def _field_value(field: str, text: str) -> bytes:
-    if not re.fullmatch(r"(?:[0-9a-fA-F]{2})+", text):
-        raise wrong_value(field, f"1 to {MAX_FIELD} bytes in hexadecimal", ascii(text))
-    return bytes.fromhex(text)
-
-
-def _model_rule(table: Table, directory: Path) -> ModelRule:
-    if not table.has("manifests"):
-        return _rule(table, _DIGEST_RULES)
-    minimum = table.integer("minimum_version")
-    _require_bounds(table.field("minimum_version"), minimum, 0, (1 << 63) - 1, "")
-    files = tuple((name, _manifest(field, directory / name)) for field, name in table.texts("manifests"))
-    table.finish()
-    try:
-        return Manifests(files, minimum)
-    except PolicyError as error:
-        raise error.at(table.field("minimum_version")) from error
-
-
-def _manifest(field: str, path: Path) -> ModelManifest:
-    data = _read(path, MAX_MANIFEST_SIZE, "unreadable_manifest", field=field)
-    try:
-        return ModelManifest.decode(data)
-    except ModelError as error:
-        raise PolicyError(error.code, error.message, field=field, expected=error.expected, got=error.got) from error
-
-
-def _digests(table: Table, key: str) -> tuple[bytes, ...]:
-    digests = []
-    for field, text in table.texts(key):
-        if not text.startswith(DIGEST_PREFIX):
-            raise wrong_value(field, f"{DIGEST_PREFIX} and 96 hexadecimal digits", ascii(text))
-        digests.append(table.octets(field, text.removeprefix(DIGEST_PREFIX), DIGEST_SIZE))
-    return tuple(digests)
-
-
-def _ignore(table: Table) -> Ignore:
-    return Ignore(table.text("ignore"))
-
-
-_REGISTER_RULES: Mapping[str, Callable[[Table], RegisterRule]] = {
-    "require": lambda table: Require(
-        tuple(table.octets(field, text, DIGEST_SIZE) for field, text in table.texts("require"))
-    ),
-    "measures": lambda table: Measures(tuple(text for _, text in table.texts("measures"))),
-    "forbid": _forbid,
-    "ignore": _ignore,
-}
-_FIELD_RULES: Mapping[str, Callable[[Table], FieldRule]] = {
-    "require": _require_fields,
-    "forbid": _forbid,
-    "ignore": _ignore,
-}
-_DIGEST_RULES: Mapping[str, Callable[[Table], DigestRule]] = {
-    "require": lambda table: Require(_digests(table, "require")),
-    "released": _released,
-    "ignore": _ignore,
-}
-_NAME_RULES: Mapping[str, Callable[[Table], NameRule]] = {
-    "require": lambda table: Require(tuple(text for _, text in table.texts("require"))),
-    "ignore": _ignore,
-}
-
-
-def _require_bounds(field: str, value: int, low: int, high: int, unit: str) -> None:
-    if not low <= value <= high:
-        expected = f"{low} to {high} {unit}".rstrip()
-        raise PolicyError("wrong_value", "out of bounds", field=field, expected=expected, got=value)
-
-
-def _read(path: Path, limit: int, code: str, *, field: str | None) -> bytes:
-    try:
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise PolicyError(code, f"{path}: {reason}", field=field) from error
-    if len(data) > limit:
-        raise PolicyError(code, f"{path} is too large", field=field, expected=f"at most {limit} bytes")
-    return data

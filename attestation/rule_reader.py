@@ -1,0 +1,146 @@
+"""Reads the rules of an Appraisal Policy: the tables of ``policy.toml`` that require, forbid or ignore (PROTOCOL.md
+section 3.1). :mod:`attestation.policy` reads the tables around them.
+
+Every function raises PolicyError with the field's path.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from attestation.document import MAX_FIELD
+from attestation.errors import PolicyError
+from attestation.gguf import ModelError
+from attestation.manifest import MAX_MANIFEST_SIZE, ModelManifest
+from attestation.reference import DIGEST_PREFIX, DIGEST_SIZE
+from attestation.rules import (
+    DigestRule,
+    FieldRule,
+    Forbid,
+    Ignore,
+    Manifests,
+    Measures,
+    ModelRule,
+    NameRule,
+    RegisterRule,
+    Released,
+    Require,
+)
+from attestation.strict_toml import Table, wrong_value
+
+T = TypeVar("T")
+
+
+def read_rule(table: Table, kinds: Mapping[str, Callable[[Table], T]]) -> T:
+    """The rule that ``table`` is: exactly one of ``kinds``, and nothing beside it."""
+    rule = kinds[table.one_of(*kinds)](table)
+    table.finish()
+    return rule
+
+
+def _forbid(table: Table) -> Forbid:
+    table.true("forbid")
+    return Forbid()
+
+
+def _released(table: Table) -> Released:
+    table.true("released")
+    return Released()
+
+
+def _require_fields(table: Table) -> Require[bytes]:
+    values = table.texts("require", longest=2 * MAX_FIELD)
+    return Require(tuple(_field_value(field, text) for field, text in values))
+
+
+def _field_value(field: str, text: str) -> bytes:
+    if not re.fullmatch(r"(?:[0-9a-fA-F]{2})+", text):
+        raise wrong_value(field, f"1 to {MAX_FIELD} bytes in hexadecimal", ascii(text))
+    return bytes.fromhex(text)
+
+
+def read_model_rule(table: Table, directory: Path) -> ModelRule:
+    """The rule for PCR16, which may name files of manifests in ``directory``."""
+    if not table.has("manifests"):
+        return read_rule(table, DIGEST_RULES)
+    minimum = table.integer("minimum_version")
+    require_bounds(table.field("minimum_version"), minimum, 0, (1 << 63) - 1, "")
+    files = tuple((name, _manifest(field, directory / name)) for field, name in table.texts("manifests"))
+    table.finish()
+    try:
+        return Manifests(files, minimum)
+    except PolicyError as error:
+        raise error.at(table.field("minimum_version")) from error
+
+
+def _manifest(field: str, path: Path) -> ModelManifest:
+    data = read_file(path, MAX_MANIFEST_SIZE, "unreadable_manifest", field=field)
+    try:
+        return ModelManifest.decode(data)
+    except ModelError as error:
+        raise PolicyError(error.code, error.message, field=field, expected=error.expected, got=error.got) from error
+
+
+def digests(table: Table, key: str) -> tuple[bytes, ...]:
+    """The list ``key`` of texts ``sha384:`` and 96 hexadecimal digits, as 48 bytes each."""
+    values = []
+    for field, text in table.texts(key):
+        if not text.startswith(DIGEST_PREFIX):
+            raise wrong_value(field, f"{DIGEST_PREFIX} and 96 hexadecimal digits", ascii(text))
+        values.append(table.octets(field, text.removeprefix(DIGEST_PREFIX), DIGEST_SIZE))
+    return tuple(values)
+
+
+def _ignore(table: Table) -> Ignore:
+    return Ignore(table.text("ignore"))
+
+
+REGISTER_RULES: Mapping[str, Callable[[Table], RegisterRule]] = {
+    "require": lambda table: Require(
+        tuple(table.octets(field, text, DIGEST_SIZE) for field, text in table.texts("require"))
+    ),
+    "measures": lambda table: Measures(tuple(text for _, text in table.texts("measures"))),
+    "forbid": _forbid,
+    "ignore": _ignore,
+}
+"""What may stand in a register's table, and how each is read."""
+FIELD_RULES: Mapping[str, Callable[[Table], FieldRule]] = {
+    "require": _require_fields,
+    "forbid": _forbid,
+    "ignore": _ignore,
+}
+"""The same for a field of a bare document."""
+DIGEST_RULES: Mapping[str, Callable[[Table], DigestRule]] = {
+    "require": lambda table: Require(digests(table, "require")),
+    "released": _released,
+    "ignore": _ignore,
+}
+"""The same for a digest."""
+NAME_RULES: Mapping[str, Callable[[Table], NameRule]] = {
+    "require": lambda table: Require(tuple(text for _, text in table.texts("require"))),
+    "ignore": _ignore,
+}
+"""The same for a name."""
+
+
+def require_bounds(field: str, value: int, low: int, high: int, unit: str) -> None:
+    """``value`` is from ``low`` to ``high``, both included."""
+    if not low <= value <= high:
+        expected = f"{low} to {high} {unit}".rstrip()
+        raise PolicyError("wrong_value", "out of bounds", field=field, expected=expected, got=value)
+
+
+def read_file(path: Path, limit: int, code: str, *, field: str | None) -> bytes:
+    """The content of a file that a policy names, of at most ``limit`` bytes; ``code`` is that of the error."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise PolicyError(code, f"{path}: {reason}", field=field) from error
+    if len(data) > limit:
+        raise PolicyError(code, f"{path} is too large", field=field, expected=f"at most {limit} bytes")
+    return data
