@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from attestation.errors import StrongroomError
 from enclave.config import PacingSettings
 from vsockrpc.messages import Failure
-from vsockrpc.sealed import LENGTH_PREFIX_SIZE, AnswerRecords, ExchangeKeys
+from vsockrpc.sealed import LENGTH_PREFIX_SIZE, AnswerKeys, AnswerRecords
 from vsockrpc.transport import Fault, IncomingCall
 
 MAX_PENDING = 64 * 1024
@@ -28,7 +28,7 @@ class PacedAnswer:
     def __init__(
         self,
         call: IncomingCall,
-        keys: ExchangeKeys,
+        keys: AnswerKeys,
         pacing: PacingSettings,
         *,
         seconds: float,

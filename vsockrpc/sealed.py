@@ -12,6 +12,7 @@ import hashlib
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes, hpke
@@ -61,6 +62,14 @@ class Truncated(SealedError):
 
     def __init__(self, message: str, *, expected: object | None = None, got: object | None = None) -> None:
         super().__init__("truncated", message, expected=expected, got=got)
+
+
+class AnswerKeys(Protocol):
+    """What an answer's key comes from."""
+
+    def answer(self, answer_salt: bytes) -> Secret:
+        """The key of the answer that begins with this salt of 32 bytes."""
+        ...
 
 
 class ExchangeKeys:
@@ -276,7 +285,7 @@ class RecordOpener:
 class AnswerOpener:
     """Opens an answer: its salt, then its records."""
 
-    def __init__(self, keys: ExchangeKeys) -> None:
+    def __init__(self, keys: AnswerKeys) -> None:
         self._keys = keys
         self._opening = bytearray()
         self._records: RecordOpener | None = None
@@ -315,7 +324,7 @@ class AnswerRecords:
     takes records while :attr:`urgent` holds.
     """
 
-    def __init__(self, keys: ExchangeKeys, *, record_size: int, bucket: int) -> None:
+    def __init__(self, keys: AnswerKeys, *, record_size: int, bucket: int) -> None:
         self._opening = secrets.token_bytes(ANSWER_SALT_SIZE)
         self._sealer = RecordSealer(keys.answer(self._opening), record_size)
         self._bucket = bucket
