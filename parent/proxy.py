@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -21,7 +22,11 @@ from starlette.types import Receive, Scope, Send
 
 from vsockrpc.address import Address
 from vsockrpc.errors import AddressError
+from vsockrpc.frames import Meta
 from vsockrpc.http import (
+    ANSWER_TYPE,
+    ENVELOPE_PATH,
+    ENVELOPE_TYPE,
     EVIDENCE_PATH,
     EVIDENCE_TYPE,
     KEY_ID_HEADER,
@@ -34,11 +39,11 @@ from vsockrpc.http_server import unless_client_leaves
 from vsockrpc.transport import Call, Client, ConnectionLost, Fault, dial
 
 MAX_REQUEST_BYTES = 9 << 20
-"""A sealed request in its records; the enclave's own limit is lower."""
+"""A sealed request in its records, or an envelope; the enclave's own limit is lower."""
 BODY_SECONDS = 120
 """How long a request's body may take to arrive, all of it: a client that drips it holds one of the enclave's calls."""
 EVIDENCE_SECONDS = 30
-SEALED_SECONDS = 3600
+ANSWER_SECONDS = 3600
 NONCE_DIGITS = 64
 KEY_ID_DIGITS = 32
 CLIENT_LEFT = 499
@@ -55,7 +60,7 @@ class Metrics:
             "strongroom_proxy_requests", "Requests by route and status", ["route", "status"], registry=self.registry
         )
         self.bytes = Counter("strongroom_proxy_bytes", "Body bytes conveyed", ["direction"], registry=self.registry)
-        self.open_calls = Gauge("strongroom_proxy_open_calls", "Sealed calls under way", registry=self.registry)
+        self.open_calls = Gauge("strongroom_proxy_open_calls", "Requests under way", registry=self.registry)
         self.connects = Counter("strongroom_proxy_connects", "Connections made to the enclave", registry=self.registry)
         self.connected = Gauge("strongroom_proxy_connected", "1 while connected to the enclave", registry=self.registry)
 
@@ -112,22 +117,27 @@ class Proxy:
 
     def __init__(self, enclave: Address) -> None:
         self.metrics = Metrics()
-        self._sealed_link = EnclaveLink(enclave, self.metrics)
-        # What shows that the enclave is there has a connection of its own: sealed calls cannot use up its calls.
+        self._request_link = EnclaveLink(enclave, self.metrics)
+        # What shows that the enclave is there has a connection of its own: requests cannot use up its calls.
         self._evidence_link = EnclaveLink(enclave, self.metrics)
-        self.metrics.connected.set_function(lambda: self._sealed_link.connected or self._evidence_link.connected)
+        self.metrics.connected.set_function(lambda: self._request_link.connected or self._evidence_link.connected)
 
     def application(self) -> Starlette:
         @contextlib.asynccontextmanager
         async def lifespan(application: Starlette) -> AsyncIterator[None]:
             yield
-            await self._sealed_link.close()
+            await self._request_link.close()
             await self._evidence_link.close()
 
         return Starlette(
             routes=[
                 Route(EVIDENCE_PATH, self._counted("evidence", self.evidence), methods=["GET"]),
-                Route(SEALED_PATH, SealedEndpoint(self), methods=["POST"]),
+                Route(SEALED_PATH, CallEndpoint(self, "sealed", SEALED_TYPE, SEALED_TYPE, _key_id), methods=["POST"]),
+                Route(
+                    ENVELOPE_PATH,
+                    CallEndpoint(self, "envelope", ENVELOPE_TYPE, ANSWER_TYPE, _no_meta),
+                    methods=["POST"],
+                ),
                 Route("/healthz", self.health, methods=["GET"]),
                 Route("/metrics", self.show_metrics, methods=["GET"]),
             ],
@@ -168,9 +178,9 @@ class Proxy:
     async def show_metrics(self, request: Request) -> Response:
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    async def sealed_call(self, key_id: bytes) -> Call:
-        client = await self._sealed_link.client()
-        return client.call("sealed", {"key_id": key_id}, deadline=SEALED_SECONDS)
+    async def call(self, method: str, meta: Meta) -> Call:
+        client = await self._request_link.client()
+        return client.call(method, meta, deadline=ANSWER_SECONDS)
 
 
 def clear_fault(error: Fault | ConnectionLost) -> Response:
@@ -184,19 +194,29 @@ async def _answer_defect(request: Request, error: Exception) -> Response:
     return clear_fault(Fault("unavailable"))
 
 
-class SealedEndpoint:
-    """``POST /v1/sealed``: body and answer pass as they come, and whichever side leaves ends the other."""
+class CallEndpoint:
+    """A route whose requests become calls of one method: body and answer pass as they come, and whichever side leaves
+    ends the other.
+    """
 
-    def __init__(self, proxy: Proxy) -> None:
+    def __init__(self, proxy: Proxy, method: str, accepts: str, answers: str, meta: Callable[[Headers], Meta]) -> None:
+        """``accepts`` and ``answers`` are media types; ``meta`` makes the call's from a request's headers, or raises
+        Fault ``malformed``.
+        """
         self._proxy = proxy
         self._metrics = proxy.metrics
+        self._method = method
+        self._accepts = accepts
+        self._answers = answers
+        self._meta = meta
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         status = CLIENT_LEFT
         try:
-            key_id = self._check(request)
-            async with await self._proxy.sealed_call(key_id) as call:
+            if request.headers.get("content-type") != self._accepts:
+                raise Fault("malformed", f"the content type is {self._accepts}")
+            async with await self._proxy.call(self._method, self._meta(request.headers)) as call:
                 with self._metrics.open_calls.track_inprogress():
                     await self._convey_request(request, call)
                     await unless_client_leaves(call.reply(), receive)
@@ -211,12 +231,7 @@ class SealedEndpoint:
         except ClientDisconnect:
             pass
         finally:
-            self._metrics.requests.labels("sealed", status).inc()
-
-    def _check(self, request: Request) -> bytes:
-        if request.headers.get("content-type") != SEALED_TYPE:
-            raise Fault("malformed", f"the content type is {SEALED_TYPE}")
-        return _octets(request.headers.get(KEY_ID_HEADER), KEY_ID_DIGITS)
+            self._metrics.requests.labels(self._method, status).inc()
 
     async def _convey_request(self, request: Request, call: Call) -> None:
         conveyed = 0
@@ -234,12 +249,21 @@ class SealedEndpoint:
         self._metrics.bytes.labels("in").inc(conveyed)
 
     async def _convey_answer(self, call: Call, send: Send) -> None:
-        headers = [(b"content-type", SEALED_TYPE.encode()), (b"cache-control", b"no-store")]
+        headers = [(b"content-type", self._answers.encode()), (b"cache-control", b"no-store")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         async for chunk in call:
             self._metrics.bytes.labels("out").inc(len(chunk))
             await send({"type": "http.response.body", "body": bytes(chunk), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _key_id(headers: Headers) -> Meta:
+    return {"key_id": _octets(headers.get(KEY_ID_HEADER), KEY_ID_DIGITS)}
+
+
+def _no_meta(headers: Headers) -> Meta:
+    """An envelope's own header says which key it needs."""
+    return {}
 
 
 def _octets(digits: str | None, count: int) -> bytes:

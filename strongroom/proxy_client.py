@@ -143,6 +143,7 @@ FAULT_TEXTS = {
     "overloaded": "the enclave has too much to do; try again",
     "unavailable": "the proxy reaches no enclave that serves; is one running?",
     "malformed": "the request was refused as malformed",
+    "not_released": "the envelope's key is not released to this enclave: KMS or the enclave's configuration refuses",
 }
 
 

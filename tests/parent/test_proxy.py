@@ -21,6 +21,9 @@ from vsockrpc.address import Address, UnixAddress
 from vsockrpc.errors import AddressError
 from vsockrpc.frames import Meta
 from vsockrpc.http import (
+    ANSWER_TYPE,
+    ENVELOPE_PATH,
+    ENVELOPE_TYPE,
     EVIDENCE_PATH,
     EVIDENCE_TYPE,
     KEY_ID_HEADER,
@@ -34,6 +37,7 @@ from vsockrpc.transport import ConnectionLost, Fault, IncomingCall, Limits, Serv
 NONCE = "5a" * 32
 KEY_ID = "c3" * 16
 HEADERS = {"Content-Type": SEALED_TYPE, KEY_ID_HEADER: KEY_ID}
+ENVELOPE_HEADERS = {"Content-Type": ENVELOPE_TYPE}
 
 
 @dataclass
@@ -80,7 +84,7 @@ async def listening(address: UnixAddress, recorder: Recorder) -> AsyncIterator[S
     def fail(error: BaseException) -> None:
         raise error
 
-    handlers = {"evidence": recorder.answer, "sealed": recorder.answer}
+    handlers = {"evidence": recorder.answer, "sealed": recorder.answer, "envelope": recorder.answer}
     async with serve(address, handlers, on_error=fail, limits=Limits(drain=0.1)) as server:
         yield server
 
@@ -147,6 +151,16 @@ async def test_a_sealed_request_is_one_call(client: httpx2.AsyncClient, recorder
     assert recorder.calls == [("sealed", {"key_id": bytes.fromhex(KEY_ID)}, body)]
 
 
+async def test_an_envelope_is_one_call(client: httpx2.AsyncClient, recorder: Recorder) -> None:
+    body = bytes(range(256)) * 1000
+    response = await client.post(ENVELOPE_PATH, content=body, headers=ENVELOPE_HEADERS)
+    assert (response.status_code, response.content) == (200, b"echo:" + body)
+    assert response.headers["content-type"] == ANSWER_TYPE
+    assert response.headers["cache-control"] == "no-store"
+    assert recorder.calls == [("envelope", {}, body)]
+    assert (await metrics(client))["strongroom_proxy_requests_total route=envelope status=200"] == 1
+
+
 async def test_a_body_in_pieces_arrives_whole(client: httpx2.AsyncClient, recorder: Recorder) -> None:
     async def pieces() -> AsyncIterator[bytes]:
         for number in range(100):
@@ -208,6 +222,18 @@ async def test_a_sealed_request_without_its_headers_is_refused_here(
     assert recorder.calls == []
 
 
+@pytest.mark.parametrize(
+    "kind", [None, "", SEALED_TYPE, ANSWER_TYPE, "application/json", f"{ENVELOPE_TYPE}; charset=utf-8", "text/html"]
+)
+async def test_an_envelope_of_another_type_is_refused_here(
+    client: httpx2.AsyncClient, recorder: Recorder, kind: str | None
+) -> None:
+    headers = {KEY_ID_HEADER: KEY_ID} | ({} if kind is None else {"Content-Type": kind})
+    response = await client.post(ENVELOPE_PATH, content=b"body", headers=headers)
+    assert (response.status_code, response.json()) == (400, {"fault": "malformed"})
+    assert recorder.calls == []
+
+
 async def test_a_body_beyond_the_bound_is_cut_off(client: httpx2.AsyncClient, recorder: Recorder) -> None:
     sent = 0
 
@@ -240,7 +266,7 @@ async def test_a_body_that_does_not_come_is_given_up(
 
 
 @pytest.mark.parametrize("fault", STATUS_OF_FAULT)
-@pytest.mark.parametrize("path", [EVIDENCE_PATH, SEALED_PATH])
+@pytest.mark.parametrize("path", [EVIDENCE_PATH, SEALED_PATH, ENVELOPE_PATH])
 async def test_the_enclaves_clear_faults_are_conveyed_without_their_text(
     client: httpx2.AsyncClient, recorder: Recorder, path: str, fault: str
 ) -> None:
@@ -265,6 +291,7 @@ async def test_every_other_fault_is_unavailable(client: httpx2.AsyncClient, reco
         ("GET", "/v1/sealed", 405),
         ("POST", "/v1/evidence", 405),
         ("OPTIONS", "/v1/sealed", 405),
+        ("GET", "/v1/envelope", 405),
         ("GET", "/../../etc/passwd", 404),
         ("GET", "/<script>", 404),
     ],
@@ -284,10 +311,10 @@ async def test_a_defect_is_unavailable_and_its_text_stays_here(
 ) -> None:
     texts = ["CANARY"]
 
-    async def broken(proxy: Proxy, key_id: bytes) -> None:
+    async def broken(proxy: Proxy, method: str, meta: Meta) -> None:
         raise RuntimeError(*texts)
 
-    monkeypatch.setattr(Proxy, "sealed_call", broken)
+    monkeypatch.setattr(Proxy, "call", broken)
     response = await _any(client, SEALED_PATH)
     assert (response.status_code, response.json()) == (503, {"fault": "unavailable"})
     said = capsys.readouterr().err
@@ -298,7 +325,8 @@ async def test_a_defect_is_unavailable_and_its_text_stays_here(
 async def _any(client: httpx2.AsyncClient, path: str) -> httpx2.Response:
     if path == EVIDENCE_PATH:
         return await client.get(path, params={"nonce": NONCE})
-    return await client.post(path, content=b"body", headers=HEADERS)
+    headers = ENVELOPE_HEADERS if path == ENVELOPE_PATH else HEADERS
+    return await client.post(path, content=b"body", headers=headers)
 
 
 # --- An enclave that is not there, or not any more -----------------------------------------------------------------
@@ -308,7 +336,7 @@ async def test_in_front_of_nothing_everything_is_unavailable_until_an_enclave_ap
     client: httpx2.AsyncClient, address: UnixAddress
 ) -> None:
     assert (await client.get("/healthz")).status_code == 503
-    for path in (EVIDENCE_PATH, SEALED_PATH):
+    for path in (EVIDENCE_PATH, SEALED_PATH, ENVELOPE_PATH):
         response = await _any(client, path)
         assert (response.status_code, response.json()) == (503, {"fault": "unavailable"})
     assert (await metrics(client))["strongroom_proxy_connected"] == 0
