@@ -97,8 +97,8 @@ class Table:
         if self._take(key) is not True:
             raise wrong_value(self.field(key), "true", type(self._values[key]).__name__)
 
-    def text(self, key: str) -> str:
-        return printable(self.field(key), self._take(key))
+    def text(self, key: str, *, longest: int = MAX_TEXT) -> str:
+        return printable(self.field(key), self._take(key), longest)
 
     def texts(self, key: str, *, longest: int = MAX_TEXT) -> list[tuple[str, str]]:
         """The texts of a list, each with its field's path and of at most ``longest`` characters."""

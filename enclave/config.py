@@ -7,16 +7,23 @@ parent.
 
 from __future__ import annotations
 
+import base64
+import binascii
+import re
 from dataclasses import dataclass
 
 from attestation import strict_toml
 from attestation.commitment import Entropy
 from attestation.errors import PolicyError, StrongroomError
+from attestation.keypolicy.document import KeyArn, KeyPolicyError
 from attestation.reference import DIGEST_SIZE, configuration_digest
 from attestation.strict_toml import Table, wrong_value
-from vsockrpc.address import Address, parse_address
+from vsockrpc.address import Address, TcpAddress, parse_address
 from vsockrpc.errors import AddressError
 
+CONTEXT_NAME = r"[a-z0-9._-]{1,64}"
+MAX_CERTIFICATE_TEXT = 4096
+"""Characters of a certificate in base64."""
 MAX_ROTATIONS = 8
 """Rotations that a key may outlive: so many are kept at once when none is used up early."""
 
@@ -79,6 +86,34 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class WrappedKey:
+    """Which wrapped keys are used for one purpose: those of one KMS key, sealed in one context and not too old."""
+
+    key: KeyArn
+    context: str
+    """The name in the encryption context, 1 to 64 of ``a-z 0-9 . _ -``."""
+    minimum_version: int
+    """The floor against a rollback to an older wrapped key."""
+
+
+@dataclass(frozen=True, slots=True)
+class KmsSettings:
+    """Where KMS is, whom TLS to it trusts, and what its keys are used for."""
+
+    region: str
+    endpoint: TcpAddress
+    """Host and port as TLS names them; where that is, the parent's egress decides."""
+    egress: Address
+    """The parent's RPC for connections and credentials."""
+    authority: bytes | None
+    """The one certificate (DER) that TLS to an emulated KMS leads to. None: Amazon's own, which are in the image."""
+    model: WrappedKey | None
+    """The weights arrive encrypted, under a key that this one wraps."""
+    prompts: WrappedKey | None
+    """Prompts sealed to this key are answered."""
+
+
+@dataclass(frozen=True, slots=True)
 class EnclaveConfiguration:
     """All that decides how an enclave behaves, besides its code and its model."""
 
@@ -92,6 +127,7 @@ class EnclaveConfiguration:
     channel: ChannelSettings
     pacing: PacingSettings
     limits: Limits
+    kms: KmsSettings | None
     digest: bytes
     """PCR17 is this, extended once."""
 
@@ -138,6 +174,7 @@ class EnclaveConfiguration:
                 request_bytes=_integer(limits, "request_bytes", 4096, 4 << 20, default=1 << 20),
                 request_seconds=_integer(limits, "request_seconds", 1, 86400, default=600),
             ),
+            kms=_kms(top.table("kms")) if top.has("kms") else None,
             digest=digest,
         )
         for table in (rpc, nsm, model, engine, channel, pacing, limits, top):
@@ -150,6 +187,68 @@ class EnclaveConfiguration:
                 configuration.channel.lifetime_seconds,
             )
         return configuration
+
+
+def _kms(table: Table) -> KmsSettings:
+    region = _matching(table, "region", r"[a-z]{2,}(-[a-z0-9]+)+", "an AWS region")
+    settings = KmsSettings(
+        region=region,
+        endpoint=_endpoint(table),
+        egress=_address(table, "egress"),
+        authority=_authority(table),
+        model=_wrapped_key(table.table("model"), region) if table.has("model") else None,
+        prompts=_wrapped_key(table.table("prompts"), region) if table.has("prompts") else None,
+    )
+    table.finish()
+    return settings
+
+
+def _endpoint(table: Table) -> TcpAddress:
+    text = table.text("endpoint")
+    try:
+        address = parse_address(f"tcp:{text}")
+    except AddressError as error:
+        raise wrong_value(table.field("endpoint"), "HOST:PORT", ascii(text)) from error
+    assert isinstance(address, TcpAddress)
+    if address.port == 0:
+        raise wrong_value(table.field("endpoint"), "HOST:PORT", ascii(text))
+    return address
+
+
+def _authority(table: Table) -> bytes | None:
+    trust = table.text("trust")
+    if trust == "AMAZON":
+        return None
+    if trust != "EMULATED":
+        raise wrong_value(table.field("trust"), "AMAZON or EMULATED", ascii(trust))
+    try:
+        return base64.b64decode(table.text("root", longest=MAX_CERTIFICATE_TEXT), validate=True)
+    except binascii.Error as error:
+        raise wrong_value(table.field("root"), "a certificate (DER) in base64", "something else") from error
+
+
+def _wrapped_key(table: Table, region: str) -> WrappedKey:
+    text = table.text("key")
+    try:
+        key = KeyArn.parse(text)
+    except KeyPolicyError as error:
+        raise wrong_value(table.field("key"), "the full ARN of a KMS key", ascii(text)) from error
+    if key.region != region:
+        raise wrong_value(table.field("key"), f"a key in {region}", key.region)
+    wrapped = WrappedKey(
+        key=key,
+        context=_matching(table, "context", CONTEXT_NAME, "1 to 64 of a-z 0-9 . _ -"),
+        minimum_version=_integer(table, "minimum_version", 1, (1 << 32) - 1),
+    )
+    table.finish()
+    return wrapped
+
+
+def _matching(table: Table, key: str, pattern: str, expected: str) -> str:
+    text = table.text(key)
+    if not re.fullmatch(pattern, text):
+        raise wrong_value(table.field(key), expected, ascii(text))
+    return text
 
 
 def _section(top: Table, key: str) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import tomllib
 from dataclasses import fields, is_dataclass
 from typing import get_type_hints
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 import enclave.config
 from attestation.commitment import Entropy
+from attestation.keypolicy.document import KeyArn
 from attestation.reference import configuration_digest
 from enclave.config import (
     MAX_ROTATIONS,
@@ -19,10 +21,12 @@ from enclave.config import (
     ConfigurationError,
     EnclaveConfiguration,
     EngineSettings,
+    KmsSettings,
     Limits,
     PacingSettings,
+    WrappedKey,
 )
-from vsockrpc.address import VMADDR_CID_ANY, UnixAddress, VsockAddress
+from vsockrpc.address import VMADDR_CID_ANY, TcpAddress, UnixAddress, VsockAddress
 
 DIGEST = "ab" * 48
 SMALLEST = f"""\
@@ -137,6 +141,7 @@ def test_the_smallest_one_has_these_defaults() -> None:
         channel=ChannelSettings(rotation_seconds=300, lifetime_seconds=600, max_requests=65536),
         pacing=PacingSettings(tick_ms=50, record_bytes=512, bucket_records=8),
         limits=Limits(request_bytes=1 << 20, request_seconds=600),
+        kms=None,
         digest=configuration_digest(SMALLEST.encode()),
     )
 
@@ -206,7 +211,8 @@ def test_every_number_of_the_configuration_is_in_this_table() -> None:
     assert named | {"model.max_bytes"} == INTEGERS.keys()
     held = {name for name, kind in get_type_hints(EnclaveConfiguration).items() if kind in sections.values()}
     assert held == sections.keys()
-    assert {kind for kind in vars(enclave.config).values() if is_settings(kind)} == set(sections.values())
+    settings = {kind for kind in vars(enclave.config).values() if is_settings(kind)}
+    assert settings == {*sections.values(), KmsSettings, WrappedKey}  # the two of KMS have a test of their own
 
 
 @pytest.mark.parametrize("value", [0, 2])
@@ -243,6 +249,95 @@ def test_a_key_does_not_outlive_more_rotations_than_are_kept() -> None:
     assert parsed(channel__rotation_seconds=10, channel__lifetime_seconds=10 * MAX_ROTATIONS)
     error = refusal(written(channel__rotation_seconds=10, channel__lifetime_seconds=10 * MAX_ROTATIONS + 1))
     assert error.message.startswith("channel.lifetime_seconds: ")
+
+
+# --- KMS ----------------------------------------------------------------------------------------------------------
+
+ARN = "arn:aws:kms:eu-west-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab"
+KMS = {
+    "region": "eu-west-1",
+    "endpoint": "kms.eu-west-1.amazonaws.com:443",
+    "egress": "vsock:3:5002",
+    "trust": "AMAZON",
+}
+WRAPPED = {"key": ARN, "context": "production", "minimum_version": 3}
+
+
+def with_kms(model: dict[str, object] | None = None, prompts: dict[str, object] | None = None, **kms: object) -> bytes:
+    """``SMALLEST`` with ``[kms]``; a value of None leaves the key out."""
+    tables = {"kms": {**KMS, **kms}, "kms.model": model, "kms.prompts": prompts}
+    lines = [SMALLEST]
+    for name, table in tables.items():
+        if table is not None:
+            lines += [f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in table.items() if value is not None)]
+    return "\n".join(lines).encode()
+
+
+def test_kms_with_amazons_authorities() -> None:
+    kms = EnclaveConfiguration.parse(with_kms(model=WRAPPED)).kms
+    assert kms == KmsSettings(
+        region="eu-west-1",
+        endpoint=TcpAddress("kms.eu-west-1.amazonaws.com", 443),
+        egress=VsockAddress(3, 5002),
+        authority=None,
+        model=WrappedKey(KeyArn.parse(ARN), "production", 3),
+        prompts=None,
+    )
+
+
+def test_kms_with_an_emulators_authority() -> None:
+    der = bytes(range(256)) * 3
+    root = base64.b64encode(der).decode()
+    kms = EnclaveConfiguration.parse(with_kms(trust="EMULATED", root=root, prompts=WRAPPED)).kms
+    assert kms is not None
+    assert (kms.authority, kms.model, kms.prompts) == (der, None, WrappedKey(KeyArn.parse(ARN), "production", 3))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("region", "Europe"),
+        ("region", None),
+        ("endpoint", "kms.eu-west-1.amazonaws.com"),
+        ("endpoint", "https://kms.eu-west-1.amazonaws.com:443"),
+        ("endpoint", "kms.eu-west-1.amazonaws.com:0"),
+        ("egress", "3:5002"),
+        ("trust", "SYSTEM"),
+        ("trust", None),
+        ("root", "AAAA"),
+        ("proxy", "http://parent:3128"),
+    ],
+)
+def test_what_is_wrong_with_kms_is_named(field: str, value: object) -> None:
+    assert refusal(with_kms(None, None, **{field: value})).message.startswith(f"kms.{field}: ")
+
+
+@pytest.mark.parametrize("root", [None, "", "not base64!", "A" * 5000])
+def test_an_emulators_authority_is_a_certificate(root: object) -> None:
+    assert refusal(with_kms(trust="EMULATED", root=root)).message.startswith("kms.root: ")
+
+
+@pytest.mark.parametrize("table", ["model", "prompts"])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("key", "alias/production"),
+        ("key", "arn:aws:kms:eu-west-1:111122223333:alias/production"),
+        ("key", ARN.replace("eu-west-1", "us-east-1")),
+        ("key", None),
+        ("context", ""),
+        ("context", "Production"),
+        ("context", "a" * 65),
+        ("minimum_version", 0),
+        ("minimum_version", 1 << 32),
+        ("minimum_version", None),
+        ("grant", "x"),
+    ],
+)
+def test_what_is_wrong_with_a_wrapped_key_is_named(table: str, field: str, value: object) -> None:
+    wrapped = {**WRAPPED, field: value}
+    data = with_kms(model=wrapped) if table == "model" else with_kms(prompts=wrapped)
+    assert refusal(data).message.startswith(f"kms.{table}.{field}: ")
 
 
 # --- Bytes that are no configuration ------------------------------------------------------------------------------
