@@ -36,8 +36,9 @@ _CODE: Final = "malformed_key_policy"
 
 
 class KeyPolicyError(StrongroomError):
-    """A key's ARN, policy, grant or metadata that cannot be judged. Codes: ``bad_key_arn``, ``policy_too_large``,
-    ``malformed_key_policy``, ``unknown_element``, ``unknown_operator`` and ``malformed_key_answer``.
+    """A key's ARN, policy, grant or metadata that cannot be judged, or a request that nobody could make. Codes:
+    ``bad_key_arn``, ``policy_too_large``, ``malformed_key_policy``, ``unknown_element``, ``unknown_operator``,
+    ``malformed_key_answer``, ``bad_principal`` and ``bad_action``.
     """
 
     exit_code = 2
