@@ -15,6 +15,8 @@ from attestation.checks import STEPS, Check, Status
 from attestation.commitment import Commitment, Entropy
 from attestation.document import AttestationDocument
 from attestation.errors import AppraisalError
+from attestation.keypolicy.document import KeyArn
+from attestation.keyrelease import KeyFacts, judge_keys
 from attestation.policy import AppraisalPolicy
 from attestation.reference import (
     PCR_APPLICATION,
@@ -51,8 +53,10 @@ def appraise(
     claims: AttestationDocument,
     commitment: Commitment | None,
     at: datetime | None,
+    keys: Mapping[KeyArn, KeyFacts] | None = None,
 ) -> Release | None:
-    """Steps 10 to 15, entered into ``checklist``; the release that the image is, or None where debug mode is accepted.
+    """Steps 10 to 15, and 16 to 21 for the policy's KMS keys where there are ``keys``, entered into ``checklist``; the
+    release that the image is, or None where debug mode is accepted.
 
     ``commitment`` is None for a bare document: then the registers themselves are judged. ``at`` is None for what is
     archived: then the releases judge that were in force at its own time. Raises AppraisalError with every check when
@@ -73,6 +77,8 @@ def appraise(
         _judge_field(checklist, "public key", policy.binding.public_key, claims.public_key, "wrong_public_key")
         _judge_field(checklist, "user data", policy.binding.user_data, claims.user_data, "wrong_user_data")
     _judge_entropy(checklist, policy, commitment)
+    if keys is not None:
+        judge_keys(checklist, policy, keys)
     failures = checklist.failures()
     if failures:
         first = failures[0]
@@ -154,11 +160,8 @@ class _Committed:
 def _judge_model(checklist: Checklist, rule: ModelRule, release: Release | None, got: _Committed) -> None:
     """12. What PCR16 commits to; step 9 has tied a channel's digest to it."""
     if isinstance(rule, Manifests):
-        texts, accepted = [], False
-        for name, manifest in rule.files:
-            if manifest.version >= rule.minimum_version:
-                texts.append(f"{name} version {manifest.version} ({digest_text(manifest.digest())})")
-                accepted = accepted or got.is_of(manifest.digest())
+        texts = [f"{name} version {each.version} ({digest_text(each.digest())})" for name, each in rule.accepted]
+        accepted = any(got.is_of(manifest.digest()) for _, manifest in rule.accepted)
         checklist.add(_judged(12, STEPS[12], accepted, " or ".join(texts), str(got), "wrong_model"))
     elif isinstance(rule, Ignore):
         checklist.add(Check(12, STEPS[12], Status.IGNORED, None, str(got), explanation=rule.reason))

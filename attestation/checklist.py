@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
 
 from attestation.checks import STEPS, Check, Label, Status
@@ -9,10 +10,10 @@ from attestation.errors import EvidenceError
 
 
 class Checklist:
-    """The checks of one verification, in the order of their steps, up to and including ``last``."""
+    """The checks of one verification, in the order of its ``steps``: their numbers, each with its name."""
 
-    def __init__(self, last: int, *labels: Label) -> None:
-        self._last = last
+    def __init__(self, steps: Mapping[int, str], *labels: Label) -> None:
+        self._steps = steps
         self._checks: list[Check] = []
         self.labels: frozenset[Label] = frozenset(labels)
         """They leave with every error and every result."""
@@ -34,8 +35,8 @@ class Checklist:
     def complete(self) -> tuple[Check, ...]:
         """Every check so far, and each step without one as not reached."""
         reached = {check.step for check in self._checks}
-        behind = [step for step in STEPS if step <= self._last and step not in reached]
-        return (*self._checks, *(Check(step, STEPS[step], Status.NOT_REACHED) for step in behind))
+        behind = [step for step in self._steps if step not in reached]
+        return (*self._checks, *(Check(step, self._steps[step], Status.NOT_REACHED) for step in behind))
 
 
 class Finding:

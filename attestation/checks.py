@@ -26,6 +26,16 @@ STEPS = {
     15: "entropy",
 }
 
+KEY_STEPS = {
+    16: "KMS key",
+    17: "copies of the key",
+    18: "key policy",
+    19: "grants",
+    20: "who may change it",
+    21: "wrapped key",
+}
+"""Behind those of Evidence, where a policy names KMS keys: once for each."""
+
 QUESTIONS = {
     1: "Is it bounded, canonical CBOR, so that two readers of it cannot see two different things?",
     2: "Is the document a COSE_Sign1 under ES384, the one algorithm of the Nitro Secure Module?",
@@ -42,6 +52,12 @@ QUESTIONS = {
     13: "Is the configuration, which PCR17 commits to, one that the policy accepts?",
     14: "Is there nothing else measured or carried than what the policy accepts?",
     15: "Do the enclave's keys come from the hardware's randomness? An emulated enclave's are known to its host.",
+    16: "Is it the key that the policy names, is it in use, and was it made where nobody has seen it?",
+    17: "Is this the only copy of the key, or has another region one with a policy of its own?",
+    18: "Does KMS release to the releases of the policy, all registers together, and to nothing else?",
+    19: "Has nobody been handed a permission beside the key's policy?",
+    20: "Can nobody change this later, or only those whom the policy trusts with it?",
+    21: "Is the wrapped key under this key, for this purpose, and not an older one?",
 }
 """What each step asks."""
 
@@ -70,7 +86,7 @@ class Check(NamedTuple):
     """One line of a report. ``code`` is set on a failure only; step 14 has a line for each thing that it judges."""
 
     step: int
-    """Its number in ``STEPS``, 1 to 15."""
+    """Its number in ``STEPS`` or ``KEY_STEPS``, 1 to 21."""
     name: str
     """What was checked: the step's name, or in step 14 that of the register or field."""
     status: Status

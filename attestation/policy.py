@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from attestation import strict_toml
 from attestation.anchors import AWS_NITRO_G1
 from attestation.chain import Anchor, Trust
 from attestation.document import MAX_CERTIFICATE, PCR_COUNT
+from attestation.envelope import EnvelopePurpose
 from attestation.errors import PolicyError
 from attestation.reference import (
     DIGEST_SIZE,
@@ -42,6 +44,7 @@ from attestation.rule_reader import (
     REGISTER_RULES,
     digests,
     read_file,
+    read_key_rule,
     read_model_rule,
     read_rule,
     require_bounds,
@@ -51,6 +54,9 @@ from attestation.rules import (
     ChannelBinding,
     DigestRule,
     DocumentBinding,
+    Ignore,
+    KeyRule,
+    Manifests,
     ModelRule,
     NameRule,
     RegisterRule,
@@ -107,9 +113,12 @@ class AppraisalPolicy:
     """Rules for further registers; one that has none must be zero. PCR8's is for releases that do not name PCR8."""
     module_id: NameRule
     """For the name that the hypervisor gives to an enclave at its start."""
+    kms: Mapping[EnvelopePurpose, KeyRule] = field(default_factory=dict)
+    """KMS keys that protect the model, or prompts that wait. What KMS says of each is part of every verdict."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pcrs", MappingProxyType(dict(self.pcrs)))
+        object.__setattr__(self, "kms", MappingProxyType(dict(self.kms)))
         require_bounds("freshness.max_age_seconds", self.max_age_seconds, 1, MAX_AGE, "seconds")
         require_bounds("freshness.leeway_seconds", self.leeway_seconds, 0, MAX_LEEWAY, "seconds")
         if self.accept_debug is not None:
@@ -137,6 +146,8 @@ class AppraisalPolicy:
         self._require_released("model", self.model, [release.models for release in releases])
         self._require_released("configuration", self.configuration, [release.configurations for release in releases])
         self._require_register_rules()
+        if self.kms:
+            self._require_releasable()
 
     def _require_released(self, field: str, rule: ModelRule, named: list[tuple[bytes, ...]]) -> None:
         if isinstance(rule, Released) and not any(named):
@@ -153,6 +164,25 @@ class AppraisalPolicy:
                 f"a release names {field}s that would never be asked for",
                 field=f"{field}",
                 expected="released = true, or no such list",
+            )
+
+    def _require_releasable(self) -> None:
+        """A key can be held to this policy only if the policy says all that the key's own must ask for."""
+        if not isinstance(self.binding, ChannelBinding):
+            raise PolicyError(
+                "contradiction", "KMS keys belong to a channel", field="kms", expected='binding.purpose = "channel"'
+            )
+        for name, rule in (("model", self.model), ("configuration", self.configuration)):
+            if isinstance(rule, Ignore):
+                raise PolicyError(
+                    "contradiction",
+                    "a KMS key is released to named digests",
+                    field=f"{name}.ignore",
+                    expected="a rule that names some, or no [kms]",
+                )
+        if not any(self.models_of(each) and self.configurations_of(each) for each in self.accepted_releases):
+            raise PolicyError(
+                "contradiction", "no release names both models and configurations: no key is released", field="kms"
             )
 
     def _require_register_rules(self) -> None:
@@ -184,6 +214,26 @@ class AppraisalPolicy:
     def accepted_releases(self) -> tuple[Release, ...]:
         """Those that count now. Never empty."""
         return self.releases_in_force(None).releases
+
+    @property
+    def accepted_models(self) -> tuple[bytes, ...]:
+        """Every manifest's digest that some release may run, each once. Empty where any may."""
+        return _each_once(self.models_of(release) for release in self.accepted_releases)
+
+    @property
+    def accepted_configurations(self) -> tuple[bytes, ...]:
+        """The same for configurations."""
+        return _each_once(self.configurations_of(release) for release in self.accepted_releases)
+
+    def models_of(self, release: Release) -> tuple[bytes, ...]:
+        """The manifests' digests that may run in one release. Empty where any may."""
+        if isinstance(self.model, Manifests):
+            return tuple(manifest.digest() for _, manifest in self.model.accepted)
+        return _named(self.model, release.models)
+
+    def configurations_of(self, release: Release) -> tuple[bytes, ...]:
+        """The same for configurations."""
+        return _named(self.configuration, release.configurations)
 
     @property
     def expires(self) -> datetime | None:
@@ -235,6 +285,7 @@ class AppraisalPolicy:
             configuration=read_rule(top.table("configuration"), DIGEST_RULES),
             pcrs=_register_rules(top.table("pcrs")),
             module_id=read_rule(top.table("module_id"), NAME_RULES),
+            kms=_key_rules(top.table("kms"), directory) if top.has("kms") else {},
         )
         top.finish()
         return policy
@@ -304,6 +355,28 @@ def _binding(table: Table) -> Binding:
         )
     table.finish()
     return binding
+
+
+def _key_rules(table: Table, directory: Path) -> Mapping[EnvelopePurpose, KeyRule]:
+    rules = {
+        purpose: read_key_rule(table.table(purpose.table), purpose, directory)
+        for purpose in EnvelopePurpose
+        if table.has(purpose.table)
+    }
+    table.finish()
+    if not rules:
+        raise missing(table.field(EnvelopePurpose.MODEL.table))
+    return rules
+
+
+def _named(rule: DigestRule, released: tuple[bytes, ...]) -> tuple[bytes, ...]:
+    if isinstance(rule, Ignore):
+        return ()
+    return released if isinstance(rule, Released) else rule.values
+
+
+def _each_once(digests: Iterable[tuple[bytes, ...]]) -> tuple[bytes, ...]:
+    return tuple(dict.fromkeys(chain.from_iterable(digests)))
 
 
 def _releases(top: Table, directory: Path, heads: HeadMemory | None) -> tuple[Release, ...] | SignedReleases:

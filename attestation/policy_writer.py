@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 
 from attestation.chain import Anchor
+from attestation.envelope import EnvelopePurpose
 from attestation.policy import MAX_LEEWAY, VERSION, AppraisalPolicy
 from attestation.reference import PCR_INSTANCE, PCR_ROLE, PCR_SIGNER, digest_text
 from attestation.rules import (
@@ -15,6 +16,7 @@ from attestation.rules import (
     FieldRule,
     Forbid,
     Ignore,
+    KeyRule,
     Manifests,
     Measures,
     ModelRule,
@@ -36,6 +38,10 @@ _HEADER = """\
 #   ignore = "written reason"    any value; the reason stands in every report
 """
 
+_KEY_NOTES = {
+    EnvelopePurpose.MODEL: "The KMS key that wraps the key of the encrypted model.",
+    EnvelopePurpose.PROMPT: "The KMS key that prompts are sealed to which wait for an enclave.",
+}
 _REGISTER_NOTES = {
     PCR_ROLE: "the IAM role of the parent instance",
     PCR_INSTANCE: "the parent instance's id",
@@ -90,6 +96,29 @@ def _lines(policy: AppraisalPolicy, root: str | None, notes: Sequence[str]) -> I
     yield "# The name that the hypervisor gave to this enclave; it changes at every start."
     yield "[module_id]"
     yield from _names(policy.module_id)
+    for purpose, key in policy.kms.items():
+        yield ""
+        yield from _key(purpose, key)
+
+
+def _key(purpose: EnvelopePurpose, rule: KeyRule) -> Iterator[str]:
+    yield f"# {_KEY_NOTES[purpose]} What KMS says of it is judged with every verdict: it must release to the releases"
+    yield "# above and to nothing else, and nobody may change that but the administrators named here."
+    yield f"[kms.{purpose.table}]"
+    yield f'key = "{rule.key.text}"'
+    yield f'context = "{rule.context}"'
+    yield f"minimum_version = {rule.minimum_version}"
+    if rule.administrators:
+        yield from _list("administrators", rule.administrators)
+    else:
+        yield "locked = true"
+    if rule.wrapped_key is not None:
+        yield f"[kms.{purpose.table}.wrapped_key]"
+        yield (
+            _ignore(rule.wrapped_key)
+            if isinstance(rule.wrapped_key, Ignore)
+            else f"file = {_quoted(rule.wrapped_key.file)}"
+        )
 
 
 def _anchor(anchor: Anchor, root: str | None) -> Iterator[str]:

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from attestation.document import MAX_FIELD
+from attestation.envelope import CONTEXT_NAME, MAX_OPENING, MAX_VERSION, EnvelopeError, EnvelopeHeader, EnvelopePurpose
 from attestation.errors import PolicyError
 from attestation.gguf import ModelError
+from attestation.keypolicy.document import KeyArn, KeyPolicyError
 from attestation.manifest import MAX_MANIFEST_SIZE, ModelManifest
 from attestation.reference import DIGEST_PREFIX, DIGEST_SIZE
 from attestation.rules import (
@@ -21,6 +23,7 @@ from attestation.rules import (
     FieldRule,
     Forbid,
     Ignore,
+    KeyRule,
     Manifests,
     Measures,
     ModelRule,
@@ -28,6 +31,7 @@ from attestation.rules import (
     RegisterRule,
     Released,
     Require,
+    WrappedKeyFile,
 )
 from attestation.strict_toml import Table, wrong_value
 
@@ -94,6 +98,48 @@ def digests(table: Table, key: str) -> tuple[bytes, ...]:
     return tuple(values)
 
 
+def read_key_rule(table: Table, purpose: EnvelopePurpose, directory: Path) -> KeyRule:
+    """The rule for the KMS key of ``purpose``; a wrapped key is a file in ``directory``."""
+    field, text = table.field("key"), table.text("key")
+    try:
+        key = KeyArn.parse(text)
+    except KeyPolicyError as error:
+        raise wrong_value(field, "the full ARN of a KMS key", ascii(text)) from error
+    context = table.text("context")
+    if not re.fullmatch(CONTEXT_NAME, context):
+        raise wrong_value(table.field("context"), "1 to 64 of a-z 0-9 . _ -", ascii(context))
+    minimum = table.integer("minimum_version")
+    require_bounds(table.field("minimum_version"), minimum, 1, MAX_VERSION, "")
+    administrators: tuple[str, ...] = ()
+    if table.one_of("locked", "administrators") == "locked":
+        table.true("locked")
+    else:
+        administrators = tuple(text for _, text in table.texts("administrators"))
+    wrapped = None
+    if purpose is EnvelopePurpose.MODEL:
+        wrapped = _wrapped_key(table.table("wrapped_key"), directory)
+    table.finish()
+    try:
+        return KeyRule(key, context, minimum, administrators, wrapped)
+    except PolicyError as error:
+        raise error.at(table.field(error.field or "")) from error
+
+
+def _wrapped_key(table: Table, directory: Path) -> WrappedKeyFile | Ignore:
+    if table.one_of("file", "ignore") == "ignore":
+        rule = _ignore(table)
+        table.finish()
+        return rule
+    name, field = table.text("file"), table.field("file")
+    table.finish()
+    beginning = read_file(directory / name, MAX_OPENING, "unreadable_wrapped_key", field=field, whole=False)
+    try:
+        header, _ = EnvelopeHeader.split(beginning)
+    except EnvelopeError as error:
+        raise PolicyError(error.code, error.message, field=field, expected=error.expected, got=error.got) from error
+    return WrappedKeyFile(name, header)
+
+
 def _ignore(table: Table) -> Ignore:
     return Ignore(table.text("ignore"))
 
@@ -133,14 +179,16 @@ def require_bounds(field: str, value: int, low: int, high: int, unit: str) -> No
         raise PolicyError("wrong_value", "out of bounds", field=field, expected=expected, got=value)
 
 
-def read_file(path: Path, limit: int, code: str, *, field: str | None) -> bytes:
-    """The content of a file that a policy names, of at most ``limit`` bytes; ``code`` is that of the error."""
+def read_file(path: Path, limit: int, code: str, *, field: str | None, whole: bool = True) -> bytes:
+    """The content of a file that a policy names, of at most ``limit`` bytes; or, where it need not be ``whole``, its
+    beginning. ``code`` is that of the error.
+    """
     try:
         with path.open("rb") as file:
             data = file.read(limit + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise PolicyError(code, f"{path}: {reason}", field=field) from error
-    if len(data) > limit:
+    if len(data) > limit and whole:
         raise PolicyError(code, f"{path} is too large", field=field, expected=f"at most {limit} bytes")
-    return data
+    return data[:limit]

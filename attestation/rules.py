@@ -5,16 +5,19 @@ A rule requires, forbids, or ignores with a written reason. There is no fourth w
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Generic, TypeAlias, TypeVar
 
 from attestation.document import MAX_FIELD
+from attestation.envelope import EnvelopeHeader
 from attestation.errors import PolicyError
+from attestation.keypolicy.document import KeyArn
 from attestation.manifest import ModelManifest
 from attestation.reference import DIGEST_SIZE, ZERO_PCR, PcrSet, once_extended
 from attestation.releases import ReleaseHistory
-from attestation.strict_toml import printable
+from attestation.strict_toml import printable, wrong_value
 
 T = TypeVar("T", bytes, str)
 
@@ -103,6 +106,11 @@ class Manifests:
                 expected=f"at most {newest}",
                 got=self.minimum_version,
             )
+
+    @property
+    def accepted(self) -> tuple[tuple[str, ModelManifest], ...]:
+        """Those that are not older than the minimum version. Never empty."""
+        return tuple((name, manifest) for name, manifest in self.files if manifest.version >= self.minimum_version)
 
 
 RegisterRule: TypeAlias = Require[bytes] | Measures | Forbid | Ignore
@@ -230,6 +238,40 @@ class SignedReleases:
             Release(image.name, image.pcrs, image.models, image.configurations) for image in statements[-1].releases
         )
         return ReleasesInForce(releases, statements[-1].issued, statements[-1].expires)
+
+
+@dataclass(frozen=True, slots=True)
+class WrappedKeyFile:
+    """A wrapped key that is in use: an envelope, or the beginning of one, and the name of its file relative to the
+    policy's folder.
+    """
+
+    file: str
+    header: EnvelopeHeader
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRule:
+    """What is accepted of a KMS key that protects a model or prompts. Raises PolicyError for an administrator that is
+    no ARN, and for one named twice.
+    """
+
+    key: KeyArn
+    context: str
+    """The name in the encryption context."""
+    minimum_version: int
+    """Of wrapped keys; older ones are refused."""
+    administrators: tuple[str, ...]
+    """ARNs of those who may change what the key releases to. Empty: nobody may, the key's policy is locked."""
+    wrapped_key: WrappedKeyFile | Ignore | None
+    """Of a model, whose wrapped key lasts. None for prompts: each has its own."""
+
+    def __post_init__(self) -> None:
+        for position, arn in enumerate(self.administrators):
+            if not re.fullmatch(r"arn:aws[a-z-]*:(iam|sts)::[0-9]{12}:[!-)+->@-~]+", arn):
+                raise wrong_value(f"administrators[{position}]", "the ARN of one principal, without wildcards", arn)
+            if arn in self.administrators[:position]:
+                raise PolicyError("contradiction", "named twice", field=f"administrators[{position}]", got=arn)
 
 
 def _require_some(field: str, values: tuple[object, ...]) -> None:

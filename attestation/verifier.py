@@ -8,8 +8,10 @@ decided by its type: a channel takes an :class:`AttestationResult`, and no other
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, InitVar, dataclass
 from datetime import UTC, datetime, timedelta
+from types import MappingProxyType
 from typing import NoReturn, final
 
 from cryptography.exceptions import InvalidSignature
@@ -21,11 +23,13 @@ from attestation import cbor, chain
 from attestation.appraisal import appraise, field_text, is_debug, registers_text
 from attestation.chain import Anchor, ChainCache
 from attestation.checklist import Checklist, Finding
-from attestation.checks import STEPS, Check, Label, Status
+from attestation.checks import KEY_STEPS, STEPS, Check, Label, Status
 from attestation.commitment import MAX_DOCUMENT, MAX_EVIDENCE, Commitment, Evidence, Purpose, UserData
 from attestation.cose import COSE_SIGN1_TAG, SIGNATURE_SIZE, CoseSign1, payload_of
 from attestation.document import MAX_FIELD, AttestationDocument
 from attestation.errors import EvidenceError, PolicyError
+from attestation.keypolicy.document import KeyArn
+from attestation.keyrelease import KeyFacts, require_facts
 from attestation.policy import AppraisalPolicy
 from attestation.reference import PCR_CONFIGURATION, PCR_MODEL, digest_text, once_extended
 from attestation.rules import Binding, ChannelBinding, DocumentBinding, Release
@@ -35,6 +39,11 @@ NONCE_SIZE = 32
 
 MIN_NONCE = 16
 """Bytes: the shortest nonce that a bare document is asked with. A shorter one might be met again."""
+
+
+AUTHENTICATION = {step: name for step, name in STEPS.items() if step <= 5}
+"""The steps of a document that nobody judges."""
+NO_KEYS: Mapping[KeyArn, KeyFacts] = MappingProxyType({})
 
 
 class _Proof:
@@ -100,7 +109,9 @@ class _Appraised(_Proven):
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttestationResult(_Appraised):
-    """The verdict that a channel may be opened: all fifteen steps hold, or are ignored by the policy's own words."""
+    """The verdict that a channel may be opened: all fifteen steps hold, and those of every KMS key that the policy
+    names, or are ignored by the policy's own words.
+    """
 
     commitment: Commitment
     """The channel's keys, and what the enclave behind them runs."""
@@ -148,29 +159,39 @@ def authenticate(
     For whoever judges documents by other rules than a policy's. ``at`` has a time zone, else ValueError. A ``cache``
     remembers certificates between calls, as in the functions below. Raises EvidenceError.
     """
-    verification = _Verification(anchor, _utc(at), timedelta(0), cache, last=5)
+    verification = _Verification(anchor, _utc(at), timedelta(0), cache, steps=AUTHENTICATION)
     claims = verification.prove(document)
     return AuthenticDocument(*verification.conclude(claims), proof=_PROVEN)
 
 
 def verify(
-    evidence: bytes, *, policy: AppraisalPolicy, nonce: bytes, at: datetime, cache: ChainCache | None = None
+    evidence: bytes,
+    *,
+    policy: AppraisalPolicy,
+    nonce: bytes,
+    at: datetime,
+    cache: ChainCache | None = None,
+    keys: Mapping[KeyArn, KeyFacts] = NO_KEYS,
 ) -> AttestationResult:
     """The verdict on the ``evidence`` that answers the request with ``nonce``, judged at ``at`` (with a time zone).
 
+    ``keys`` is what KMS says now of each key that the policy names: they are judged in the same verdict.
+
     Raises EvidenceError when the Evidence proves nothing (steps 1 to 9), AppraisalError when what it proves is not what
-    the policy accepts (steps 10 to 15), both with the checks; PolicyError ``wrong_purpose`` for a policy that judges
-    bare documents; ValueError for a nonce that is not ``NONCE_SIZE`` bytes.
+    the policy accepts (steps 10 to 15, and 16 to 21 for each KMS key), both with the checks; PolicyError
+    ``wrong_purpose`` for a policy that judges bare documents, ``key_facts_missing`` for one that names a key which is
+    not in ``keys``; ValueError for a nonce that is not ``NONCE_SIZE`` bytes.
     """
     if len(nonce) != NONCE_SIZE:
         raise ValueError(f"nonce: expected {NONCE_SIZE} bytes, got {len(nonce)}")
     _require_binding(policy, ChannelBinding)
+    require_facts(policy, keys)
     verification = _Verification.of(policy, at, cache)
     claims, encoded = verification.prove_evidence(evidence)
     verification.require_nonce(claims, nonce)
     age = verification.require_fresh(claims, policy)
     commitment = verification.require_commitment(claims, encoded)
-    release = appraise(verification.checklist, policy, claims, commitment, verification.at)
+    release = appraise(verification.checklist, policy, claims, commitment, verification.at, keys)
     return AttestationResult(
         *verification.conclude(claims),
         release=_name(release),
@@ -249,11 +270,11 @@ class _Verification:
         leeway: timedelta,
         cache: ChainCache | None,
         *,
-        last: int = max(STEPS),
+        steps: Mapping[int, str] = STEPS,
     ) -> None:
         """``at`` is None for an archived document: its own time is the verification time."""
         labels = {Label.EMULATED: anchor.is_emulated, Label.ARCHIVED: at is None}
-        self.checklist = Checklist(last, *(label for label, holds in labels.items() if holds))
+        self.checklist = Checklist(steps, *(label for label, holds in labels.items() if holds))
         self._anchor = anchor
         self._at = at
         self._leeway = leeway
@@ -262,7 +283,8 @@ class _Verification:
     @classmethod
     def of(cls, policy: AppraisalPolicy, at: datetime | None, cache: ChainCache | None) -> _Verification:
         leeway = timedelta(seconds=policy.leeway_seconds)
-        return cls(policy.anchor, None if at is None else _utc(at), leeway, cache)
+        steps = STEPS | KEY_STEPS if policy.kms and at is not None else STEPS
+        return cls(policy.anchor, None if at is None else _utc(at), leeway, cache, steps=steps)
 
     @property
     def at(self) -> datetime:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from attestation.checklist import Checklist
-from attestation.checks import Status
+from attestation.checks import STEPS, Status
 from attestation.errors import EvidenceError
 
 
 def test_a_step_that_holds_and_one_that_does_not() -> None:
-    checklist = Checklist(last=4)
+    checklist = Checklist({step: STEPS[step] for step in range(1, 5)})
     with checklist.proving(1) as finding:
         finding.expected, finding.got = "one", "one"
     with pytest.raises(EvidenceError) as caught, checklist.proving(2):
@@ -26,7 +26,7 @@ def test_a_step_that_holds_and_one_that_does_not() -> None:
 
 def test_a_defect_is_no_finding() -> None:
     """It leaves as it is, and no check says that the step held."""
-    checklist = Checklist(last=2)
+    checklist = Checklist({step: STEPS[step] for step in range(1, 3)})
     with pytest.raises(ZeroDivisionError), checklist.proving(1):
         raise ZeroDivisionError
     assert [check.status for check in checklist.complete()] == [Status.NOT_REACHED, Status.NOT_REACHED]

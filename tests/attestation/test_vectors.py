@@ -113,6 +113,7 @@ def test_every_step_and_every_code_has_a_vector() -> None:
         (int(step), code)
         for step, codes in re.findall(r"^\| (\d+) \|.*\| ([^|]+) \|$", table, re.MULTILINE)
         for code in re.findall(r"`(\w+)`", codes)
+        if int(step) in STEPS  # those of KMS keys are about what KMS says: tests/attestation/test_keyrelease.py
     }
     assert {step for step, _ in listed} == set(STEPS)
     shown = {(vector.step, vector.expect) for vector in VECTORS.values() if vector.expect != ACCEPTED}
