@@ -12,25 +12,41 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from attestation.commitment import Entropy
+from attestation.envelope import EnvelopePurpose
 from attestation.errors import StrongroomError
 from attestation.reference import PCR_CONFIGURATION, PCR_MODEL, ZERO_PCR, once_extended
-from enclave.config import EnclaveConfiguration
+from attestation.secret import Secret
+from enclave.config import EnclaveConfiguration, KmsSettings, WrappedKey
 from enclave.engine import Engine
 from enclave.identity import Identity
 from enclave.log import EventLog, Halted, KeyOffered, Phase, PhaseReached, WeightsReceived
 from enclave.model import SealedModel, receive_model
 from enclave.nsm import Nsm
+from enclave.release import KeyRelease, KeyService
 
 RNG_CURRENT = Path("/sys/class/misc/hw_random/rng_current")
 KERNEL_POOL = Path("/dev/urandom")
+RANDOM_SIZE = 32
+"""Bytes that KMS adds to the kernel's pool."""
 PROGRESS_STEPS = 50
 """Events at most for the weights' arrival."""
 
 
 class BootError(StrongroomError):
     """The boot cannot go on."""
+
+
+class KeyManagement(KeyService, Protocol):
+    """KMS, as far as a boot uses it."""
+
+    async def generate_random(self, count: int) -> Secret:
+        """So many random bytes of KMS's. Raises KmsError."""
+        ...
+
+    async def close(self) -> None: ...
 
 
 class Enclave:
@@ -43,6 +59,7 @@ class Enclave:
         make_engine: Callable[[EnclaveConfiguration, SealedModel, EventLog], Engine],
         log: EventLog,
         *,
+        make_kms: Callable[[KmsSettings, Nsm], KeyManagement] | None = None,
         rng_current: Path = RNG_CURRENT,
     ) -> None:
         self.configuration = configuration
@@ -50,7 +67,9 @@ class Enclave:
         self.log = log
         self.phase = Phase.COLD
         self._make_engine = make_engine
+        self._make_kms = make_kms or _kms_over_the_tunnel
         self._rng_current = rng_current
+        self._kms: KeyManagement | None = None
         self._model: SealedModel | None = None
         self._identity: Identity | None = None
         self._engine: Engine | None = None
@@ -64,6 +83,14 @@ class Enclave:
     def identity(self) -> Identity:
         assert self._identity is not None, "the identity exists from KEYED"
         return self._identity
+
+    @property
+    def prompts(self) -> KeyRelease | None:
+        """What opens the envelopes of prompts; None where the configuration names no key for them."""
+        settings = self.configuration.kms
+        if settings is None or settings.prompts is None:
+            return None
+        return self._release(EnvelopePurpose.PROMPT, settings.prompts, self.model.manifest.digest())
 
     @property
     def engine(self) -> Engine:
@@ -87,6 +114,8 @@ class Enclave:
             await self._engine.close()
         if self._model is not None:
             self._model.close()
+        if self._kms is not None:
+            await self._kms.close()
 
     # --- What the phases do ------------------------------------------------------------------------------------
 
@@ -99,8 +128,7 @@ class Enclave:
                 raise BootError(
                     "entropy_missing", "the kernel is not seeded by the NSM", expected="nsm-hwrng", got=current
                 )
-        with KERNEL_POOL.open("wb", buffering=0) as pool:
-            pool.write(await asyncio.to_thread(self.nsm.get_random))
+        _mix(await asyncio.to_thread(self.nsm.get_random))
 
     async def commit_configuration(self) -> None:
         await self._commit(PCR_CONFIGURATION, self.configuration.digest)
@@ -115,13 +143,29 @@ class Enclave:
                 self.log.write(WeightsReceived(received, total))
 
         configuration = self.configuration
+        release = None
+        if configuration.kms is not None:
+            await self._open_kms(configuration.kms)
+            if configuration.kms.model is not None:
+                release = self._release(EnvelopePurpose.MODEL, configuration.kms.model, configuration.manifest)
         self._model = await receive_model(
             configuration.model_store,
             configuration.manifest,
             max_bytes=configuration.max_model_bytes,
             progress=progress,
+            release=release,
         )
         await self._commit(PCR_MODEL, self._model.manifest.digest())
+
+    async def _open_kms(self, settings: KmsSettings) -> None:
+        """The recipient key is made here, behind the check of entropy; and KMS's randomness is mixed with the pool's
+        before any other key is made."""
+        self._kms = await asyncio.to_thread(self._make_kms, settings, self.nsm)
+        _mix((await self._kms.generate_random(RANDOM_SIZE)).expose())
+
+    def _release(self, purpose: EnvelopePurpose, wrapped: WrappedKey, model: bytes) -> KeyRelease:
+        assert self._kms is not None, "KMS is open from CONFIGURED on"
+        return KeyRelease(self._kms, purpose, wrapped, model=model, configuration=self.configuration.digest)
 
     async def make_identity(self) -> None:
         self._identity = Identity(
@@ -157,6 +201,18 @@ class Enclave:
             self.nsm.lock_pcr(index)
 
         await asyncio.to_thread(commit)
+
+
+def _mix(random: bytes) -> None:
+    """Adds to the kernel's pool: what its generator gives afterwards is at least as hard to guess as before."""
+    with KERNEL_POOL.open("wb", buffering=0) as pool:
+        pool.write(random)
+
+
+def _kms_over_the_tunnel(settings: KmsSettings, nsm: Nsm) -> KeyManagement:
+    from enclave.kms import Kms  # an SDK: half of what the server would import, and only some configurations need it
+
+    return Kms(settings, nsm)
 
 
 @dataclass(frozen=True, slots=True)

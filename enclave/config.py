@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from attestation import strict_toml
 from attestation.commitment import Entropy
+from attestation.envelope import CONTEXT_NAME, MAX_VERSION
 from attestation.errors import PolicyError, StrongroomError
 from attestation.keypolicy.document import KeyArn, KeyPolicyError
 from attestation.reference import DIGEST_SIZE, configuration_digest
@@ -21,7 +22,6 @@ from attestation.strict_toml import Table, wrong_value
 from vsockrpc.address import Address, TcpAddress, parse_address
 from vsockrpc.errors import AddressError
 
-CONTEXT_NAME = r"[a-z0-9._-]{1,64}"
 MAX_CERTIFICATE_TEXT = 4096
 """Characters of a certificate in base64."""
 MAX_ROTATIONS = 8
@@ -238,7 +238,7 @@ def _wrapped_key(table: Table, region: str) -> WrappedKey:
     wrapped = WrappedKey(
         key=key,
         context=_matching(table, "context", CONTEXT_NAME, "1 to 64 of a-z 0-9 . _ -"),
-        minimum_version=_integer(table, "minimum_version", 1, (1 << 32) - 1),
+        minimum_version=_integer(table, "minimum_version", 1, MAX_VERSION),
     )
     table.finish()
     return wrapped

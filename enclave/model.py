@@ -2,7 +2,8 @@
 
 What was hashed is what is loaded: the bytes stand in one memory object from their arrival, it is sealed against any
 change before its digest is believed, and llama.cpp maps that same object. The store is the parent's and is believed
-in nothing.
+in nothing. Where the configuration names a KMS key for the weights they come in an envelope, and what is hashed is the
+plaintext.
 """
 
 from __future__ import annotations
@@ -11,19 +12,24 @@ import asyncio
 import errno
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+from attestation.envelope_records import Piece
 from attestation.errors import StrongroomError
 from attestation.gguf import read_header
 from attestation.manifest import MANIFEST_LABEL, MAX_MANIFEST_SIZE, ManifestFile, ModelManifest
 from attestation.reference import h384
+from enclave.release import EnvelopeReader, KeyRelease
 from vsockrpc.address import Address
 from vsockrpc.digest import HashingSink
 from vsockrpc.limits import BULK
 from vsockrpc.transport import Client, ConnectionLost, Fault, connect
+
+T = TypeVar("T")
 
 MEMINFO = Path("/proc/meminfo")
 
@@ -66,12 +72,19 @@ class SealedModel:
 
 
 async def receive_model(
-    store: Address, manifest: bytes, *, max_bytes: int, progress: Progress, patience: Patience | None = None
+    store: Address,
+    manifest: bytes,
+    *,
+    max_bytes: int,
+    progress: Progress,
+    release: KeyRelease | None = None,
+    patience: Patience | None = None,
 ) -> SealedModel:
-    """Fetches the model whose manifest has the digest ``manifest`` (48 bytes).
+    """Fetches the model whose manifest has the digest ``manifest`` (48 bytes). With ``release`` it arrives encrypted.
 
     Raises ModelRefused (``wrong_manifest``, ``wrong_model``, ``model_too_large``, ``not_enough_memory``), ModelError
-    for a GGUF or a manifest that is broken, and StoreFailed.
+    for a GGUF or a manifest that is broken, and StoreFailed; EnvelopeError and KmsError for an envelope that does not
+    open.
     """
     transfer = _Transfer(store, progress, patience or Patience())
     described = await transfer.manifest(manifest)
@@ -85,7 +98,7 @@ async def receive_model(
         # Left only when nothing uses the descriptor any more.
         with ThreadPoolExecutor(1, "weights") as thread, HashingSink("sha384", _MemoryFile(fd).write) as sink:
             await asyncio.get_running_loop().run_in_executor(thread, _reserve, fd, weights.size)
-            digest = await transfer.file(weights, sink)
+            digest = await transfer.file(weights, sink, release)
             seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
             if digest != weights.sha384:
@@ -137,7 +150,6 @@ class _Transfer:
         self._store = store
         self._progress = progress
         self._patience = patience
-        self._received = 0
 
     async def manifest(self, digest: bytes) -> ModelManifest:
         async def fetch(client: Client) -> bytes:
@@ -161,34 +173,90 @@ class _Transfer:
             )
         return ModelManifest.decode(data)
 
-    async def file(self, weights: ManifestFile, sink: HashingSink) -> bytes:
+    async def file(self, weights: ManifestFile, sink: HashingSink, release: KeyRelease | None) -> bytes:
         """Feeds the file to ``sink`` and returns its digest."""
+        content = _Content(weights, sink, self._progress)
+        arriving = content if release is None else _Envelope(EnvelopeReader(release), content)
         attempts = _Attempts(self._patience)
-        while self._received < weights.size:
-            before = self._received
+        while not arriving.complete:
+            before = arriving.received
             try:
                 async with connect(self._store, limits=BULK) as client:
-                    await self._receive(client, weights, sink)
+                    await self._receive(client, weights, arriving)
             except (ConnectionLost, Fault, TimeoutError) as error:
-                await attempts.pause_after(error, progressed=self._received > before)
+                await attempts.pause_after(error, progressed=arriving.received > before)
         return await sink.finish()
 
-    async def _receive(self, client: Client, weights: ManifestFile, sink: HashingSink) -> None:
-        async with client.call("model.file", {"sha384": weights.sha384, "offset": self._received}) as call:
+    async def _receive(self, client: Client, weights: ManifestFile, arriving: _Content | _Envelope) -> None:
+        meta = {"sha384": weights.sha384, "offset": arriving.received}
+        async with client.call(arriving.method, meta) as call:
             await call.send(b"", end=True)
+            arriving.begin(await self._in_time(call.reply()))
             chunks = aiter(call)
-            while self._received < weights.size:
-                async with asyncio.timeout(self._patience.stall_seconds):
-                    chunk = await anext(chunks, None)
+            while not arriving.complete:
+                chunk = await self._in_time(anext(chunks, None))
                 if chunk is None:
                     raise ConnectionLost("the store ended the file early")
-                if self._received + len(chunk) > weights.size:
-                    raise ModelRefused(
-                        "wrong_model", "the store sent more than the file", expected=weights.size, got="more"
-                    )
-                await sink.feed(chunk)
-                self._received += len(chunk)
-                self._progress(self._received, weights.size)
+                await arriving.feed(chunk)
+
+    async def _in_time(self, waiting: Awaitable[T]) -> T:
+        async with asyncio.timeout(self._patience.stall_seconds):
+            return await waiting
+
+
+class _Content:
+    """The weights on their way into memory."""
+
+    method = "model.file"
+
+    def __init__(self, weights: ManifestFile, sink: HashingSink, progress: Progress) -> None:
+        self._size = weights.size
+        self._sink = sink
+        self._progress = progress
+        self.received = 0
+
+    @property
+    def complete(self) -> bool:
+        return self.received == self._size
+
+    def begin(self, meta: Mapping[str, object]) -> None:
+        """The size is the manifest's: nothing that the store says of it counts."""
+
+    async def feed(self, piece: Piece) -> None:
+        if self.received + len(piece) > self._size:
+            raise ModelRefused("wrong_model", "more came than the file has", expected=self._size, got="more")
+        await self._sink.feed(piece)
+        self.received += len(piece)
+        self._progress(self.received, self._size)
+
+
+class _Envelope:
+    """The envelope around them. Its size is the store's word: one that is cut short has no final record."""
+
+    method = "model.envelope"
+
+    def __init__(self, reader: EnvelopeReader, content: _Content) -> None:
+        self._reader = reader
+        self._content = content
+        self._size: int | None = None
+        self.received = 0
+        self.complete = False
+
+    def begin(self, meta: Mapping[str, object]) -> None:
+        size = meta.get("size")
+        if not isinstance(size, int) or self._size not in (None, size):
+            raise ModelRefused("wrong_model", "the store changed the envelope", expected=self._size, got=size)
+        self._size = size
+
+    async def feed(self, chunk: Piece) -> None:
+        self.received += len(chunk)
+        for piece in await self._reader.feed(chunk):
+            await self._content.feed(piece)
+        if self._size is not None and self.received >= self._size:
+            await self._content.feed(self._reader.finish())
+            if not self._content.complete:
+                raise ModelRefused("wrong_model", "the envelope holds less than the file")
+            self.complete = True
 
 
 class _Attempts:

@@ -1,4 +1,4 @@
-"""What an enclave answers: Evidence, sealed calls and its events. PROTOCOL.md sections 5.2 and 6.
+"""What an enclave answers: Evidence, sealed calls, prompts that waited, and its events. PROTOCOL.md sections 5.2 and 6.
 
 The one page that matters is :meth:`Server.sealed`: a request comes in as ciphertext, becomes a prompt in this
 process and nowhere before, goes to the engine, and its answer leaves as records of one size on a fixed beat.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Mapping
+import hashlib
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
@@ -22,6 +23,8 @@ from enclave.identity import OfferedKey
 from enclave.log import TOTALS_INTERVAL_SECONDS, NsmFailed, Phase
 from enclave.nsm import NsmError
 from enclave.pacing import PacedAnswer
+from enclave.release import EnvelopeReader
+from vsockrpc.deferred import DeferredPrompt, ReplyKeys
 from vsockrpc.messages import (
     ChatRequest,
     Delta,
@@ -39,6 +42,7 @@ from vsockrpc.sealed import (
     OPENING_SIZE,
     REQUEST_RECORD_SIZE,
     TAG_SIZE,
+    AnswerKeys,
     ExchangeKeys,
     RecordOpener,
     SealedError,
@@ -95,7 +99,12 @@ class Server:
 
     @property
     def handlers(self) -> Mapping[str, Handler]:
-        return {"evidence": self.evidence, "sealed": self.sealed, "events": self.events}
+        return {
+            "evidence": self.evidence,
+            "sealed": self.sealed,
+            "envelope": self.envelope,
+            "events": self.events,
+        }
 
     def close(self) -> None:
         self._attesting.close()
@@ -131,17 +140,37 @@ class Server:
     async def sealed(self, call: IncomingCall) -> None:
         """One sealed request and its answer. Until the secret is opened a failure is a clear fault; from then on
         every one is sealed."""
+
+        async def receive() -> _Received:
+            opened = await self._open(call)
+            return _Received(opened.keys, await self._accept(opened))
+
+        await self._answered(call, receive)
+
+    async def envelope(self, call: IncomingCall) -> None:
+        """A prompt that has waited in an envelope, and its answer. Until the reply secret is known a failure is a clear
+        fault. It may come again: whoever holds the envelope decides that, and each answer is sealed alike."""
+
+        async def receive() -> _Received:
+            if call.meta:
+                raise Fault("malformed", "an envelope comes without anything beside it")
+            return await self._open_envelope(_Body(call))
+
+        await self._answered(call, receive)
+
+    async def _answered(self, call: IncomingCall, receive: Callable[[], Awaitable[_Received]]) -> None:
+        """Receives a request and answers it, and counts what became of it."""
         self._require_serving()
         self._log.totals.requests += 1
-        opened: _Opened | None = None
+        received: _Received | None = None
         try:
-            opened = await self._open(call)
-            answered = await self._answer(call, opened)
+            received = await receive()
+            answered = await self._answer(call, received)
         except asyncio.CancelledError:
             self._log.totals.cancelled += 1
             raise
         except Exception:
-            if opened is None:
+            if received is None:
                 self._log.totals.refused += 1
             else:
                 self._log.totals.cancelled += 1
@@ -175,22 +204,44 @@ class Server:
             raise Fault("unknown_key", "this key is not accepted")
         return key
 
-    async def _answer(self, call: IncomingCall, opened: _Opened) -> bool:
+    async def _open_envelope(self, body: _Body) -> _Received:
+        """Raises Fault: nothing can be sealed before the reply secret is known. Why an envelope is refused is not said:
+        whoever brings it need not be who sealed it."""
+        release = self._enclave.prompts
+        if release is None:
+            raise Fault("not_released", "this enclave opens no envelopes")
+        reader, digest, content = EnvelopeReader(release), hashlib.sha384(), bytearray()
+        limit = longest_request(self._enclave.configuration.limits.request_bytes)
+        try:
+            async with asyncio.timeout(self._enclave.configuration.limits.request_seconds):
+                async with contextlib.aclosing(self._bounded(body, limit)) as chunks:
+                    async for chunk in chunks:
+                        digest.update(chunk)
+                        for piece in await reader.feed(chunk):
+                            content += piece
+            content += reader.finish()
+            prompt = DeferredPrompt.decode(bytes(content), limit=self._enclave.configuration.limits.request_bytes)
+        except TimeoutError as error:
+            raise Fault("unavailable", "the envelope did not arrive in time") from error
+        except StrongroomError as error:
+            raise Fault(_FAULT_OF.get(error.code, "malformed"), "the envelope was not opened") from error
+        return _Received(ReplyKeys(prompt.reply_secret, digest.digest()), prompt.request)
+
+    async def _answer(self, call: IncomingCall, received: _Received) -> bool:
         """Whether it came to its end; else the client has been told why, sealed."""
         configuration = self._enclave.configuration
-        accepted = await self._accept(opened)
         answer = PacedAnswer(
             call,
-            opened.keys,
+            received.keys,
             configuration.pacing,
             seconds=configuration.limits.request_seconds,
             on_defect=self._count_defect,
         )
 
         async def work() -> None:
-            if isinstance(accepted, Exception):
-                raise accepted
-            await self._work(accepted, answer)
+            if isinstance(received.request, Exception):
+                raise received.request
+            await self._work(received.request, answer)
 
         return await answer.run(work)
 
@@ -211,20 +262,29 @@ class Server:
     async def _read_content(self, opened: _Opened) -> bytes:
         """The whole request: nothing of it is acted on before its final record."""
         limit = self._enclave.configuration.limits.request_bytes
-        records, content, received = RecordOpener(opened.keys.request), bytearray(), 0
+        records, content = RecordOpener(opened.keys.request), bytearray()
+        async with contextlib.aclosing(self._bounded(opened.body, longest_request(limit))) as chunks:
+            async for chunk in chunks:
+                content += records.feed(chunk)
+                if len(content) > limit:
+                    raise MessageError("the request is too large", param="request", expected=f"<= {limit}", got="more")
+        records.finish()
+        return bytes(content)
+
+    async def _bounded(self, body: _Body, limit: int) -> AsyncGenerator[bytes]:
+        """What arrives, up to ``limit`` bytes, and as long as all requests that are arriving have not too many."""
+        received = 0
         try:
-            async for chunk in opened.body.rest():
+            async for chunk in body.rest():
                 received += len(chunk)
                 self._half_read += len(chunk)
                 if self._half_read > MAX_HALF_READ:
                     raise StrongroomError("overloaded", "too many requests are arriving at once")
-                content += records.feed(chunk)
-                if len(content) > limit or received > longest_request(limit):
+                if received > limit:
                     raise MessageError("the request is too large", param="request", expected=f"<= {limit}", got="more")
+                yield chunk
         finally:
             self._half_read -= received
-        records.finish()
-        return bytes(content)
 
     def _decode(self, content: bytes) -> Request:
         messages = MessageReader(self._enclave.configuration.limits.request_bytes)
@@ -279,6 +339,19 @@ class Server:
             raise Fault("unavailable", "the enclave is not serving")
 
 
+_FAULT_OF = {
+    "overloaded": "overloaded",
+    **dict.fromkeys(("wrong_purpose", "wrong_key", "wrong_context", "rolled_back"), "not_released"),
+    **dict.fromkeys(("wrong_model", "wrong_configuration", "kms_denied", "kms_wrong_context"), "not_released"),
+    **dict.fromkeys(
+        ("kms_unreachable", "kms_throttled", "kms_timeout", "kms_failed", "kms_no_credentials"), "unavailable"
+    ),
+    **dict.fromkeys(("kms_expired_credentials", "kms_tls", "kms_plaintext", "kms_wrong_key"), "unavailable"),
+    "kms_malformed": "unavailable",
+}
+"""Clear faults of an envelope by what went wrong; all else is ``malformed``."""
+
+
 def longest_request(content: int) -> int:
     """Bytes of records of a request with so many bytes of content: their number is rounded up to a power of two
     (PROTOCOL.md section 6.2)."""
@@ -293,6 +366,14 @@ class _Opened:
     key: OfferedKey
     keys: ExchangeKeys
     body: _Body
+
+
+@dataclass(frozen=True, slots=True)
+class _Received:
+    """A request, or why there is none, and what its answer is sealed under."""
+
+    keys: AnswerKeys
+    request: Request | Exception
 
 
 class _Body:
