@@ -30,6 +30,8 @@ Context: TypeAlias = Mapping[str, tuple[str, ...]]
 
 
 class Truth(Enum):
+    """Whether something holds, if anybody can say. ``~`` is NOT, and leaves a doubt a doubt."""
+
     YES = "yes"
     NO = "no"
     UNDECIDED = "undecided"

@@ -241,13 +241,13 @@ def _asking(arn: str) -> tuple[_Name, ...]:
 
 def _identity(arn: str) -> dict[str, str]:
     """The condition keys that say who asks. A session's ``aws:PrincipalArn`` is its role's."""
-    match _names(arn):
-        case (("service", _),):
-            return {}
-        case ((_, partition, account), (_, _, _, role), _):
-            arn = f"arn:{partition}:iam::{account}:role/{role}"
-        case ((_, _, account), *_):
-            pass
+    names = _names(arn)
+    if names[0][0] == "service":
+        return {}
+    _, partition, account = names[0]
+    if names[-1][0] == "session":
+        role = names[-2][-1]
+        arn = f"arn:{partition}:iam::{account}:role/{role}"
     return {"aws:PrincipalArn": arn, "aws:PrincipalAccount": account, "kms:CallerAccount": account}
 
 

@@ -83,6 +83,8 @@ def _not_an_arn(text: str) -> KeyPolicyError:
 
 
 class Effect(Enum):
+    """What a statement does where it applies."""
+
     ALLOW = "Allow"
     DENY = "Deny"
 
