@@ -324,8 +324,9 @@ async def test_a_closed_stream_gives_up_the_call(tmp_path: Path) -> None:
         await asyncio.to_thread(stream.close)
         assert stream.pump is not None
         await asyncio.wait([stream.pump])
-        assert there.server is not None
-        await asyncio.wait(there.server.running)
+        server = there.server
+        assert server is not None
+        await until(lambda: not server.running)
         stream.close()  # again, when there is nothing left to do
 
 
