@@ -112,21 +112,31 @@ class TunnelStream:
     def __init__(self, sock: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
         self.socket = sock
         self.error: Fault | ConnectionLost | None = None
-        """Set before the socket ends, when that is not the other side's orderly end."""
+        """Set before the socket ends, when that is neither the other side's orderly end nor :meth:`close`."""
         self.pump: asyncio.Task[None] | None = None
         self._loop = loop
+        self._closed = False
 
     def abort(self, error: Fault | ConnectionLost) -> None:
         """On the loop: whoever blocks on the socket finds its end, and ``error`` for a reason."""
-        if self.pump is not None and not self.pump.done():
-            self.error = self.error or error
-            self.pump.cancel()
+        self.fail(error)
+        self._stop()
+
+    def fail(self, error: Fault | ConnectionLost) -> None:
+        """For the pump. The first reason counts."""
+        if not self._closed and self.error is None:
+            self.error = error
 
     def close(self) -> None:
         """From any thread: both directions end now. To close the socket alone is a half-close to the other side."""
+        self._closed = True
         self.socket.close()
         with contextlib.suppress(RuntimeError):  # the loop has ended, and the pump with it
-            self._loop.call_soon_threadsafe(self.abort, ConnectionLost("closed by this side"))
+            self._loop.call_soon_threadsafe(self._stop)
+
+    def _stop(self) -> None:
+        if self.pump is not None:
+            self.pump.cancel()
 
 
 async def _pump(call: Call, near: socket.socket, stream: TunnelStream, held: contextlib.AsyncExitStack) -> None:
@@ -148,11 +158,11 @@ async def _pump(call: Call, near: socket.socket, stream: TunnelStream, held: con
             outward.cancel()
             _end(near)
     except* TimeoutError:
-        stream.error = Fault("deadline_exceeded", "the other side did not end")
+        stream.fail(Fault("deadline_exceeded", "the other side did not end"))
     except* OSError:
-        stream.error = ConnectionLost("the thread's side is closed")
-    except* (Fault, ConnectionLost) as group_of_errors:
-        stream.error = stream.error or _first(group_of_errors)
+        stream.fail(ConnectionLost("the thread's side is closed"))
+    except* (Fault, ConnectionLost) as errors:
+        stream.fail(_first(errors))
     finally:
         near.close()
 
