@@ -11,7 +11,6 @@ only take away what a statement gives to a role by name, in the key's own accoun
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -319,10 +318,10 @@ def _constraints(grant: Grant, request: Request, operation: str) -> Iterator[Cla
     if constraints.source_arn is not None and operation != "retiregrant":
         got = values_of(request.context, SOURCE_ARN)
         yield Clause("SourceArn", Truth.of(got == (constraints.source_arn,)), (constraints.source_arn,), got or None)
-    pairs = {pair for key in request.context for pair in _pairs_of(key, request.context[key])}
-    for element, constraint, holds in (
-        ("EncryptionContextEquals", constraints.encryption_context_equals, operator.eq),
-        ("EncryptionContextSubset", constraints.encryption_context_subset, operator.le),
+    pairs = sorted(pair for key in request.context for pair in _pairs_of(key, request.context[key]))
+    for element, constraint in (
+        ("EncryptionContextEquals", constraints.encryption_context_equals),
+        ("EncryptionContextSubset", constraints.encryption_context_subset),
     ):
         if constraint is None:
             continue
@@ -331,8 +330,9 @@ def _constraints(grant: Grant, request: Request, operation: str) -> Iterator[Cla
             # The new grant's constraints must be as strict; they are no condition keys, and so not known here.
             yield Clause(element, Truth.UNDECIDED, expected, None, remark="limits the constraints of a new grant")
         elif operation in _WITH_ENCRYPTION_CONTEXT:
-            asked = frozenset((key.lower(), value) for key, value in constraint.items())
-            yield Clause(element, Truth.of(holds(asked, pairs)), expected, _shown(sorted(pairs)) or None)
+            asked = sorted((key.lower(), value) for key, value in constraint.items())
+            holds = asked == pairs if element == "EncryptionContextEquals" else {*asked} <= {*pairs}
+            yield Clause(element, Truth.of(holds), expected, _shown(pairs) or None)
 
 
 def _pairs_of(key: str, values: tuple[str, ...]) -> Iterator[tuple[str, str]]:

@@ -396,6 +396,7 @@ SUBSET = GrantConstraints(encryption_context_subset={"a": "1"})
         (EQUALS, {"A": "1"}, True),
         (EQUALS, {"a": "2"}, False),
         (EQUALS, {"a": "1", "b": "2"}, False),
+        (EQUALS, {"a": "1", "A": "1"}, False),
         (EQUALS, {}, False),
         (SUBSET, {"a": "1"}, True),
         (SUBSET, {"a": "1", "b": "2"}, True),
