@@ -31,6 +31,7 @@ MAX_HEADER: Final = 16_384
 MAX_OPENING: Final = len(MAGIC) + LENGTH_SIZE + MAX_HEADER
 """Bytes before the first record, at most."""
 
+DATA_KEY_SIZE: Final = 32
 SALT_SIZE: Final = 32
 MAX_WRAPPED: Final = 6_144
 """Bytes of a KMS ciphertext."""

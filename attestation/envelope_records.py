@@ -21,12 +21,11 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from attestation.envelope import EnvelopeError, EnvelopeHeader, Grant, require_equal
+from attestation.envelope import DATA_KEY_SIZE, EnvelopeError, EnvelopeHeader, Grant, require_equal
 from attestation.secret import Secret
 
 Piece: TypeAlias = bytes | memoryview
 
-DATA_KEY_SIZE: Final = 32
 TAG_SIZE: Final = 16
 
 _LABEL = b"strongroom/1 envelope"

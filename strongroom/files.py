@@ -70,6 +70,29 @@ def write_new(path: Path, data: bytes, *, mode: int = NEW_FILE_MODE) -> None:
             raise
 
 
+@contextlib.contextmanager
+def new_file(path: Path, *, mode: int = NEW_FILE_MODE) -> Iterator[BinaryIO]:
+    """A large file that is not there yet, to be written in the block: under its name when that is left, whole; or none.
+
+    Until then an empty file keeps the name. Raises FileExistsError, OSError of ``path``: what the block does besides
+    raises errors of its own kind.
+    """
+    with _said_of(path):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        os.close(os.open(path, flags, mode))
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        try:
+            with os.fdopen(os.open(temporary, flags, mode), "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            raise
+
+
 def replace(path: Path, data: bytes) -> None:
     """Writes a file whole, in place of what is there, with that one's mode; or changes nothing.
 

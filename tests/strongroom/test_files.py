@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from attestation.bundle import MAX_BUNDLE
-from strongroom.files import FileError, read_bounded, read_evidence, replace, require_new, write_new
+from strongroom.files import FileError, new_file, read_bounded, read_evidence, replace, require_new, write_new
 
 
 def test_what_is_too_large_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,6 +42,24 @@ def test_a_new_file_is_new(tmp_path: Path) -> None:
         require_new(tmp_path / "nowhere" / "file")
 
 
+def test_a_large_file_is_whole_under_its_name_or_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with new_file(path, mode=0o600) as file:
+        file.write(b"one")
+        file.flush()
+        assert path.read_bytes() == b""  # the name is taken
+        with pytest.raises(FileExistsError), new_file(path):
+            pass
+        file.write(b"two")
+    assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b"onetwo", 0o600)
+    assert list(tmp_path.iterdir()) == [path]
+    other = tmp_path / "other"
+    with pytest.raises(ZeroDivisionError), new_file(other) as file:
+        file.write(bytes(1 << 20))
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_folder_of_somebody_elses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(PermissionError) as caught:
@@ -49,7 +67,12 @@ def test_a_folder_of_somebody_elses(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert caught.value.filename == str(tmp_path)
 
 
-@pytest.mark.parametrize("write", [write_new, replace])
+def write_in_pieces(path: Path, data: bytes) -> None:
+    with new_file(path) as file:
+        file.write(data)
+
+
+@pytest.mark.parametrize("write", [write_new, replace, write_in_pieces])
 def test_a_full_disk_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path, bytes], None]
 ) -> None:
