@@ -1,206 +1,245 @@
-"""A KMS for a machine without AWS: two operations of ``TrentService``, with real keys, over HTTP.
+"""A KMS for a machine without AWS: the operations of ``TrentService`` that releasing keys to enclaves takes, for real.
 
-What it answers has the shape and the error codes of AWS's. The core is sans-IO: :meth:`SoftwareKms.call` takes an
-operation's name and its request and returns the answer; :func:`serving` puts it on a port of this machine.
-
-It knows who may sign no better than its caller: a request must look signed (AWS Signature Version 4), and by whom is
-not checked. It stands for AWS in tests and demonstrations, and keeps no key beyond its own life.
+Key policies and grants decide, encryption contexts are authenticated, and a ``Recipient`` is verified under the anchor
+that the emulator was given before anything is encrypted to it: what other emulators of AWS leave out is what this one
+is for. Requests, answers, codes and texts are AWS's. The core is sans-IO: :meth:`SoftwareKms.call` takes an operation's
+name, its request and whoever signed it; ``emulator.kms_endpoint`` is the HTTPS before it. It keeps no key beyond its
+own life.
 """
 
 from __future__ import annotations
 
 import base64
-import json
-import threading
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Final
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any, Final
 
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.utils import Prehashed
-from cryptography.hazmat.primitives.hashes import SHA256, SHA384, HashAlgorithm
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from moto.kms.models import Key
 
-from attestation.errors import StrongroomError
+from attestation.chain import Anchor, ChainCache
+from emulator import kms_keys
+from emulator.cms import ContentForm, envelop
+from emulator.kms_access import Asked, Call, allowed_key, named_key, require_allowed, require_of_account
+from emulator.kms_admin import ADMINISTRATION, Answer
+from emulator.kms_keys import ENCRYPT_DECRYPT, SIGN_VERIFY, KeyStore, require_usable, require_usage
+from emulator.kms_request import KmsFault, read_request
+from emulator.recipient import Recipient, attested
+from emulator.sigv4 import Caller
 
-SERVICE: Final = "TrentService."
-CONTENT_TYPE: Final = "application/x-amz-json-1.1"
-MAX_REQUEST: Final = 65_536
-"""Bytes of a request's body."""
-MAX_MESSAGE: Final = 4096
-"""Bytes that Sign takes for itself to hash."""
-SECONDS: Final = 30.0
-"""How long a connection may be silent."""
+DEFAULT_REGION: Final = "us-east-1"
+DEFAULT_ACCOUNT: Final = "111122223333"
+_DATA_KEYS: Final = {"AES_128": 16, "AES_256": 32}
+_PAIRS: Final[Mapping[str, Callable[[], ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey]]] = {
+    "ECC_NIST_P256": lambda: ec.generate_private_key(ec.SECP256R1()),
+    "ECC_NIST_P384": lambda: ec.generate_private_key(ec.SECP384R1()),
+    "ECC_NIST_P521": lambda: ec.generate_private_key(ec.SECP521R1()),
+    "RSA_2048": lambda: rsa.generate_private_key(65537, 2048),
+    "RSA_3072": lambda: rsa.generate_private_key(65537, 3072),
+    "RSA_4096": lambda: rsa.generate_private_key(65537, 4096),
+}
+_UNSUPPORTED: Final = frozenset(
+    ("CustomKeyStoreId", "XksKeyId", "Tags", "DryRunModifiers", "GranteeServicePrincipal", "RetiringServicePrincipal")
+)
 
-SIGN_VERIFY: Final = "SIGN_VERIFY"
-KEY_AGREEMENT: Final = "KEY_AGREEMENT"
-_CURVES: Final[Mapping[str, tuple[ec.EllipticCurve, str, HashAlgorithm]]] = {
-    "ECC_NIST_P256": (ec.SECP256R1(), "ECDSA_SHA_256", SHA256()),
-    "ECC_NIST_P384": (ec.SECP384R1(), "ECDSA_SHA_384", SHA384()),
+
+@dataclass(slots=True)
+class SoftwareKms:
+    """The keys of one account, and of others whose principals make some. Safe to use from several threads."""
+
+    anchor: Anchor | None = None
+    """Under which attestation documents are believed; None for a KMS that takes no ``Recipient``."""
+    region: str = DEFAULT_REGION
+    account: str = DEFAULT_ACCOUNT
+    clock: Callable[[], datetime] = lambda: datetime.now(UTC)
+    content_form: ContentForm = ContentForm.CONSTRUCTED
+    """How the content of ``CiphertextForRecipient`` is written."""
+    keys: KeyStore = field(init=False)
+    _chains: ChainCache = field(default_factory=ChainCache, init=False)
+
+    def __post_init__(self) -> None:
+        self.keys = KeyStore(self.region)
+
+    def create_key(
+        self,
+        policy: str | None = None,
+        *,
+        usage: str = ENCRYPT_DECRYPT,
+        spec: str = kms_keys.SYMMETRIC,
+        multi_region: bool = False,
+    ) -> str:
+        """A new key's ARN, without asking who makes it; ``policy`` is its policy, AWS's default one if None. Raises
+        KmsFault.
+        """
+        key = self.keys.make(
+            self.account, self.region, policy=policy, usage=usage, spec=spec, multi_region=multi_region
+        )
+        self.keys.add(key)
+        return key.arn
+
+    def call(self, operation: str, body: object, caller: Caller) -> Answer:
+        """The answer to one operation; it and ``body`` as JSON has them, byte strings in base64. Raises KmsFault."""
+        if operation not in _CRYPTOGRAPHY and operation not in ADMINISTRATION:
+            raise KmsFault("UnknownOperationException", f"no operation {operation[:64]}")
+        call = Call(operation, read_request(operation, body), caller, self.clock())
+        if unsupported := _UNSUPPORTED & call.request.keys():
+            raise KmsFault("UnsupportedOperationException", f"{min(unsupported)} is not emulated")
+        if "Recipient" in call.request:
+            call = replace(call, recipient=self._attested(call))
+        if operation in ADMINISTRATION:
+            answer = ADMINISTRATION[operation](self.keys, call)
+        else:
+            answer = _CRYPTOGRAPHY[operation](self, call)
+        call.require_not_dry()
+        return {name: _json(value) for name, value in answer.items()}
+
+    def _attested(self, call: Call) -> Recipient:
+        if self.anchor is None:
+            raise KmsFault("ValidationException", "Recipient: no anchor to verify attestation documents under")
+        return attested(call.request["Recipient"], anchor=self.anchor, at=call.now, cache=self._chains)
+
+    def _for_recipient(self, call: Call, name: str, plaintext: bytes) -> Answer:
+        """``plaintext`` under ``name``, or for the enclave that proved itself and for nobody else."""
+        if call.recipient is None:
+            return {name: plaintext}
+        return {"CiphertextForRecipient": envelop(plaintext, call.recipient.key, self.content_form)}
+
+    # --- What keys do ---------------------------------------------------------------------------------------------
+
+    def _encrypt(self, call: Call) -> Answer:
+        key = self._symmetric(call)
+        blob = kms_keys.encrypt(key, call.request["Plaintext"], call.encryption_context)
+        return {"CiphertextBlob": blob, "KeyId": key.arn, "EncryptionAlgorithm": kms_keys.SYMMETRIC}
+
+    def _symmetric(self, call: Call) -> Key:
+        key = allowed_key(self.keys, call)
+        _require_symmetric(key, call.request.get("EncryptionAlgorithm"))
+        return key
+
+    def _decrypt(self, call: Call) -> Answer:
+        key = self._decrypting(call, "Decrypt", "", call.encryption_context)
+        plaintext = kms_keys.decrypt(key, call.request["CiphertextBlob"], call.encryption_context)
+        answer = self._for_recipient(call, "Plaintext", plaintext)
+        return {"KeyId": key.arn, "EncryptionAlgorithm": kms_keys.SYMMETRIC} | answer
+
+    def _decrypting(self, call: Call, action: str, prefix: str, context: Mapping[str, str], extra: Any = None) -> Key:
+        """The key that a ciphertext is opened with: the one that it names, which must be the one that the request
+        names, if it does.
+        """
+        if "CiphertextBlob" not in call.request:
+            raise KmsFault("ValidationException", "CiphertextBlob is missing")
+        key = self.keys.find_by_ciphertext(call.request["CiphertextBlob"], region=call.caller.region)
+        asked = Asked(call, None, context)
+        if (member := f"{prefix}KeyId") in call.request:
+            wanted, by_name = named_key(self.keys, call, member)
+            asked = Asked(call, by_name.alias, context)
+            require_allowed(asked, action, wanted, extra)
+            if key is not wanted:
+                raise KmsFault(
+                    "IncorrectKeyException",
+                    "The key ID in the request does not identify a CMK that can perform this operation.",
+                )
+        elif key is None:
+            raise KmsFault(
+                "AccessDeniedException",
+                "The ciphertext refers to a customer master key that does not exist, does not exist in this region, or"
+                " you are not allowed to access.",
+            )
+        else:
+            require_allowed(asked, action, key, extra)
+        _require_symmetric(key, call.request.get(f"{prefix}EncryptionAlgorithm"))
+        return key
+
+    def _re_encrypt(self, call: Call) -> Answer:
+        request = call.request
+        source_context = request.get("SourceEncryptionContext", {})
+        context = request.get("DestinationEncryptionContext", {})
+        destination, _ = named_key(self.keys, call, "DestinationKeyId")
+        key = self.keys.find_by_ciphertext(request["CiphertextBlob"], region=call.caller.region)
+        same = {"kms:ReEncryptOnSameKey": ("true" if key is destination else "false",)}
+        source = self._decrypting(call, "ReEncryptFrom", "Source", source_context, same)
+        require_allowed(Asked(call, None, context), "ReEncryptTo", destination, same)
+        _require_symmetric(destination, request.get("DestinationEncryptionAlgorithm"))
+        plaintext = kms_keys.decrypt(source, request["CiphertextBlob"], source_context)
+        return {
+            "CiphertextBlob": kms_keys.encrypt(destination, plaintext, context),
+            "SourceKeyId": source.arn,
+            "KeyId": destination.arn,
+            "SourceEncryptionAlgorithm": kms_keys.SYMMETRIC,
+            "DestinationEncryptionAlgorithm": kms_keys.SYMMETRIC,
+        }
+
+    def _generate_data_key(self, call: Call) -> Answer:
+        key = self._symmetric(call)
+        size, spec = call.request.get("NumberOfBytes"), call.request.get("KeySpec")
+        if (size is None) == (spec is None):
+            raise KmsFault("ValidationException", "Please specify either number of bytes or key spec.")
+        plaintext = os.urandom(size or _DATA_KEYS[call.request["KeySpec"]])
+        blob = kms_keys.encrypt(key, plaintext, call.encryption_context)
+        answer: Answer = {"CiphertextBlob": blob, "KeyId": key.arn}
+        if call.operation == "GenerateDataKey":
+            answer |= self._for_recipient(call, "Plaintext", plaintext)
+        return answer
+
+    def _generate_data_key_pair(self, call: Call) -> Answer:
+        key = self._symmetric(call)
+        spec = call.request["KeyPairSpec"]
+        if spec not in _PAIRS:
+            raise KmsFault("UnsupportedOperationException", f"no key pairs of spec {spec} here")
+        pair = _PAIRS[spec]()
+        private = pair.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
+        return {
+            "KeyId": key.arn,
+            "KeyPairSpec": spec,
+            "PublicKey": pair.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo),
+            "PrivateKeyCiphertextBlob": kms_keys.encrypt(key, private, call.encryption_context),
+        } | self._for_recipient(call, "PrivateKeyPlaintext", private)
+
+    def _generate_random(self, call: Call) -> Answer:
+        require_of_account(call.caller, self.account, call.operation)
+        if "NumberOfBytes" not in call.request:
+            raise KmsFault("ValidationException", "NumberOfBytes is missing")
+        return self._for_recipient(call, "Plaintext", os.urandom(call.request["NumberOfBytes"]))
+
+    def _sign(self, call: Call) -> Answer:
+        key = allowed_key(self.keys, call)
+        require_usable(key)
+        require_usage(key, SIGN_VERIFY)
+        algorithm = call.request["SigningAlgorithm"]
+        signature = kms_keys.sign(key, algorithm, call.request["Message"], call.request.get("MessageType", "RAW"))
+        return {"KeyId": key.arn, "Signature": signature, "SigningAlgorithm": algorithm}
+
+    def _get_public_key(self, call: Call) -> Answer:
+        key = allowed_key(self.keys, call)
+        require_usable(key)
+        if key.key_spec == kms_keys.SYMMETRIC:
+            raise KmsFault("UnsupportedOperationException", f"{key.arn} is symmetric and has no public key.")
+        description = {"KeySpec": key.key_spec, "CustomerMasterKeySpec": key.key_spec, "KeyUsage": key.key_usage}
+        return {"KeyId": key.arn, "PublicKey": kms_keys.public_key(key)} | description | kms_keys.algorithms(key)
+
+
+_CRYPTOGRAPHY: Final[Mapping[str, Callable[[SoftwareKms, Call], Answer]]] = {
+    "Decrypt": SoftwareKms._decrypt,
+    "Encrypt": SoftwareKms._encrypt,
+    "GenerateDataKey": SoftwareKms._generate_data_key,
+    "GenerateDataKeyPair": SoftwareKms._generate_data_key_pair,
+    "GenerateDataKeyWithoutPlaintext": SoftwareKms._generate_data_key,
+    "GenerateRandom": SoftwareKms._generate_random,
+    "GetPublicKey": SoftwareKms._get_public_key,
+    "ReEncrypt": SoftwareKms._re_encrypt,
+    "Sign": SoftwareKms._sign,
 }
 
 
-class KmsFault(StrongroomError):
-    """A refusal, as KMS words it: ``code`` is its ``__type``."""
+def _require_symmetric(key: Key, algorithm: str | None) -> None:
+    require_usable(key)
+    require_usage(key, ENCRYPT_DECRYPT)
+    if algorithm not in (None, kms_keys.SYMMETRIC):
+        raise KmsFault("InvalidKeyUsageException", f"{algorithm} is incompatible with key spec {key.key_spec}.")
 
 
-@dataclass(frozen=True, slots=True)
-class _Key:
-    arn: str
-    spec: str
-    usage: str
-    private: ec.EllipticCurvePrivateKey
-
-    def __repr__(self) -> str:
-        return f"_Key({self.arn}, private=<redacted>)"
-
-
-class SoftwareKms:
-    """The keys of one account in one region."""
-
-    def __init__(self, *, region: str = "us-east-1", account: str = "000000000000") -> None:
-        self._prefix = f"arn:aws:kms:{region}:{account}:key/"
-        self._keys: dict[str, _Key] = {}
-
-    def create_key(self, *, spec: str = "ECC_NIST_P384", usage: str = SIGN_VERIFY) -> str:
-        """A new key; returns its ARN. Raises KmsFault ``ValidationException`` for a spec that is not known here."""
-        if spec not in _CURVES or usage not in (SIGN_VERIFY, KEY_AGREEMENT):
-            raise KmsFault("ValidationException", f"no keys of spec {spec} and usage {usage}")
-        arn = f"{self._prefix}{uuid.uuid4()}"
-        self._keys[arn] = _Key(arn, spec, usage, ec.generate_private_key(_CURVES[spec][0]))
-        return arn
-
-    def call(self, operation: str, request: Mapping[str, object]) -> dict[str, object]:
-        """The answer to one operation, with byte strings in base64 as on the wire. Raises KmsFault."""
-        match operation:
-            case "GetPublicKey":
-                _require_fields(request, {"KeyId", "GrantTokens"})
-                return self._get_public_key(self._key(request))
-            case "Sign":
-                _require_fields(request, {"KeyId", "GrantTokens", "Message", "MessageType", "SigningAlgorithm"})
-                return self._sign(self._key(request), request)
-        raise KmsFault("UnknownOperationException", f"no operation {operation}")
-
-    def _key(self, request: Mapping[str, object]) -> _Key:
-        """The key that a request names by its ARN or by the ARN's last part."""
-        name = _text(request, "KeyId")
-        arn = name if name.startswith("arn:") else self._prefix + name
-        if arn not in self._keys:
-            raise KmsFault("NotFoundException", f"Key '{arn}' does not exist")
-        return self._keys[arn]
-
-    @staticmethod
-    def _get_public_key(key: _Key) -> dict[str, object]:
-        spki = key.private.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-        answer: dict[str, object] = {
-            "KeyId": key.arn,
-            "PublicKey": _to_base64(spki),
-            "CustomerMasterKeySpec": key.spec,
-            "KeySpec": key.spec,
-            "KeyUsage": key.usage,
-        }
-        if key.usage == SIGN_VERIFY:
-            return answer | {"SigningAlgorithms": [_CURVES[key.spec][1]]}
-        return answer | {"KeyAgreementAlgorithms": ["ECDH"]}
-
-    @staticmethod
-    def _sign(key: _Key, request: Mapping[str, object]) -> dict[str, object]:
-        _, algorithm, digest = _CURVES[key.spec]
-        if key.usage != SIGN_VERIFY or _text(request, "SigningAlgorithm") != algorithm:
-            raise KmsFault("InvalidKeyUsageException", f"{key.arn} is {key.spec} for {key.usage}")
-        try:
-            message = base64.b64decode(_text(request, "Message"), validate=True)
-        except ValueError as error:
-            raise KmsFault("SerializationException", "Message is not base64") from error
-        match request.get("MessageType", "RAW"):
-            case "RAW":
-                if not 0 < len(message) <= MAX_MESSAGE:
-                    raise KmsFault("ValidationException", f"Message has {len(message)} bytes, not 1 to {MAX_MESSAGE}")
-                signature = key.private.sign(message, ec.ECDSA(digest))
-            case "DIGEST":
-                if len(message) != digest.digest_size:
-                    raise KmsFault("ValidationException", f"Digest is invalid length for algorithm {algorithm}")
-                signature = key.private.sign(message, ec.ECDSA(Prehashed(digest)))
-            case _:
-                raise KmsFault("ValidationException", "MessageType is RAW or DIGEST")
-        return {"KeyId": key.arn, "Signature": _to_base64(signature), "SigningAlgorithm": algorithm}
-
-
-def _require_fields(request: Mapping[str, object], known: set[str]) -> None:
-    if unknown := request.keys() - known:
-        raise KmsFault("ValidationException", f"no such field: {min(unknown)}")
-
-
-def _text(request: Mapping[str, object], field: str) -> str:
-    value = request.get(field)
-    if not isinstance(value, str):
-        raise KmsFault("ValidationException", f"{field} must be given, as a text")
-    return value
-
-
-def _to_base64(octets: bytes) -> str:
-    return base64.b64encode(octets).decode("ascii")
-
-
-# --- On a port ---------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def serving(kms: SoftwareKms) -> Iterator[str]:
-    """The KMS on a free loopback port; yields the URL, for ``AWS_ENDPOINT_URL_KMS``."""
-
-    class Handler(_Handler):
-        service = kms
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-class _Handler(BaseHTTPRequestHandler):
-    service: SoftwareKms
-    timeout = SECONDS
-
-    def do_POST(self) -> None:
-        try:
-            status, answer = 200, self.service.call(self._operation(), self._request())
-        except KmsFault as fault:
-            status, answer = 400, {"__type": fault.code, "message": fault.message}
-        body = json.dumps(answer).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", CONTENT_TYPE)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("x-amzn-RequestId", str(uuid.uuid4()))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def _operation(self) -> str:
-        if not self.headers.get("Authorization", "").startswith("AWS4-HMAC-SHA256 "):
-            raise KmsFault("MissingAuthenticationTokenException", "Missing Authentication Token")
-        target: str = self.headers.get("X-Amz-Target", "")
-        if self.path != "/" or not target.startswith(SERVICE):
-            raise KmsFault("UnknownOperationException", "not an operation of TrentService")
-        return target.removeprefix(SERVICE)
-
-    def _request(self) -> Mapping[str, object]:
-        length = self.headers.get("Content-Length", "")
-        if not (length.isascii() and length.isdecimal() and len(length) < 8 and int(length) <= MAX_REQUEST):
-            raise KmsFault("SerializationException", f"a body of at most {MAX_REQUEST} bytes, with its length")
-        try:
-            request = json.loads(self.rfile.read(int(length)))
-        except (ValueError, RecursionError) as error:
-            raise KmsFault("SerializationException", "the body is not JSON") from error
-        if not isinstance(request, dict):
-            raise KmsFault("SerializationException", "the body is no JSON object")
-        return request
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Says nothing: whoever starts it wants the answers."""
+def _json(value: object) -> object:
+    return base64.b64encode(value).decode("ascii") if isinstance(value, bytes) else value

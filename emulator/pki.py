@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -69,10 +70,10 @@ class DevelopmentRoot:
     key: ec.EllipticCurvePrivateKey
 
     @classmethod
-    def generate(cls, now: datetime) -> Self:
+    def generate(cls, now: datetime, *, common_name: str = f"{DOMAIN}.nitro-enclaves") -> Self:
         """A new root, nowhere stored."""
         key = _new_key()
-        subject = _name(("C", "US"), ("O", ORGANISATION), ("OU", "Emulator"), ("CN", f"{DOMAIN}.nitro-enclaves"))
+        subject = _name(("C", "US"), ("O", ORGANISATION), ("OU", "Emulator"), ("CN", common_name))
         builder = _certificate(subject, subject, key, now - CA_BACKDATING, now + ROOT_LIFETIME)
         builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         builder = builder.add_extension(_key_identifier(key), critical=False)
@@ -112,17 +113,32 @@ def ensure_development_root(directory: Path | None = None) -> DevelopmentRoot:
     Several processes may call it at once: the first to store its root wins and all return that one.
     Raises :class:`PkiError` when the folder or file is open to others, is not this user's, or holds something else.
     """
-    directory = directory or default_directory()
-    path = directory / ROOT_FILE
+    return keep_root(
+        directory or default_directory(),
+        ROOT_FILE,
+        (ROOT_CERTIFICATE_FILE, Encoding.DER),
+        lambda: DevelopmentRoot.generate(datetime.now(UTC)),
+    )
+
+
+def keep_root(
+    directory: Path, root_file: str, published: tuple[str, Encoding], generate: Callable[[], DevelopmentRoot]
+) -> DevelopmentRoot:
+    """The root in ``directory / root_file``, or a new one by ``generate``, stored there; ``published`` is the file that
+    has its certificate alone, and in which encoding. Raises PkiError as :func:`ensure_development_root`.
+    """
+    path = directory / root_file
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         _require_private(directory, 0o700)
         if not path.exists():
-            _publish(path, _to_pem(DevelopmentRoot.generate(datetime.now(UTC))), replace=False)
+            publish_private(path, _to_pem(generate()), replace=False)
         root = _load(path)
-        certificate = directory / ROOT_CERTIFICATE_FILE
-        if not certificate.exists() or certificate.read_bytes() != root.certificate_der:
-            _publish(certificate, root.certificate_der, replace=True)
+        name, encoding = published
+        content = x509.load_der_x509_certificate(root.certificate_der).public_bytes(encoding)
+        certificate = directory / name
+        if not certificate.exists() or certificate.read_bytes() != content:
+            publish_private(certificate, content, replace=True)
     except OSError as error:
         raise PkiError(
             "pki_unavailable", f"cannot keep the development root in {directory}: {error.strerror}"
@@ -303,7 +319,7 @@ def _require_private(path: Path, mode: int, status: os.stat_result | None = None
         )
 
 
-def _publish(path: Path, content: bytes, *, replace: bool) -> None:
+def publish_private(path: Path, content: bytes, *, replace: bool) -> None:
     """Makes a file appear whole, with mode 0600 from its first byte. Without ``replace`` a file that is there already
     stays."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")

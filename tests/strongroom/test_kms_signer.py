@@ -1,11 +1,11 @@
-"""KMS as a signer, over HTTP against real keys; and nothing that it answers is taken at its word."""
+"""KMS as a signer, over HTTPS against real keys; and nothing that it answers is taken at its word."""
 
 from __future__ import annotations
 
 import base64
 import contextlib
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -16,7 +16,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from attestation.release_signing import Algorithm, PublicKey
 from attestation.releases import append
-from emulator.kms import KEY_AGREEMENT, SoftwareKms, serving
+from emulator.kms_endpoint import KmsEmulator, kms_emulator
+from emulator.kms_faults import Alter
+from emulator.kms_keys import KEY_AGREEMENT
 from strongroom import kms_signer
 from strongroom.extras import MissingExtra
 from strongroom.kms_signer import KmsError, KmsSigner
@@ -25,32 +27,27 @@ from tests.release_files import ISSUED, NAME, ONE, verified
 Answer = dict[str, Any]
 
 
-class AlteringKms(SoftwareKms):
-    """Answers as KMS does, and then not quite."""
+class SigningKms:
+    """KMS, whose answers are altered on the way."""
 
-    alter: Callable[[str, Answer], Answer] = staticmethod(lambda operation, answer: answer)
+    def __init__(self, emulator: KmsEmulator) -> None:
+        self._emulator = emulator
 
-    def call(self, operation: str, request: Mapping[str, object]) -> dict[str, object]:
-        return self.alter(operation, super().call(operation, request))
+    def create_key(self, *, spec: str = "ECC_NIST_P384", usage: str = "SIGN_VERIFY") -> str:
+        return self._emulator.create_key(spec=spec, usage=usage)
+
+    def alter(self, operation: str, change: Callable[[Answer], Answer]) -> None:
+        self._emulator.faults.inject(Alter(lambda answer: change(dict(answer))), operation=operation)
 
 
 @pytest.fixture
-def kms(monkeypatch: pytest.MonkeyPatch) -> Iterator[AlteringKms]:
-    kms = AlteringKms(region="eu-central-1")
-    with serving(kms) as url:
-        point_at(url, monkeypatch)
-        yield kms
-
-
-def point_at(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL_KMS", url)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "example")
-    monkeypatch.setenv("AWS_CONFIG_FILE", "/dev/null")
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "HTTP_PROXY", "http_proxy"):
-        monkeypatch.delenv(name, raising=False)
+def kms(monkeypatch: pytest.MonkeyPatch) -> Iterator[SigningKms]:
+    with kms_emulator(region="eu-central-1", account="000000000000") as emulator:
+        for name, value in emulator.environment(emulator.principal("root")).items():
+            monkeypatch.setenv(name, value)
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "HTTPS_PROXY", "https_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        yield SigningKms(emulator)
 
 
 def refused(arn: str, code: str, exit_code: int) -> KmsError:
@@ -60,7 +57,7 @@ def refused(arn: str, code: str, exit_code: int) -> KmsError:
     return caught.value
 
 
-def test_a_history_signed_by_kms(kms: AlteringKms) -> None:
+def test_a_history_signed_by_kms(kms: SigningKms) -> None:
     with KmsSigner(kms.create_key()) as signer:
         line = append(b"", signer=signer, name=NAME, releases=[ONE], issued=ISSUED, expires=ISSUED + timedelta(days=1))
         key = PublicKey.parse(str(signer.public_key))
@@ -86,13 +83,13 @@ def test_a_key_is_named_by_its_full_arn(arn: str) -> None:
     refused(arn, "bad_key_arn", 2)
 
 
-def test_a_key_that_does_not_exist(kms: AlteringKms) -> None:
+def test_a_key_that_does_not_exist(kms: SigningKms) -> None:
     error = refused("arn:aws:kms:eu-central-1:000000000000:key/none", "kms_refused", 4)
     assert error.got == "NotFoundException"
 
 
 @pytest.mark.parametrize(("spec", "usage"), [("ECC_NIST_P256", "SIGN_VERIFY"), ("ECC_NIST_P384", KEY_AGREEMENT)])
-def test_a_key_of_another_kind(kms: AlteringKms, spec: str, usage: str) -> None:
+def test_a_key_of_another_kind(kms: SigningKms, spec: str, usage: str) -> None:
     refused(kms.create_key(spec=spec, usage=usage), "wrong_kms_key", 3)
 
 
@@ -118,8 +115,8 @@ def spki(key: ec.EllipticCurvePrivateKey | Ed25519PrivateKey | rsa.RSAPrivateKey
         ("Sign", {"Signature": base64.b64encode(bytes(96)).decode()}, "bad_kms_signature"),
     ],
 )
-def test_an_answer_that_is_not_to_be_trusted(kms: AlteringKms, operation: str, change: Answer, code: str) -> None:
-    kms.alter = lambda asked, answer: answer | change if asked == operation else answer
+def test_an_answer_that_is_not_to_be_trusted(kms: SigningKms, operation: str, change: Answer, code: str) -> None:
+    kms.alter(operation, lambda answer: answer | change)
     refused(kms.create_key(), code, 3)
 
 
@@ -135,24 +132,21 @@ def test_an_answer_that_is_not_to_be_trusted(kms: AlteringKms, operation: str, c
         ("Sign", "Signature"),
     ],
 )
-def test_an_answer_that_lacks_something(kms: AlteringKms, operation: str, field: str) -> None:
-    def without(asked: str, answer: Answer) -> Answer:
-        return {key: value for key, value in answer.items() if asked != operation or key != field}
-
-    kms.alter = without
+def test_an_answer_that_lacks_something(kms: SigningKms, operation: str, field: str) -> None:
+    kms.alter(operation, lambda answer: {key: value for key, value in answer.items() if key != field})
     refused(kms.create_key(), "wrong_kms_key", 3)
 
 
-def test_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_answers(kms: SigningKms, monkeypatch: pytest.MonkeyPatch) -> None:
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
         port = server.getsockname()[1]
-    point_at(f"http://127.0.0.1:{port}", monkeypatch)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_KMS", f"https://127.0.0.1:{port}")
     monkeypatch.setattr(kms_signer, "ATTEMPTS", 1)
     error = refused("arn:aws:kms:eu-central-1:000000000000:key/x", "kms_unavailable", 4)
     assert error.got == "EndpointConnectionError"
 
 
-def test_no_credentials(kms: AlteringKms, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_credentials(kms: SigningKms, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     assert refused(kms.create_key(), "kms_unavailable", 4).got == "NoCredentialsError"

@@ -16,7 +16,7 @@ from attestation.manifest import ModelManifest
 from attestation.reference import configuration_digest
 from attestation.release_heads import MemoryHeads
 from attestation.release_signing import PublicKey
-from emulator.kms import SoftwareKms, serving
+from emulator.kms_endpoint import kms_emulator
 from strongroom.options import out
 from strongroom.release_commands import release as group
 from strongroom.release_file import ReleaseFile, write_key
@@ -102,17 +102,11 @@ def test_exactly_one_key(strongroom: Terminal, folder: Path) -> None:
 
 
 def test_a_key_of_kms(release: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
-    kms = SoftwareKms()
-    arn = kms.create_key()
-    for name, value in (
-        ("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE"),
-        ("AWS_SECRET_ACCESS_KEY", "example"),
-        ("AWS_CONFIG_FILE", "/dev/null"),
-        ("AWS_SHARED_CREDENTIALS_FILE", "/dev/null"),
-    ):
-        monkeypatch.setenv(name, value)
-    with serving(kms) as url:
-        monkeypatch.setenv("AWS_ENDPOINT_URL_KMS", url)
+    with kms_emulator() as kms:
+        arn = kms.create_key(spec="ECC_NIST_P384", usage="SIGN_VERIFY")
+        for name, value in kms.environment(kms.principal("root")).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("AWS_SESSION_TOKEN", raising=False)
         pin = release.terminal("release", "pin", "--kms-key", arn).out.strip()
         added = release("add", "--release", "1.0", *REGISTERS, *SOURCE, signing=("--kms-key", arn))
         refused = release("refresh", signing=("--kms-key", arn.rpartition("/")[2]))
