@@ -1,5 +1,5 @@
-"""What a launcher has to know of an ``enclave.toml``: where the enclave listens, and where it will look for its NSM and
-its model.
+"""What a launcher has to know of an ``enclave.toml``: where the enclave listens, and where it will look for its NSM,
+its model and its way to KMS.
 
 The enclave reads the whole file, strictly; here only these keys are looked at, so that a mistake is said before
 anything is started.
@@ -26,6 +26,16 @@ class LaunchConfigurationError(StrongroomError):
 
 
 @dataclass(frozen=True, slots=True)
+class KmsAccess:
+    """What the enclave's KMS asks of its host. ``endpoint`` is the ``HOST:PORT`` that the enclave will ask for."""
+
+    egress: UnixAddress
+    endpoint: str
+    encrypted_model: bool
+    """Whether the weights arrive encrypted."""
+
+
+@dataclass(frozen=True, slots=True)
 class LaunchConfiguration:
     """The addresses of an enclave that runs as a process: Unix sockets beside its ``enclave.toml``."""
 
@@ -34,6 +44,7 @@ class LaunchConfiguration:
     store: UnixAddress
     manifest: str
     """``sha384:`` and the digest of the model's manifest, in hexadecimal."""
+    kms: KmsAccess | None = None
 
     @classmethod
     def load(cls, path: Path) -> LaunchConfiguration:
@@ -52,7 +63,14 @@ class LaunchConfiguration:
             nsm=_beside(document, "nsm", "address"),
             store=_beside(document, "model", "store"),
             manifest=_text(document, "model", "manifest"),
+            kms=_kms(document) if "kms" in document else None,
         )
+
+
+def _kms(document: dict[str, object]) -> KmsAccess:
+    egress, endpoint = _beside(document, "kms", "egress"), _text(document, "kms", "endpoint")
+    table = document["kms"]
+    return KmsAccess(egress, endpoint, encrypted_model=isinstance(table, dict) and "model" in table)
 
 
 def _text(document: dict[str, object], table: str, key: str) -> str:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from attestation.manifest import ManifestFile, ModelManifest
 from enclave.config import EnclaveConfiguration
-from parent.config import LaunchConfiguration, LaunchConfigurationError
+from parent.config import KmsAccess, LaunchConfiguration, LaunchConfigurationError
 from strongroom.prepare import Settings, enclave_toml
 from vsockrpc.address import UnixAddress
 
@@ -24,6 +24,13 @@ entropy = "host"
 [model]
 store = "unix:models.sock"
 manifest = "sha384:00"
+"""
+KMS = """\
+[kms]
+region = "us-east-1"
+endpoint = "kms.us-east-1.amazonaws.com:443"
+egress = "unix:egress.sock"
+trust = "AMAZON"
 """
 ADDRESSES = {"rpc.listen": "unix:rpc.sock", "nsm.address": "unix:nsm.sock", "model.store": "unix:models.sock"}
 
@@ -45,6 +52,34 @@ def test_the_sockets_are_those_beside_the_file(tmp_path: Path) -> None:
     assert load(tmp_path, GOOD) == LaunchConfiguration(
         UnixAddress("rpc.sock"), UnixAddress("nsm.sock"), UnixAddress("models.sock"), "sha384:00"
     )
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_what_kms_asks_of_the_host(tmp_path: Path, encrypted: bool) -> None:
+    text = GOOD + KMS + ('[kms.model]\nkey = "arn"\n' if encrypted else '[kms.prompts]\nkey = "arn"\n')
+    endpoint = "kms.us-east-1.amazonaws.com:443"
+    assert load(tmp_path, text).kms == KmsAccess(UnixAddress("egress.sock"), endpoint, encrypted)
+    assert load(tmp_path, GOOD).kms is None
+
+
+@pytest.mark.parametrize(
+    ("line", "instead"),
+    [
+        ('egress = "unix:egress.sock"', ""),
+        ('egress = "unix:egress.sock"', 'egress = "unix:/run/egress.sock"'),
+        ('egress = "unix:egress.sock"', 'egress = "vsock:3:5000"'),
+        ('egress = "unix:egress.sock"', "egress = 5"),
+        ('endpoint = "kms.us-east-1.amazonaws.com:443"', ""),
+        ('endpoint = "kms.us-east-1.amazonaws.com:443"', "endpoint = 443"),
+    ],
+)
+def test_what_is_wrong_with_kms_is_named(tmp_path: Path, line: str, instead: str) -> None:
+    error = refusal(tmp_path, GOOD + KMS.replace(line, instead))
+    assert error.message.startswith(f"kms.{line.partition(' ')[0]}: ")
+
+
+def test_kms_is_a_table(tmp_path: Path) -> None:
+    assert refusal(tmp_path, "kms = 5\n" + GOOD).message.startswith("kms.egress: ")
 
 
 def test_launcher_and_enclave_read_the_same_from_what_is_prepared(tmp_path: Path) -> None:

@@ -121,3 +121,53 @@ async def test_a_file_that_shrank_ends_early(client: Client, store: ModelStore) 
     store.path.write_bytes(CONTENT[:100])
     _, data = await fetch(client, "model.file", sha384=DIGEST, offset=10)
     assert data == CONTENT[10:100]
+
+
+# --- A model that is encrypted -------------------------------------------------------------------------------------
+
+ENVELOPE = b"strongroom/1 envelope\n" + CONTENT[::-1] + bytes(100)
+
+
+@pytest.fixture
+async def sealed(store: ModelStore, tmp_path: Path) -> AsyncIterator[Client]:
+    """A store that has the envelope in the file's place."""
+    store.path.write_bytes(ENVELOPE)
+    address, encrypted = UnixAddress(str(tmp_path / "sealed.sock")), ModelStore(store.manifest, store.path, True)
+    async with serve(address, encrypted.handlers, on_error=print), connect(address) as connected:
+        yield connected
+
+
+@pytest.mark.parametrize("offset", [0, 1, PIECE, len(CONTENT) + 1, len(ENVELOPE) - 1, len(ENVELOPE)])
+async def test_the_envelope_is_had_by_the_digest_of_what_is_in_it(sealed: Client, offset: int) -> None:
+    async with sealed.call("model.envelope", {"sha384": DIGEST, "offset": offset}) as call:
+        await call.send(b"", end=True)
+        assert await call.reply() == {"size": len(ENVELOPE)}
+        assert await call.read(len(ENVELOPE)) == ENVELOPE[offset:]
+
+
+async def test_an_encrypted_model_has_its_manifest(sealed: Client, store: ModelStore) -> None:
+    _, data = await fetch(sealed, "model.manifest", digest=store.manifest.digest())
+    assert ModelManifest.decode(data) == store.manifest
+
+
+@pytest.mark.parametrize("offset", [-1, len(ENVELOPE) + 1, True, "0", None])
+async def test_an_offset_outside_the_envelope_is_malformed(sealed: Client, offset: object) -> None:
+    assert await fault_of(sealed, "model.envelope", sha384=DIGEST, offset=offset) == "malformed"
+
+
+@pytest.mark.parametrize("digest", [bytes(48), sha384(ENVELOPE).digest(), None])
+async def test_another_envelope_is_not_here(sealed: Client, digest: object) -> None:
+    assert await fault_of(sealed, "model.envelope", sha384=digest, offset=0) == "unavailable"
+
+
+async def test_an_encrypted_model_is_not_had_in_plain(sealed: Client) -> None:
+    assert await fault_of(sealed, "model.file", sha384=DIGEST, offset=0) == "unavailable"
+
+
+async def test_a_plain_model_is_not_had_encrypted(client: Client) -> None:
+    assert await fault_of(client, "model.envelope", sha384=DIGEST, offset=0) == "unavailable"
+
+
+async def test_an_envelope_that_is_gone_is_said_so(sealed: Client, store: ModelStore) -> None:
+    store.path.unlink()
+    assert await fault_of(sealed, "model.envelope", sha384=DIGEST, offset=0) == "unavailable"
