@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.text import Text
 
-from attestation.checks import QUESTIONS, STEPS, Check, Label, Status
+from attestation.checks import KEY_STEPS, QUESTIONS, STEPS, Check, Label, Status
 from attestation.verifier import ArchivedResult, AttestationResult, DocumentResult
 
 WIDTH_WITHOUT_TERMINAL = 120
@@ -22,6 +22,7 @@ NARROW = 90
 MIN_TEXT, MAX_TEXT = 40, 120
 """Columns of a text that is wrapped."""
 
+NAMES = STEPS | KEY_STEPS
 MARKS = {
     Status.PASSED: ("ok", "green"),
     Status.FAILED: ("FAILED", "bold red"),
@@ -157,11 +158,11 @@ def explain_verdict(console: Console, checks: Iterable[Check]) -> None:
     for check in checks:
         if check.step != shown:
             shown = check.step
-            console.print(Text(f"\n{shown:>2}  {STEPS[shown]}", "bold"), soft_wrap=True)
+            console.print(Text(f"\n{shown:>2}  {NAMES[shown]}", "bold"), soft_wrap=True)
             console.print(Text(f"    {QUESTIONS[shown]}"), soft_wrap=True)
         mark, style = MARKS[check.status]
         line = Text("    ").append(mark, style)
-        if check.name != STEPS[check.step]:
+        if check.name != NAMES[check.step]:
             line.append(f"  {check.name}")
         if check.code is not None:
             line.append(f"  [{check.code}]")

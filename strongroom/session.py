@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import TracebackType
@@ -21,8 +21,11 @@ import httpx2
 
 from attestation.chain import ChainCache
 from attestation.errors import StrongroomError
+from attestation.keypolicy.document import KeyArn
+from attestation.keyrelease import KeyFacts
 from attestation.policy import AppraisalPolicy
-from attestation.verifier import NONCE_SIZE, AttestationResult, verify
+from attestation.verifier import NO_KEYS, NONCE_SIZE, AttestationResult, verify
+from strongroom.kms_client import ask_of_keys
 from strongroom.proxy_client import ClearFault, ProxyClient
 from vsockrpc.messages import (
     REQUEST_ID_SIZE,
@@ -73,8 +76,9 @@ class Session:
     """One proxy's address and one policy. Use it as an asynchronous context manager, or :meth:`close` it.
 
     ``reread`` gives the policy anew for every verification but the first, so that a session which lives for weeks sees
-    what was changed or taken back; what it raises ends that verification. ``monotonic`` (seconds) decides how long a
-    result is kept, ``now`` (with a time zone) is what Evidence is judged at.
+    what was changed or taken back; what it raises ends that verification. For a policy that names KMS keys
+    ``ask_of_keys`` asks KMS before each verification; what stands there uses boto3's own credentials. ``monotonic``
+    (seconds) decides how long a result is kept, ``now`` (with a time zone) is what Evidence is judged at.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class Session:
         silence_seconds: float = SILENCE_SECONDS,
         monotonic: Callable[[], float] = time.monotonic,
         now: Callable[[], datetime] = _wall_clock,
+        ask_of_keys: Callable[[AppraisalPolicy], Mapping[KeyArn, KeyFacts]] = ask_of_keys,
     ) -> None:
         """Raises Unreachable ``bad_url``."""
         self.policy = policy
@@ -94,6 +99,7 @@ class Session:
         self._silence_seconds = silence_seconds
         self._monotonic = monotonic
         self._now = now
+        self._ask_of_keys = ask_of_keys
         self._certificates = ChainCache()
         self._verified: _Verified | None = None
         self._verification: asyncio.Future[AttestationResult] | None = None
@@ -146,8 +152,10 @@ class Session:
         self._has_judged = True
         nonce = secrets.token_bytes(NONCE_SIZE)
         requested = self._monotonic()
+        # KMS first: what it says must not be older than the Evidence that it is judged with.
+        keys = await asyncio.to_thread(self._ask_of_keys, self.policy) if self.policy.kms else NO_KEYS
         evidence = await self._proxy.evidence(nonce)
-        result = verify(evidence, policy=self.policy, nonce=nonce, at=self._now(), cache=self._certificates)
+        result = verify(evidence, policy=self.policy, nonce=nonce, at=self._now(), cache=self._certificates, keys=keys)
         self._verified = _Verified(result, requested + result.valid_seconds)
         return result
 

@@ -23,6 +23,7 @@ from attestation.rules import ChannelBinding
 from attestation.verifier import MIN_NONCE, NONCE_SIZE, ArchivedResult, verify, verify_archived, verify_document
 from strongroom.files import read_evidence, require_new, write_new
 from strongroom.inspection import inspect, show_inspection
+from strongroom.kms_client import ask_of_keys
 from strongroom.options import Octets, err, json_option, load_policy, out, policy_option, url_option
 from strongroom.proxy_client import ProxyClient
 from strongroom.render import (
@@ -162,7 +163,7 @@ def _judge(data: bytes, policy: AppraisalPolicy, nonce: bytes | None, archived: 
         return verify_document(evidence, policy=policy, nonce=nonce, at=datetime.now(UTC))
     if len(nonce) != NONCE_SIZE:
         raise click.BadParameter(f"a channel's has {NONCE_SIZE} bytes, got {len(nonce)}", param_hint="--nonce")
-    return verify(evidence, policy=policy, nonce=nonce, at=datetime.now(UTC))
+    return verify(evidence, policy=policy, nonce=nonce, at=datetime.now(UTC), keys=ask_of_keys(policy))
 
 
 def _wrong_nonce(bundle: Bundle, result: ArchivedResult) -> EvidenceError:

@@ -1,0 +1,155 @@
+"""KMS, asked with this machine's own credentials: what it says of a key, and the data keys that it wraps.
+
+Credentials and endpoint are boto3's business (its environment variables and files); the region is the key's. boto3 is
+imported here alone, and only when a client is made: the ``kms`` extra. Nothing that KMS answers is about another key
+than the one that was asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Final, Self
+
+from attestation.envelope import DATA_KEY_SIZE, MAX_WRAPPED
+from attestation.errors import StrongroomError
+from attestation.keypolicy.answers import Grant, KeyMetadata
+from attestation.keypolicy.document import KeyArn, KeyPolicy, KeyPolicyError
+from attestation.keyrelease import KeyFacts
+from attestation.policy import AppraisalPolicy
+from attestation.secret import Secret
+from strongroom.extras import require
+
+CONNECT_SECONDS: Final = 5
+READ_SECONDS: Final = 10
+ATTEMPTS: Final = 3
+MAX_GRANTS: Final = 1_000
+"""Grants that are read of one key: more of them nobody has judged."""
+
+_EXIT_CODES: Final = {"wrong_kms_key": 3, "bad_kms_answer": 3}
+
+
+class KmsError(StrongroomError):
+    """KMS did not do what it was asked for. Codes: ``kms_refused``, ``kms_unavailable`` (4); ``wrong_kms_key`` and
+    ``bad_kms_answer``, which nobody should trust (3).
+    """
+
+    @property
+    def exit_code(self) -> int:  # type: ignore[override]
+        return _EXIT_CODES.get(self.code, 4)
+
+
+class KmsClient:
+    """KMS in one region. To be closed, or used with ``with``."""
+
+    def __init__(self, region: str, *, purpose: str = "asking KMS") -> None:
+        """Raises MissingExtra without boto3, in the words of ``purpose``."""
+        require(purpose, ("kms",))
+        import boto3.session
+        from botocore.config import Config
+
+        config = Config(
+            connect_timeout=CONNECT_SECONDS,
+            read_timeout=READ_SECONDS,
+            retries={"total_max_attempts": ATTEMPTS, "mode": "standard"},
+        )
+        self._client: Any = boto3.session.Session(region_name=region).client("kms", config=config)
+
+    def close(self) -> None:
+        self._client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def ask(self, operation: str, **request: object) -> Mapping[str, object]:
+        """One operation, by boto3's name and in its words. boto3's errors become KmsError."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            answer: Mapping[str, object] = getattr(self._client, operation)(**request)
+        except ClientError as error:
+            details = error.response.get("Error", {})
+            raise KmsError(
+                "kms_refused", f"KMS refuses {error.operation_name}: {details.get('Message')}", got=details.get("Code")
+            ) from error
+        except BotoCoreError as error:
+            raise KmsError("kms_unavailable", f"KMS cannot be asked: {error}", got=type(error).__name__) from error
+        return answer
+
+    def ask_of(self, key: KeyArn, operation: str, **request: object) -> Mapping[str, object]:
+        """One operation on ``key``, whose answer names it. Raises KmsError."""
+        answer = self.ask(operation, KeyId=key.text, **request)
+        if answer.get("KeyId") != key.text:
+            raise KmsError(
+                "wrong_kms_key",
+                "KMS answered about another key than was asked for",
+                expected=key.text,
+                got=ascii(answer.get("KeyId"))[:200],
+            )
+        return answer
+
+    def facts(self, key: KeyArn) -> KeyFacts:
+        """What KMS says of ``key`` now: what it is, its policy and its grants. Raises KmsError."""
+        try:
+            return KeyFacts(
+                KeyMetadata.from_api(self.ask("describe_key", KeyId=key.text)),
+                KeyPolicy.parse(_text(self.ask("get_key_policy", KeyId=key.text, PolicyName="default"), "Policy")),
+                tuple(map(Grant.from_api, self._grants(key))),
+            )
+        except KeyPolicyError as error:
+            raise KmsError("bad_kms_answer", error.message, expected=error.expected, got=error.got) from error
+
+    def _grants(self, key: KeyArn) -> list[Mapping[str, object]]:
+        grants: list[Mapping[str, object]] = []
+        page: dict[str, object] = {}
+        while len(grants) <= MAX_GRANTS:
+            answer = self.ask("list_grants", KeyId=key.text, **page)
+            listed = answer.get("Grants")
+            grants += listed if isinstance(listed, list) else []
+            if not answer.get("Truncated"):
+                return grants
+            page = {"Marker": answer.get("NextMarker")}
+        raise KmsError("bad_kms_answer", f"{key.text} has more grants than anybody judges", expected=MAX_GRANTS)
+
+    def generate_data_key(self, key: KeyArn, context: Mapping[str, str]) -> tuple[Secret, bytes]:
+        """A fresh data key of 32 bytes, in the clear and wrapped under ``key`` in ``context``. Raises KmsError."""
+        answer = self.ask_of(key, "generate_data_key", NumberOfBytes=DATA_KEY_SIZE, EncryptionContext=dict(context))
+        plaintext, wrapped = _octets(answer, "Plaintext"), _octets(answer, "CiphertextBlob")
+        if len(plaintext) != DATA_KEY_SIZE or not 0 < len(wrapped) <= MAX_WRAPPED:
+            raise KmsError(
+                "bad_kms_answer",
+                "a data key of another size than was asked for",
+                expected=f"{DATA_KEY_SIZE} bytes",
+                got=f"{len(plaintext)} bytes, {len(wrapped)} wrapped",
+            )
+        return Secret(plaintext), wrapped
+
+
+def ask_of_keys(policy: AppraisalPolicy) -> dict[KeyArn, KeyFacts]:
+    """What KMS says now of every key that ``policy`` names. Raises KmsError; MissingExtra."""
+    return {key: ask_of_key(key) for key in dict.fromkeys(rule.key for rule in policy.kms.values())}
+
+
+def ask_of_key(key: KeyArn) -> KeyFacts:
+    """What KMS says now of ``key``. Raises as :func:`ask_of_keys`."""
+    with KmsClient(key.region, purpose="a policy that names a KMS key") as client:
+        return client.facts(key)
+
+
+def _text(answer: Mapping[str, object], field: str) -> str:
+    value = answer.get(field)
+    if not isinstance(value, str):
+        raise KmsError("bad_kms_answer", f"KMS answered without {field}", expected="text", got=type(value).__name__)
+    return value
+
+
+def _octets(answer: Mapping[str, object], field: str) -> bytes:
+    value = answer.get(field)
+    if not isinstance(value, bytes):
+        raise KmsError("bad_kms_answer", f"KMS answered without {field}", expected="bytes", got=type(value).__name__)
+    return value
