@@ -93,6 +93,7 @@ def judge_key(policy: AppraisalPolicy, purpose: EnvelopePurpose, facts: KeyFacts
         raise PolicyError("missing_field", "the policy names no key for this", field=f"kms.{purpose.table}", got="none")
     checklist = Checklist(KEY_STEPS)
     mutable = _judge(checklist, policy, rule, purpose, facts)
+    checklist.add(Check(21, KEY_STEPS[21], Status.NOT_APPLICABLE, explanation="a new one is about to be made"))
     failures = checklist.failures()
     if failures:
         names = ", ".join(check.name for check in failures)
@@ -118,6 +119,7 @@ def judge_keys(checklist: Checklist, policy: AppraisalPolicy, facts: Mapping[Key
     """Enters steps 16 to 21 for every key that ``policy`` names; ``facts`` has them all (:func:`require_facts`)."""
     for purpose, rule in policy.kms.items():
         _judge(checklist, policy, rule, purpose, facts[rule.key])
+        _Judgement(checklist, purpose).wrapped_key(rule)
 
 
 def require_facts(policy: AppraisalPolicy, facts: Mapping[KeyArn, KeyFacts]) -> None:
@@ -189,7 +191,6 @@ def _judge(
     for step in (17, 18, 19):
         judgement.findings(step, findings)
     judgement.mutability(rule, mutable)
-    judgement.wrapped_key(rule)
     return mutable
 
 
@@ -239,6 +240,9 @@ class _Judgement:
         else:
             header, code = wrapped.header, None
             expected = f"{rule.key.text}, context {rule.context}, version {rule.minimum_version} or later"
+            if header is None:
+                self._enter(21, expected, f"no file {wrapped.file}", "wrong_wrapped_key")
+                return
             got = f"{header.key.text}, context {header.context}, version {header.version} ({wrapped.file})"
             try:
                 require_header(

@@ -132,6 +132,8 @@ def _wrapped_key(table: Table, directory: Path) -> WrappedKeyFile | Ignore:
         return rule
     name, field = table.text("file"), table.field("file")
     table.finish()
+    if not (directory / name).exists():
+        return WrappedKeyFile(name, None)
     beginning = read_file(directory / name, MAX_OPENING, "unreadable_wrapped_key", field=field, whole=False)
     try:
         header, _ = EnvelopeHeader.split(beginning)

@@ -247,7 +247,8 @@ class WrappedKeyFile:
     """
 
     file: str
-    header: EnvelopeHeader
+    header: EnvelopeHeader | None
+    """None while there is no such file: the model is still to be encrypted, and no prompt is released."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,9 @@ import httpx2
 
 from attestation.errors import StrongroomError
 from vsockrpc.http import (
+    ANSWER_TYPE,
+    ENVELOPE_PATH,
+    ENVELOPE_TYPE,
     EVIDENCE_PATH,
     EVIDENCE_TYPE,
     KEY_ID_HEADER,
@@ -105,6 +108,14 @@ class ProxyClient:
         headers = {"Content-Type": SEALED_TYPE, KEY_ID_HEADER: key_id.hex()}
         async with self._http.stream("POST", SEALED_PATH, content=body, headers=headers) as response:
             await _require(response, SEALED_TYPE)
+            yield response
+
+    @contextlib.asynccontextmanager
+    async def envelope(self, envelope: bytes) -> AsyncGenerator[httpx2.Response]:
+        """The response to the envelope of a prompt, once it has begun to come. Raises as :meth:`sealed`."""
+        headers = {"Content-Type": ENVELOPE_TYPE}
+        async with self._http.stream("POST", ENVELOPE_PATH, content=envelope, headers=headers) as response:
+            await _require(response, ANSWER_TYPE)
             yield response
 
     def unreachable(self, error: Exception) -> Unreachable:
