@@ -70,14 +70,17 @@ class SoftwareKms:
         usage: str = ENCRYPT_DECRYPT,
         spec: str = kms_keys.SYMMETRIC,
         multi_region: bool = False,
+        alias: str | None = None,
     ) -> str:
-        """A new key's ARN, without asking who makes it; ``policy`` is its policy, AWS's default one if None. Raises
-        KmsFault.
+        """A new key's ARN, without asking who makes it. ``policy`` is its policy, AWS's default one if None; ``alias``
+        is ``alias/NAME``. Raises KmsFault.
         """
         key = self.keys.make(
             self.account, self.region, policy=policy, usage=usage, spec=spec, multi_region=multi_region
         )
         self.keys.add(key)
+        if alias is not None:
+            self.keys.alias(alias, key)
         return key.arn
 
     def call(self, operation: str, body: object, caller: Caller) -> Answer:

@@ -96,9 +96,10 @@ class KmsEmulator:
         usage: str = ENCRYPT_DECRYPT,
         spec: str = SYMMETRIC,
         multi_region: bool = False,
+        alias: str | None = None,
     ) -> str:
         """As :meth:`emulator.kms.SoftwareKms.create_key`: a new key's ARN."""
-        return self.kms.create_key(policy, usage=usage, spec=spec, multi_region=multi_region)
+        return self.kms.create_key(policy, usage=usage, spec=spec, multi_region=multi_region, alias=alias)
 
     def client_settings(self, principal: Principal) -> dict[str, Any]:
         """Arguments of ``boto3.client("kms", ...)``, or of botocore's, that make it ``principal``'s client."""

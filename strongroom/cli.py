@@ -35,6 +35,7 @@ COMMANDS = {
     "ask": "strongroom.conversation:ask",
     "chat": "strongroom.conversation:chat",
     "serve": "strongroom.serving:serve",
+    "emulate": "emulator.commands:emulate",
 }
 NEEDS = {
     "run": ("parent", "enclave"),
@@ -45,6 +46,7 @@ NEEDS = {
     "stop": ("parent",),
     "proxy": ("parent",),
     "serve": ("serve",),
+    "emulate": ("emulator",),
 }
 """The extras of a command beyond ``cli``. An emulated enclave is measured and run from this installation."""
 USAGE, UNAVAILABLE, DEFECT, INTERRUPTED, TERMINATED = 2, 4, 70, 130, 143
