@@ -21,6 +21,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from attestation.errors import StrongroomError
 from attestation.manifest import ModelManifest
@@ -32,6 +33,9 @@ from parent.modelstore import ModelStore
 from parent.registry import Instance, State, state_home
 from vsockrpc.address import UnixAddress
 from vsockrpc.transport import ConnectionLost, Fault, connect, serve
+
+if TYPE_CHECKING:
+    from parent.egress_service import EgressSettings
 
 FIRST_PAUSE_SECONDS = 0.1
 MAX_FRUITLESS_BOOTS = 5
@@ -56,7 +60,8 @@ class LaunchError(StrongroomError):
 @dataclass(frozen=True, slots=True)
 class Launch:
     """What to start, and under which limits. ``memory`` is bytes of address space a process, ``cpus`` a count; 0 takes
-    the defaults.
+    the defaults. ``egress`` is for a configuration with KMS: None lets the enclave reach its KMS endpoint and nothing
+    else, with the credentials of botocore's chain.
     """
 
     instance: Instance
@@ -64,6 +69,7 @@ class Launch:
     model: Path
     memory: int = 0
     cpus: int = 0
+    egress: EgressSettings | None = None
 
 
 class Supervisor:
@@ -104,9 +110,12 @@ class Supervisor:
             measured = await self._measure()
             self._bytecode = bytecode_cache(measured)
             self._state.pcrs = {str(index): value.hex() for index, value in measured.as_registers().items()}
-            store = ModelStore(self._launch.manifest, self._launch.model)
+            kms = self._configuration.kms
+            store = ModelStore(
+                self._launch.manifest, self._launch.model, encrypted=kms is not None and kms.encrypted_model
+            )
             address = UnixAddress(str(self._instance.directory / self._configuration.store.path))
-            async with serve(address, store.handlers, on_error=self._note):
+            async with serve(address, store.handlers, on_error=self._note), self._egress():
                 supervising = asyncio.ensure_future(self._keep_running(measured))
                 waiting = asyncio.ensure_future(stopping.wait())
                 await asyncio.wait({supervising, waiting}, return_when=asyncio.FIRST_COMPLETED)
@@ -122,6 +131,21 @@ class Supervisor:
         finally:
             os.close(lock)
         return self._state
+
+    @contextlib.asynccontextmanager
+    async def _egress(self) -> AsyncIterator[None]:
+        """The enclave's way to KMS, beside its other sockets, for as long as it is supervised."""
+        kms = self._configuration.kms
+        if kms is None:
+            yield
+            return
+        from parent.egress import Allowed  # its resolver takes 0.1 s to load, which `ps` and `logs` need not wait for
+        from parent.egress_service import EgressSettings, serve_egress
+
+        settings = self._launch.egress or EgressSettings([Allowed.parse(kms.endpoint)])
+        address = UnixAddress(str(self._instance.directory / kms.egress.path))
+        async with serve_egress(address, settings, on_error=self._note, warn=self._say):
+            yield
 
     async def _keep_running(self, measured: PcrSet) -> dict[str, str | None]:
         """Boots again whenever something dies. Returns why a boot halted: doing the same again would not help then."""
@@ -314,8 +338,10 @@ class Supervisor:
         except OSError as error:
             if not self._disk_failed:
                 self._disk_failed = True
-                said = f"strongroom: {self._instance.directory}: {error.strerror}; events are being lost"
-                self._tell(partial(print, said, file=sys.stderr))
+                self._say(f"{self._instance.directory}: {error.strerror}; events are being lost")
+
+    def _say(self, text: str) -> None:
+        self._tell(partial(print, f"strongroom: {text}", file=sys.stderr))
 
     def _fail(self, error: dict[str, str | None]) -> None:
         self._state.error = error
