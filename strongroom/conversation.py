@@ -153,8 +153,7 @@ def ask(
       strongroom ask "Why is the sky blue?" --policy policy.toml
       git diff | strongroom ask - --system "Review this change."
     """
-    text = _standard_input() if prompt == "-" else prompt
-    request = Sampling(system, max_tokens, temperature, seed).request(ChatMessage("user", text))
+    request = Sampling(system, max_tokens, temperature, seed).request(ChatMessage("user", prompt_text(prompt)))
     spoken = Spoken((lambda piece: None) if as_json else write_now)
     with open_session(url, policy) as (runner, session):
         result = runner.run(session.verify())
@@ -166,7 +165,10 @@ def ask(
         click.echo()
 
 
-def _standard_input() -> str:
+def prompt_text(argument: str) -> str:
+    """What an argument says, or standard input for ``-``."""
+    if argument != "-":
+        return argument
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as error:

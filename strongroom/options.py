@@ -11,8 +11,11 @@ from typing import Any, TypeVar
 
 import click
 
+from attestation.envelope import EnvelopePurpose
+from attestation.errors import PolicyError
 from attestation.policy import AppraisalPolicy
 from attestation.release_heads import FileHeads, HeadError, HeadMemory
+from attestation.rules import KeyRule
 from strongroom.render import open_console
 
 DEFAULT_URL = "http://127.0.0.1:8080"
@@ -69,6 +72,28 @@ def url_option(command: F) -> F:
 def session_options(command: F) -> F:
     """``--url`` and ``--policy``, for every command that has a session."""
     return url_option(policy_option(command))
+
+
+def key_option(command: F) -> F:
+    """``--key``, for every command that seals to the policy's KMS key."""
+    return click.option(
+        "--key", metavar="ARN", help="The KMS key that is meant; another one in the policy is an error.",
+    )(command)  # fmt: skip
+
+
+def require_key(policy: AppraisalPolicy, purpose: EnvelopePurpose, key: str | None) -> KeyRule:
+    """The policy's rule for the KMS key of ``purpose``, which is ``key`` where that is given.
+
+    Raises PolicyError ``missing_field``, ``wrong_key``.
+    """
+    rule, field = policy.kms.get(purpose), f"kms.{purpose.table}"
+    if rule is None:
+        raise PolicyError("missing_field", f"the policy names no KMS key for this: add [{field}]", field=field)
+    if key is not None and key != rule.key.text:
+        raise PolicyError(
+            "wrong_key", "the policy names another key", field=f"{field}.key", expected=key, got=rule.key.text
+        )
+    return rule
 
 
 def load_policy(path: Path) -> AppraisalPolicy:

@@ -6,20 +6,23 @@ taken from Evidence.
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from attestation.chain import Anchor
+from attestation.envelope import EnvelopePurpose
 from attestation.errors import StrongroomError
+from attestation.keypolicy.document import KeyArn
 from attestation.manifest import ModelManifest
 from attestation.measure import measure_process_image
 from attestation.policy import AppraisalPolicy
 from attestation.policy_writer import write_policy
 from attestation.reference import PCR_INSTANCE, PCR_ROLE, PCR_SIGNER, configuration_digest, digest_text
-from attestation.rules import ChannelBinding, Forbid, Ignore, Release, Require
+from attestation.rules import ChannelBinding, Forbid, Ignore, KeyRule, Release, Require, WrappedKeyFile
 from emulator.pki import ensure_development_root
 
 ENCLAVE_TOML = "enclave.toml"
@@ -33,6 +36,29 @@ class PrepareError(StrongroomError):
     exit_code = 2
 
 
+ENCRYPTED_MODEL = "model.sealed"
+"""What a policy's encrypted model is called, in the policy's folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class KmsSettings:
+    """The KMS keys that an enclave uses, and where KMS is."""
+
+    keys: Mapping[EnvelopePurpose, KeyArn]
+    """One or two, of one region."""
+    context: str
+    administrators: tuple[str, ...]
+    """ARNs that the policy trusts with changing what the keys release to. None: their policies are locked."""
+    endpoint: str = ""
+    """``HOST:PORT``; that of AWS when it is empty."""
+    authority: bytes | None = None
+    """The certificate (DER) that TLS to an emulated KMS leads to."""
+
+    @property
+    def region(self) -> str:
+        return next(iter(self.keys.values())).region
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What ``strongroom init`` lets a person choose; the rest of ``enclave.toml`` has defaults that stand in
@@ -42,6 +68,7 @@ class Settings:
     context: int = 2048
     threads: int = 0
     tick_ms: int = 50
+    kms: KmsSettings | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +141,44 @@ def _write(prepared: Prepared, settings: Settings, progress: Callable[[str], Non
             PCR_SIGNER: Forbid(),
         },
         module_id=Ignore("the module id is another one at each boot"),
+        kms={} if settings.kms is None else _key_rules(settings.kms),
     )
     prepared.policy.write_text(write_policy(policy, root=ROOT_DER))
 
 
+def _key_rules(kms: KmsSettings) -> dict[EnvelopePurpose, KeyRule]:
+    wrapped = {EnvelopePurpose.MODEL: WrappedKeyFile(ENCRYPTED_MODEL, None), EnvelopePurpose.PROMPT: None}
+    return {
+        purpose: KeyRule(key, kms.context, 1, kms.administrators, wrapped[purpose]) for purpose, key in kms.keys.items()
+    }
+
+
 def enclave_toml(manifest: ModelManifest, settings: Settings) -> str:
+    return _enclave_toml(manifest, settings) + ("" if settings.kms is None else _kms_toml(settings.kms))
+
+
+def _kms_toml(kms: KmsSettings) -> str:
+    trust = 'trust = "AMAZON"                # TLS to KMS leads to Amazon\'s own authorities, which are in the image'
+    if kms.authority is not None:
+        trust = f'trust = "EMULATED"\nroot = "{base64.b64encode(kms.authority).decode()}"'
+    text = f"""
+[kms]
+region = "{kms.region}"
+endpoint = "{kms.endpoint or f"kms.{kms.region}.amazonaws.com:443"}"
+egress = "unix:egress.sock"     # the parent conveys TCP, and cannot read it
+{trust}
+"""
+    for purpose, key in kms.keys.items():
+        text += f"""
+[kms.{purpose.table}]
+key = "{key.text}"
+context = "{kms.context}"
+minimum_version = 1
+"""
+    return text
+
+
+def _enclave_toml(manifest: ModelManifest, settings: Settings) -> str:
     return f"""\
 # The measured configuration of an emulated enclave. Its bytes are committed to PCR17: change one, and the policy
 # refuses the enclave.

@@ -1,0 +1,168 @@
+"""``prompt``: it waits in a bucket or a queue until an attested enclave opens it. PROTOCOL.md section 6.5."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from pathlib import Path
+
+import click
+import httpx2
+
+from attestation.envelope import EnvelopePurpose, encryption_context
+from attestation.keyrelease import judge_key
+from attestation.policy import AppraisalPolicy
+from strongroom.conversation import Sampling, prompt_text, sampling_options, write_now
+from strongroom.files import new_file, read_bounded, require_new, write_new
+from strongroom.kms_client import KmsClient
+from strongroom.options import err, json_option, key_option, load_policy, policy_option, require_key, url_option
+from strongroom.prompt_file import MAX_ANSWER, MAX_REPLY, Reply, open_answer, seal_prompt
+from strongroom.proxy_client import ProxyClient
+from strongroom.render import show_verdict, waiting, warn_of_labels
+from strongroom.session import Session
+from vsockrpc.messages import ChatMessage, Delta, Done
+
+FILE = click.Path(path_type=Path, dir_okay=False)
+MAX_ENVELOPE = 9 << 20
+"""Bytes: what a proxy takes."""
+
+
+@click.group()
+def prompt() -> None:
+    """Seal a prompt now, have it answered later, read the answer.
+
+    The envelope can wait in a bucket or a queue and be brought to an enclave by anybody: only one that KMS releases the
+    key to can open it, and only the reply file, which stays here, opens the answer. Delivery is at least once: whoever
+    has the envelope can have it answered again.
+
+    \b
+    Example:
+      strongroom prompt seal "Why is the sky blue?" --policy policy.toml --out question.sealed
+      strongroom prompt submit question.sealed --url http://parent:8080 --out answer.sealed
+      strongroom prompt open answer.sealed --reply question.sealed.reply
+    """
+
+
+@prompt.command()
+@click.argument("text", metavar="PROMPT")
+@policy_option
+@key_option
+@click.option("--out", "target", type=FILE, required=True, help="The envelope; its reply file gets .reply behind it.")
+@click.option(
+    "--url", default=None, help="A parent's proxy: have its enclave verified as well, before anything is sealed."
+)
+@sampling_options
+@json_option
+def seal(
+    text: str,
+    policy: Path,
+    key: str | None,
+    target: Path,
+    url: str | None,
+    system: str | None,
+    max_tokens: int,
+    temperature: float,
+    seed: int | None,
+    as_json: bool,
+) -> None:
+    """Seal PROMPT for whatever enclave the policy accepts. "-" reads it from standard input.
+
+    The policy's [kms.prompts] names the key. What KMS says of it is judged first: that it releases to the policy's
+    releases and to nothing else. Credentials are boto3's.
+
+    \b
+    Example:
+      strongroom prompt seal "Why is the sky blue?" --policy policy.toml --out question.sealed
+      strongroom prompt seal - --policy policy.toml --out review.sealed --system "Review this change." < change.diff
+    """
+    request = Sampling(system, max_tokens, temperature, seed).request(ChatMessage("user", prompt_text(text)))
+    reply_file = target.with_name(f"{target.name}.reply")
+    require_new(target)
+    require_new(reply_file)
+    accepted = load_policy(policy)
+    rule = require_key(accepted, EnvelopePurpose.PROMPT, key)
+    if url is not None:
+        _verify(url, accepted)
+    with KmsClient(rule.key.region, purpose="sealing a prompt") as client, waiting(err, "asking KMS"):
+        release = judge_key(accepted, EnvelopePurpose.PROMPT, client.facts(rule.key))
+        context = encryption_context(EnvelopePurpose.PROMPT, rule.context, rule.minimum_version)
+        data_key, wrapped = client.generate_data_key(rule.key, context)
+    envelope, reply = seal_prompt(release, request, data_key=data_key, wrapped=wrapped)
+    write_new(reply_file, reply.encode(), mode=0o600)
+    try:
+        write_new(target, envelope)
+    except BaseException:
+        reply_file.unlink(missing_ok=True)
+        raise
+    if as_json:
+        click.echo(json.dumps({"envelope": str(target), "reply": str(reply_file), **release.as_json()}))
+    else:
+        show_verdict(err, release.checks)
+        click.echo(f"wrote {target}\nwrote {reply_file}  (keep it: nothing else opens the answer)")
+
+
+def _verify(url: str, policy: AppraisalPolicy) -> None:
+    async def verify() -> None:
+        async with Session(url, policy) as session:
+            result = await session.verify()
+        warn_of_labels(err, result)
+
+    asyncio.run(verify())
+
+
+@prompt.command()
+@click.argument("file", type=FILE)
+@url_option
+@click.option("--out", "target", type=FILE, required=True, help="Where the sealed answer goes.")
+@json_option
+def submit(file: Path, url: str, target: Path, as_json: bool) -> None:
+    """Bring the envelope FILE to an enclave, and keep its sealed answer.
+
+    This takes neither policy nor key: what is brought is ciphertext, and so is the answer.
+
+    \b
+    Example:
+      strongroom prompt submit question.sealed --url http://parent:8080 --out answer.sealed
+    """
+    envelope = read_bounded(file, MAX_ENVELOPE)
+    require_new(target)
+    with waiting(err, "waiting for the answer"):
+        size = asyncio.run(_submit(envelope, url, target))
+    click.echo(json.dumps({"answer": str(target), "bytes": size}) if as_json else f"wrote {target}")
+
+
+async def _submit(envelope: bytes, url: str, target: Path) -> int:
+    size = 0
+    async with ProxyClient(url) as proxy:
+        try:
+            async with proxy.envelope(envelope) as response, contextlib.aclosing(response.aiter_raw()) as chunks:
+                with new_file(target) as file:
+                    async for chunk in chunks:
+                        size += len(chunk)
+                        file.write(chunk)
+        except httpx2.HTTPError as error:
+            raise proxy.unreachable(error) from error
+    return size
+
+
+@prompt.command(name="open")
+@click.argument("file", type=FILE)
+@click.option("--reply", type=FILE, required=True, help="The reply file that was written with the envelope.")
+@json_option
+def open_command(file: Path, reply: Path, as_json: bool) -> None:
+    """Read the sealed answer FILE.
+
+    \b
+    Example:
+      strongroom prompt open answer.sealed --reply question.sealed.reply
+    """
+    answers = list(open_answer(read_bounded(file, MAX_ANSWER), Reply.decode(read_bounded(reply, MAX_REPLY))))
+    text = "".join(each.text for each in answers if isinstance(each, Delta))
+    if not as_json:
+        write_now(text)
+        click.echo()
+        return
+    [done] = [each for each in answers if isinstance(each, Done)]
+    usage = {"prompt_tokens": done.prompt_tokens, "completion_tokens": done.completion_tokens}
+    click.echo(json.dumps({"text": text, "finish_reason": done.finish_reason, "usage": usage}))
