@@ -101,7 +101,7 @@ class EgressLimits:
     connect: float = 10.0
     """Seconds until a connection stands: names and all addresses together."""
     idle: float = 300.0
-    """Seconds in which no byte passes either way. AWS closes idle connections earlier."""
+    """Seconds in which no byte passes either way."""
     total: float = 7200.0
     """Seconds that a connection lives, busy or not."""
 
