@@ -20,6 +20,7 @@ from attestation.verifier import NONCE_SIZE
 from enclave.boot import Enclave
 from enclave.generation import Finished, TextDelta
 from enclave.identity import OfferedKey
+from enclave.kms_errors import KmsError
 from enclave.log import TOTALS_INTERVAL_SECONDS, NsmFailed, Phase
 from enclave.nsm import NsmError
 from enclave.pacing import PacedAnswer
@@ -224,7 +225,7 @@ class Server:
         except TimeoutError as error:
             raise Fault("unavailable", "the envelope did not arrive in time") from error
         except StrongroomError as error:
-            raise Fault(_FAULT_OF.get(error.code, "malformed"), "the envelope was not opened") from error
+            raise Fault(_fault_of(error), "the envelope was not opened") from error
         return _Received(ReplyKeys(prompt.reply_secret, digest.digest()), prompt.request)
 
     async def _answer(self, call: IncomingCall, received: _Received) -> bool:
@@ -339,17 +340,19 @@ class Server:
             raise Fault("unavailable", "the enclave is not serving")
 
 
-_FAULT_OF = {
-    "overloaded": "overloaded",
-    **dict.fromkeys(("wrong_purpose", "wrong_key", "wrong_context", "rolled_back"), "not_released"),
-    **dict.fromkeys(("wrong_model", "wrong_configuration", "kms_denied", "kms_wrong_context"), "not_released"),
-    **dict.fromkeys(
-        ("kms_unreachable", "kms_throttled", "kms_timeout", "kms_failed", "kms_no_credentials"), "unavailable"
-    ),
-    **dict.fromkeys(("kms_expired_credentials", "kms_tls", "kms_plaintext", "kms_wrong_key"), "unavailable"),
-    "kms_malformed": "unavailable",
-}
-"""Clear faults of an envelope by what went wrong; all else is ``malformed``."""
+_NOT_RELEASED = frozenset(
+    ("wrong_purpose", "wrong_key", "wrong_context", "rolled_back", "wrong_model", "wrong_configuration")
+    + ("kms_denied", "kms_wrong_context", "kms_unusable_key")
+)
+
+
+def _fault_of(error: StrongroomError) -> str:
+    """The clear fault for an envelope that was not opened."""
+    if error.code in _NOT_RELEASED:
+        return "not_released"
+    if error.code == "overloaded":
+        return "overloaded"
+    return "unavailable" if isinstance(error, KmsError | NsmError) else "malformed"
 
 
 def longest_request(content: int) -> int:
