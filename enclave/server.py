@@ -340,15 +340,13 @@ class Server:
             raise Fault("unavailable", "the enclave is not serving")
 
 
-_NOT_RELEASED = frozenset(
-    ("wrong_purpose", "wrong_key", "wrong_context", "rolled_back", "wrong_model", "wrong_configuration")
-    + ("kms_denied", "kms_wrong_context", "kms_unusable_key")
-)
+_OTHERS_ENVELOPES = ("wrong_purpose", "wrong_key", "wrong_context", "rolled_back", "wrong_model", "wrong_configuration")
+_REFUSED_BY_KMS = ("kms_denied", "kms_wrong_context", "kms_unusable_key")
 
 
 def _fault_of(error: StrongroomError) -> str:
     """The clear fault for an envelope that was not opened."""
-    if error.code in _NOT_RELEASED:
+    if error.code in (*_OTHERS_ENVELOPES, *_REFUSED_BY_KMS):
         return "not_released"
     if error.code == "overloaded":
         return "overloaded"
