@@ -10,72 +10,11 @@ import click
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from attestation.envelope import EnvelopePurpose
-from attestation.keypolicy.document import KeyArn, KeyPolicyError
 from attestation.reference import digest_text
-from strongroom.options import F, engine_options, err, json_option
+from strongroom.kms_options import key_options, take_keys
+from strongroom.options import engine_options, err, json_option
 from strongroom.prepare import KmsSettings, PrepareError, Settings, installed_model, prepare
 from strongroom.render import hashing_bar
-
-
-class _Arn(click.ParamType[KeyArn]):
-    name = "arn"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> KeyArn:
-        try:
-            return value if isinstance(value, KeyArn) else KeyArn.parse(str(value))
-        except KeyPolicyError as error:
-            self.fail(str(error), param, ctx)
-
-
-def kms_options(command: F) -> F:
-    """The options that name KMS keys, in ``enclave.toml`` and in the policy."""
-    file = click.Path(path_type=Path, exists=True, dir_okay=False)
-    for option in (
-        click.option(
-            "--kms-root", type=file, help="The root of an emulated KMS's TLS, DER or PEM.  [default: Amazon's]"
-        ),
-        click.option(
-            "--kms-endpoint", metavar="HOST:PORT", help="Where KMS is.  [default: AWS's, of the key's region]"
-        ),
-        click.option(
-            "--kms-administrator",
-            "kms_administrators",
-            metavar="ARN",
-            multiple=True,
-            help="Who may change what the keys release to; none: their policies are locked.",
-        ),
-        click.option("--kms-context", metavar="NAME", help="The name in the encryption context."),
-        click.option(
-            "--kms-prompts-key", type=_Arn(), metavar="ARN", help="The key that waiting prompts are sealed to."
-        ),
-        click.option("--kms-model-key", type=_Arn(), metavar="ARN", help="The key of an encrypted model."),
-    ):
-        command = option(command)
-    return command
-
-
-def _kms_settings(
-    kms_model_key: KeyArn | None,
-    kms_prompts_key: KeyArn | None,
-    kms_context: str | None,
-    kms_administrators: tuple[str, ...],
-    kms_endpoint: str | None,
-    kms_root: Path | None,
-) -> KmsSettings | None:
-    """Raises click.UsageError for options that do not go together."""
-    named = {EnvelopePurpose.MODEL: kms_model_key, EnvelopePurpose.PROMPT: kms_prompts_key}
-    keys = {purpose: key for purpose, key in named.items() if key is not None}
-    if not keys:
-        if kms_context or kms_administrators or kms_endpoint or kms_root:
-            raise click.UsageError("name the key: --kms-model-key, --kms-prompts-key, or both")
-        return None
-    if kms_context is None:
-        raise click.UsageError("a KMS key goes with --kms-context NAME")
-    if len({key.region for key in keys.values()}) > 1:
-        raise click.UsageError("both KMS keys must be of one region")
-    authority = None if kms_root is None else read_certificate(kms_root)
-    return KmsSettings(keys, kms_context, kms_administrators, kms_endpoint or "", authority)
 
 
 def read_certificate(path: Path) -> bytes:
@@ -110,7 +49,13 @@ def read_certificate(path: Path) -> bytes:
     show_default=True,
     help="The beat of answers; 0 shows tokens' cadence.",
 )
-@kms_options
+@click.option("--kms-endpoint", metavar="HOST:PORT", help="Where KMS is.  [default: AWS's, of the key's region]")
+@click.option(
+    "--kms-root",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="The root of an emulated KMS's TLS, DER or PEM.  [default: Amazon's]",
+)
+@key_options
 @json_option
 def init(
     model: Path | None,
@@ -118,8 +63,10 @@ def init(
     context: int,
     threads: int,
     tick_ms: int,
+    kms_endpoint: str | None,
+    kms_root: Path | None,
     as_json: bool,
-    **kms: Any,
+    **options: Any,
 ) -> None:
     """Write enclave.toml and policy.toml for a model, from the files on this disk.
 
@@ -134,7 +81,12 @@ def init(
         --kms-model-key arn:aws:kms:eu-central-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab \\
         --kms-administrator arn:aws:iam::111122223333:role/keys
     """
-    settings = Settings(context=context, threads=threads, tick_ms=tick_ms, kms=_kms_settings(**kms))
+    keys = take_keys(options)
+    if keys is None and (kms_endpoint or kms_root):
+        raise click.UsageError("name the key: --kms-model-key, --kms-prompts-key, or both")
+    authority = None if kms_root is None else read_certificate(kms_root)
+    kms = None if keys is None else KmsSettings(keys, kms_endpoint, authority)
+    settings = Settings(context=context, threads=threads, tick_ms=tick_ms, kms=kms)
     with hashing_bar(err, "model") as hashing:
         prepared = prepare(model_or_installed(model), directory, settings, progress=err.print, hashing=hashing)
     if as_json:

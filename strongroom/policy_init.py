@@ -40,6 +40,7 @@ from attestation.strict_toml import printable as require_printable
 from strongroom import policy_sources as sources
 from strongroom import reference_options as reference
 from strongroom.files import read_bounded, read_evidence, require_new, write_new
+from strongroom.kms_options import NamedKeys, key_options, take_keys
 from strongroom.options import Octets, err, json_option, load_policy, out
 from strongroom.policy_sources import Source
 from strongroom.policy_text import FIRST_USE, Remark, first_use, warnings
@@ -134,6 +135,7 @@ POLICY_TOML = "policy.toml"
 @click.option(
     "--leeway", type=click.IntRange(0, MAX_LEEWAY), default=120, show_default=True, help="For clocks, in seconds."
 )
+@key_options
 @json_option
 def init(**options: Any) -> None:
     """Write a policy from exactly one source of reference values.
@@ -151,6 +153,8 @@ def init(**options: Any) -> None:
       strongroom policy init --from-eif enclave.eif --model MODEL.gguf --configuration enclave.toml
       strongroom policy init --from-measurements build.json --model my.manifest --minimum-version 3 \\
         --configuration enclave.toml --role arn:aws:iam::111122223333:role/enclave
+      strongroom policy init --from-eif enclave.eif --model MODEL.gguf --configuration enclave.toml \\
+        --kms-context prod --kms-model-key arn:aws:kms:eu-central-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab
       strongroom policy init --from-evidence evidence.json --output first-use.toml
       strongroom policy init --from-evidence document.cbor --ignore-model "no Strongroom enclave" \\
         --ignore-configuration "no Strongroom enclave"
@@ -159,7 +163,8 @@ def init(**options: Any) -> None:
     Exit codes: 0 written, 1 Evidence of an enclave that this policy would refuse, 2 usage or a broken file, 3 Evidence
     or a history that nothing vouches for.
     """
-    asked = Asked(**options)
+    keys = take_keys(options)
+    asked = Asked(keys=keys, **options)
     _require_sense(asked)
     root = None if asked.anchor is None else read_bounded(asked.anchor, MAX_CERTIFICATE)
     anchor = AWS_NITRO_G1 if root is None else Anchor.emulated(root)
@@ -200,6 +205,7 @@ class Asked:
     user_data: tuple[bytes, ...]
     max_age: int
     leeway: int
+    keys: NamedKeys | None
     as_json: bool
 
 
@@ -290,6 +296,7 @@ def _policy(asked: Asked, anchor: Anchor, source: Source) -> AppraisalPolicy:
             PCR_INSTANCE: _measured("instance", asked.instance),
         },
         module_id=_module_id(asked.module_id),
+        kms={} if asked.keys is None else asked.keys.rules(),
     )
 
 

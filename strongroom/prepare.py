@@ -9,21 +9,20 @@ from __future__ import annotations
 import base64
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from attestation.chain import Anchor
-from attestation.envelope import EnvelopePurpose
 from attestation.errors import StrongroomError
-from attestation.keypolicy.document import KeyArn
 from attestation.manifest import ModelManifest
 from attestation.measure import measure_process_image
 from attestation.policy import AppraisalPolicy
 from attestation.policy_writer import write_policy
 from attestation.reference import PCR_INSTANCE, PCR_ROLE, PCR_SIGNER, configuration_digest, digest_text
-from attestation.rules import ChannelBinding, Forbid, Ignore, KeyRule, Release, Require, WrappedKeyFile
+from attestation.rules import ChannelBinding, Forbid, Ignore, Release, Require
 from emulator.pki import ensure_development_root
+from strongroom.kms_options import NamedKeys
 
 ENCLAVE_TOML = "enclave.toml"
 POLICY_TOML = "policy.toml"
@@ -36,27 +35,15 @@ class PrepareError(StrongroomError):
     exit_code = 2
 
 
-ENCRYPTED_MODEL = "model.sealed"
-"""What a policy's encrypted model is called, in the policy's folder."""
-
-
 @dataclass(frozen=True, slots=True)
 class KmsSettings:
     """The KMS keys that an enclave uses, and where KMS is."""
 
-    keys: Mapping[EnvelopePurpose, KeyArn]
-    """One or two, of one region."""
-    context: str
-    administrators: tuple[str, ...]
-    """ARNs that the policy trusts with changing what the keys release to. None: their policies are locked."""
-    endpoint: str = ""
-    """``HOST:PORT``; that of AWS when it is empty."""
+    keys: NamedKeys
+    endpoint: str | None = None
+    """``HOST:PORT``; None for AWS's own."""
     authority: bytes | None = None
     """The certificate (DER) that TLS to an emulated KMS leads to."""
-
-    @property
-    def region(self) -> str:
-        return next(iter(self.keys.values())).region
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,16 +128,9 @@ def _write(prepared: Prepared, settings: Settings, progress: Callable[[str], Non
             PCR_SIGNER: Forbid(),
         },
         module_id=Ignore("the module id is another one at each boot"),
-        kms={} if settings.kms is None else _key_rules(settings.kms),
+        kms={} if settings.kms is None else settings.kms.keys.rules(),
     )
     prepared.policy.write_text(write_policy(policy, root=ROOT_DER))
-
-
-def _key_rules(kms: KmsSettings) -> dict[EnvelopePurpose, KeyRule]:
-    wrapped = {EnvelopePurpose.MODEL: WrappedKeyFile(ENCRYPTED_MODEL, None), EnvelopePurpose.PROMPT: None}
-    return {
-        purpose: KeyRule(key, kms.context, 1, kms.administrators, wrapped[purpose]) for purpose, key in kms.keys.items()
-    }
 
 
 def enclave_toml(manifest: ModelManifest, settings: Settings) -> str:
@@ -158,21 +138,22 @@ def enclave_toml(manifest: ModelManifest, settings: Settings) -> str:
 
 
 def _kms_toml(kms: KmsSettings) -> str:
+    keys = kms.keys
     trust = 'trust = "AMAZON"                # TLS to KMS leads to Amazon\'s own authorities, which are in the image'
     if kms.authority is not None:
         trust = f'trust = "EMULATED"\nroot = "{base64.b64encode(kms.authority).decode()}"'
     text = f"""
 [kms]
-region = "{kms.region}"
-endpoint = "{kms.endpoint or f"kms.{kms.region}.amazonaws.com:443"}"
+region = "{keys.region}"
+endpoint = "{kms.endpoint or f"kms.{keys.region}.amazonaws.com:443"}"
 egress = "unix:egress.sock"     # the parent conveys TCP, and cannot read it
 {trust}
 """
-    for purpose, key in kms.keys.items():
+    for purpose, key in keys.keys.items():
         text += f"""
 [kms.{purpose.table}]
 key = "{key.text}"
-context = "{kms.context}"
+context = "{keys.context}"
 minimum_version = 1
 """
     return text
