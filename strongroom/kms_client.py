@@ -26,7 +26,8 @@ ATTEMPTS: Final = 3
 MAX_GRANTS: Final = 1_000
 """Grants that are read of one key: more of them nobody has judged."""
 
-_EXIT_CODES: Final = {"wrong_kms_key": 3, "bad_kms_answer": 3}
+EXIT_CODES: Final = {"wrong_kms_key": 3, "bad_kms_answer": 3}
+"""Of errors that are not just that KMS does not do what it was asked for."""
 
 
 class KmsError(StrongroomError):
@@ -36,7 +37,7 @@ class KmsError(StrongroomError):
 
     @property
     def exit_code(self) -> int:  # type: ignore[override]
-        return _EXIT_CODES.get(self.code, 4)
+        return EXIT_CODES.get(self.code, 4)
 
 
 class KmsClient:

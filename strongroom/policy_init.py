@@ -154,7 +154,8 @@ def init(**options: Any) -> None:
       strongroom policy init --from-measurements build.json --model my.manifest --minimum-version 3 \\
         --configuration enclave.toml --role arn:aws:iam::111122223333:role/enclave
       strongroom policy init --from-eif enclave.eif --model MODEL.gguf --configuration enclave.toml \\
-        --kms-context prod --kms-model-key arn:aws:kms:eu-central-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab
+        --kms-model-key arn:aws:kms:eu-central-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab \\
+        --kms-context production
       strongroom policy init --from-evidence evidence.json --output first-use.toml
       strongroom policy init --from-evidence document.cbor --ignore-model "no Strongroom enclave" \\
         --ignore-configuration "no Strongroom enclave"

@@ -19,9 +19,9 @@ from attestation.releases import append
 from emulator.kms_endpoint import KmsEmulator, kms_emulator
 from emulator.kms_faults import Alter
 from emulator.kms_keys import KEY_AGREEMENT
-from strongroom import kms_signer
+from strongroom import kms_client
 from strongroom.extras import MissingExtra
-from strongroom.kms_signer import KmsError, KmsSigner
+from strongroom.kms_signer import KmsSigner, KmsSigningError
 from tests.release_files import ISSUED, NAME, ONE, verified
 
 Answer = dict[str, Any]
@@ -50,8 +50,8 @@ def kms(monkeypatch: pytest.MonkeyPatch) -> Iterator[SigningKms]:
         yield SigningKms(emulator)
 
 
-def refused(arn: str, code: str, exit_code: int) -> KmsError:
-    with pytest.raises(KmsError) as caught, KmsSigner(arn) as signer:
+def refused(arn: str, code: str, exit_code: int) -> KmsSigningError:
+    with pytest.raises(KmsSigningError) as caught, KmsSigner(arn) as signer:
         signer.sign(b"data")
     assert (caught.value.code, caught.value.exit_code) == (code, exit_code), caught.value
     return caught.value
@@ -141,7 +141,7 @@ def test_nobody_answers(kms: SigningKms, monkeypatch: pytest.MonkeyPatch) -> Non
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
         port = server.getsockname()[1]
     monkeypatch.setenv("AWS_ENDPOINT_URL_KMS", f"https://127.0.0.1:{port}")
-    monkeypatch.setattr(kms_signer, "ATTEMPTS", 1)
+    monkeypatch.setattr(kms_client, "ATTEMPTS", 1)
     error = refused("arn:aws:kms:eu-central-1:000000000000:key/x", "kms_unavailable", 4)
     assert error.got == "EndpointConnectionError"
 
