@@ -21,10 +21,22 @@ _DIRECTORY = Directory()
 _ROOT = _DIRECTORY.add("arn:aws:iam::111122223333:root")
 _CALLER = Caller(_ROOT, "us-east-1")
 _EVERY = sorted(service_model().operation_names)
-_UNCHANGING = """
-    Decrypt DescribeKey Encrypt GenerateDataKey GenerateRandom GetKeyPolicy GetPublicKey ListAliases ListGrants
-    ListKeyPolicies ListKeys ReEncrypt RevokeGrant Sign
-""".split()
+_UNCHANGING = [
+    "Decrypt",
+    "DescribeKey",
+    "Encrypt",
+    "GenerateDataKey",
+    "GenerateRandom",
+    "GetKeyPolicy",
+    "GetPublicKey",
+    "ListAliases",
+    "ListGrants",
+    "ListKeyPolicies",
+    "ListKeys",
+    "ReEncrypt",
+    "RevokeGrant",
+    "Sign",
+]
 """The operations that leave the next input what this one has found."""
 
 
