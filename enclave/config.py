@@ -210,8 +210,9 @@ def _endpoint(table: Table) -> TcpAddress:
     except AddressError as error:
         raise wrong_value(table.field("endpoint"), "HOST:PORT", ascii(text)) from error
     assert isinstance(address, TcpAddress)
-    if address.port == 0:
-        raise wrong_value(table.field("endpoint"), "HOST:PORT", ascii(text))
+    # One spelling, which the parent's list and the certificate are compared with.
+    if address.port == 0 or address.host != address.host.lower() or address.host.endswith("."):
+        raise wrong_value(table.field("endpoint"), "HOST:PORT, the host in lower case", ascii(text))
     return address
 
 

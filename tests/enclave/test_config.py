@@ -301,6 +301,8 @@ def test_kms_with_an_emulators_authority() -> None:
         ("endpoint", "kms.eu-west-1.amazonaws.com"),
         ("endpoint", "https://kms.eu-west-1.amazonaws.com:443"),
         ("endpoint", "kms.eu-west-1.amazonaws.com:0"),
+        ("endpoint", "KMS.eu-west-1.amazonaws.com:443"),
+        ("endpoint", "kms.eu-west-1.amazonaws.com.:443"),
         ("egress", "3:5002"),
         ("trust", "SYSTEM"),
         ("trust", None),
