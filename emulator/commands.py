@@ -33,13 +33,18 @@ ROLE_LIFETIME: Final = timedelta(hours=12)
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _ACCOUNT = re.compile(r"[0-9]{12}")
-_REGION = re.compile(r"[a-z]{2}(-[a-z]{1,16}){1,2}-[0-9]{1,2}")
+_REGION = re.compile(r"(?!cn-|us-gov-)[a-z]{2}(-[a-z]{1,16}){1,2}-[0-9]{1,2}")
 _HOST = re.compile(r"[A-Za-z0-9.:-]{1,253}")
 
 
 @click.group()
 def emulate() -> None:
-    """Stand-ins for AWS on this machine, with real cryptography. They prove nothing about hardware."""
+    """Stand-ins for AWS on this machine, with real cryptography. They prove nothing about hardware.
+
+    \b
+    Example:
+      strongroom emulate kms
+    """
 
 
 @emulate.command()
