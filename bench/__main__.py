@@ -22,7 +22,7 @@ from rich.table import Table
 
 from bench import Row
 
-PARTS = ("path", "roundtrip", "bulk", "relay", "verification")
+PARTS = ("path", "roundtrip", "bulk", "model_envelope", "relay", "verification")
 
 
 def machine() -> str:
