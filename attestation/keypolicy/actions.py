@@ -7,6 +7,7 @@ operation's name, except that ReEncrypt needs two.
 from __future__ import annotations
 
 from enum import Enum
+from functools import lru_cache
 from typing import Final
 
 from attestation.keypolicy.conditions import Truth, matches
@@ -58,6 +59,7 @@ WITH_OTHER_KEYS: Final = frozenset(
 """Those that do nothing with a symmetric key for encryption."""
 
 
+@lru_cache(maxsize=4096)
 def matching(pattern: str) -> frozenset[str]:
     """The permissions that ``pattern`` covers; actions are compared without regard to case."""
     return frozenset(action for action in POWERS if matches(pattern.lower(), action.lower()) is Truth.YES)

@@ -8,6 +8,7 @@ document it has none of them.
 from __future__ import annotations
 
 import difflib
+import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ _NITRO_TPM_KEY: Final = re.compile(rf"{RECIPIENT}NitroTPM.*", re.IGNORECASE)
 _DIGITS: Final = re.compile(rf"[0-9a-fA-F]{{{2 * DIGEST_SIZE}}}")
 _LIKE: Final = 0.7
 """How much a key must look like one of KMS's to be taken for a slip."""
+_LONGEST: Final = 2 * len(IMAGE_KEY)
 
 
 def register_key(index: int) -> str:
@@ -54,7 +56,7 @@ def register_key(index: int) -> str:
     return f"{RECIPIENT}PCR{index}"
 
 
-_KEYS: Final = {key.lower(): key for key in (IMAGE_KEY, *map(register_key, range(PCR_COUNT)))}
+_KEYS: Final = (IMAGE_KEY, *map(register_key, range(PCR_COUNT)))
 
 
 def register_of(key: str) -> int | None:
@@ -73,9 +75,13 @@ def meant(key: str) -> str | None:
     """The condition key that somebody may have meant who wrote ``key``, which KMS does not have. None: it is one of
     KMS's, or looks like none that is about a register.
     """
-    if register_of(key) is not None or is_of_nitro_tpm(key):
+    if register_of(key) is not None or is_of_nitro_tpm(key) or len(key) > _LONGEST:
         return None
-    return next(iter(_KEYS[each] for each in difflib.get_close_matches(key.lower(), _KEYS, n=1, cutoff=_LIKE)), None)
+    found, likeness = max(
+        ((each, difflib.SequenceMatcher(None, key.lower(), each.lower()).ratio()) for each in _KEYS),
+        key=operator.itemgetter(1),
+    )
+    return found if likeness > _LIKE else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,10 +167,10 @@ def withheld(condition: Condition) -> dict[int, frozenset[bytes]]:
     A negation is true of a request without a document, so that such a request is denied as well.
     """
     found: dict[int, frozenset[bytes]] = {}
-    operator = operator_of(condition)
-    is_total = operator is not None and operator.is_negated and operator.quantifier is not Quantifier.FOR_ANY_VALUE
-    if operator is not None and is_total and Operator(operator.compares) in _EQUALITY:
-        _narrow(found, condition)
+    match operator_of(condition):
+        case Operator(compares, is_negated=True, quantifier=quantifier) if quantifier is not Quantifier.FOR_ANY_VALUE:
+            if Operator(compares) in _EQUALITY:
+                _narrow(found, condition)
     return found
 
 

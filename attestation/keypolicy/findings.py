@@ -178,7 +178,7 @@ RULES: Final = MappingProxyType(
             "somebody may hand out permissions beside the policy, and no grant can ask for attestation", _OUT
         ),
         "replicate_key": _error(
-            "somebody may copy the key into another region, under a policy of his own choice", _OUT
+            "somebody may copy the key into another region, under a policy of their own choice", _OUT
         ),
         "import_key_material": _error("somebody may choose the key, and so know it outside of KMS", _OUT),
         "untrusted_administrator": _error(
