@@ -14,7 +14,6 @@ from attestation.checklist import Checklist
 from attestation.checks import STEPS, Check, Status
 from attestation.commitment import Commitment, Entropy
 from attestation.document import AttestationDocument
-from attestation.errors import AppraisalError
 from attestation.keypolicy.document import KeyArn
 from attestation.keyrelease import KeyFacts, judge_keys
 from attestation.policy import AppraisalPolicy
@@ -79,15 +78,7 @@ def appraise(
     _judge_entropy(checklist, policy, commitment)
     if keys is not None:
         judge_keys(checklist, policy, keys)
-    failures = checklist.failures()
-    if failures:
-        first = failures[0]
-        names = ", ".join(check.name for check in failures)
-        error = AppraisalError(
-            first.code or "", f"the policy refuses this enclave: {names}", expected=first.expected, got=first.got
-        )
-        error.checks, error.labels = checklist.complete(), checklist.labels
-        raise error
+    checklist.require_accepted("this enclave")
     return release
 
 

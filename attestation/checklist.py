@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import TracebackType
 
 from attestation.checks import STEPS, Check, Label, Status
-from attestation.errors import EvidenceError
+from attestation.errors import AppraisalError, EvidenceError
 
 
 class Checklist:
@@ -29,8 +29,16 @@ class Checklist:
         """A step that has nothing to judge, and why."""
         self.add(Check(step, STEPS[step], Status.NOT_APPLICABLE, explanation=reason))
 
-    def failures(self) -> list[Check]:
-        return [check for check in self._checks if check.status is Status.FAILED]
+    def require_accepted(self, what: str) -> None:
+        """Raises AppraisalError, with every check, when one has failed; ``what`` was judged."""
+        failures = [check for check in self._checks if check.status is Status.FAILED]
+        if failures:
+            first, names = failures[0], ", ".join(check.name for check in failures)
+            error = AppraisalError(
+                first.code or "", f"the policy refuses {what}: {names}", expected=first.expected, got=first.got
+            )
+            error.checks, error.labels = self.complete(), self.labels
+            raise error
 
     def complete(self) -> tuple[Check, ...]:
         """Every check so far, and each step without one as not reached."""

@@ -79,7 +79,9 @@ class Status(StrEnum):
     """By the written words of the policy, or because an archived document is judged."""
     NOT_REACHED = "not_reached"
     NOT_APPLICABLE = "not_applicable"
-    """A step about the commitment of a channel, where a bare document is judged."""
+    """A step about the commitment of a channel, where a bare document is judged; or about the wrapped key in use, where
+    there is none.
+    """
 
 
 class Check(NamedTuple):

@@ -49,7 +49,7 @@ class EvidenceError(StrongroomError):
 
 
 class AppraisalError(StrongroomError):
-    """Genuine and fresh Evidence of an enclave that the policy does not accept.
+    """Genuine and fresh Evidence of an enclave that the policy does not accept, or a KMS key that it does not.
 
     ``checks`` holds every step, with each failure; ``code``, ``expected`` and ``got`` are those of the first.
     ``labels`` is what must be said beside it.

@@ -23,6 +23,7 @@ from attestation.chain import Anchor, Trust
 from attestation.document import MAX_CERTIFICATE, PCR_COUNT
 from attestation.envelope import EnvelopePurpose
 from attestation.errors import PolicyError
+from attestation.keypolicy.document import KeyArn
 from attestation.reference import (
     DIGEST_SIZE,
     PCR_APPLICATION,
@@ -44,7 +45,7 @@ from attestation.rule_reader import (
     REGISTER_RULES,
     digests,
     read_file,
-    read_key_rule,
+    read_key_rules,
     read_model_rule,
     read_rule,
     require_bounds,
@@ -180,10 +181,38 @@ class AppraisalPolicy:
                     field=f"{name}.ignore",
                     expected="a rule that names some, or no [kms]",
                 )
+        self._require_key_rules()
         if not any(self.models_of(each) and self.configurations_of(each) for each in self.accepted_releases):
             raise PolicyError(
-                "contradiction", "no release names both models and configurations: no key is released", field="kms"
+                "contradiction",
+                "no release names both models and configurations: no key is released",
+                field="kms",
+                expected="a release that names both",
+                got="none",
             )
+
+    def _require_key_rules(self) -> None:
+        """One key serves one purpose, else neither would be released to the enclaves of this policy alone; and a
+        model's wrapped key is judged or ignored, never forgotten.
+        """
+        purposes: dict[KeyArn, EnvelopePurpose] = {}
+        for purpose, rule in self.kms.items():
+            where = f"kms.{purpose.table}"
+            other = purposes.setdefault(rule.key, purpose)
+            if other is not purpose:
+                raise PolicyError(
+                    "contradiction",
+                    "one key for two purposes: what is sealed for one would be opened for the other",
+                    field=f"{where}.key",
+                    expected="a key of its own",
+                    got=f"that of kms.{other.table}",
+                )
+            if purpose is EnvelopePurpose.MODEL and rule.wrapped_key is None:
+                raise missing(f"{where}.wrapped_key")
+            if purpose is EnvelopePurpose.PROMPT and rule.wrapped_key is not None:
+                raise PolicyError(
+                    "unknown_field", "each prompt has a wrapped key of its own", field=f"{where}.wrapped_key"
+                )
 
     def _require_register_rules(self) -> None:
         for index in self.pcrs:
@@ -285,7 +314,7 @@ class AppraisalPolicy:
             configuration=read_rule(top.table("configuration"), DIGEST_RULES),
             pcrs=_register_rules(top.table("pcrs")),
             module_id=read_rule(top.table("module_id"), NAME_RULES),
-            kms=_key_rules(top.table("kms"), directory) if top.has("kms") else {},
+            kms=read_key_rules(top.table("kms"), directory) if top.has("kms") else {},
         )
         top.finish()
         return policy
@@ -355,18 +384,6 @@ def _binding(table: Table) -> Binding:
         )
     table.finish()
     return binding
-
-
-def _key_rules(table: Table, directory: Path) -> Mapping[EnvelopePurpose, KeyRule]:
-    rules = {
-        purpose: read_key_rule(table.table(purpose.table), purpose, directory)
-        for purpose in EnvelopePurpose
-        if table.has(purpose.table)
-    }
-    table.finish()
-    if not rules:
-        raise missing(table.field(EnvelopePurpose.MODEL.table))
-    return rules
 
 
 def _named(rule: DigestRule, released: tuple[bytes, ...]) -> tuple[bytes, ...]:

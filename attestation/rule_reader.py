@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from attestation.document import MAX_FIELD
-from attestation.envelope import CONTEXT_NAME, MAX_OPENING, MAX_VERSION, EnvelopeError, EnvelopeHeader, EnvelopePurpose
+from attestation.envelope import MAX_OPENING, EnvelopeError, EnvelopeHeader, EnvelopePurpose
 from attestation.errors import PolicyError
 from attestation.gguf import ModelError
 from attestation.keypolicy.document import KeyArn, KeyPolicyError
@@ -33,7 +33,7 @@ from attestation.rules import (
     Require,
     WrappedKeyFile,
 )
-from attestation.strict_toml import Table, wrong_value
+from attestation.strict_toml import Table, missing, wrong_value
 
 T = TypeVar("T")
 
@@ -98,18 +98,26 @@ def digests(table: Table, key: str) -> tuple[bytes, ...]:
     return tuple(values)
 
 
-def read_key_rule(table: Table, purpose: EnvelopePurpose, directory: Path) -> KeyRule:
-    """The rule for the KMS key of ``purpose``; a wrapped key is a file in ``directory``."""
+def read_key_rules(table: Table, directory: Path) -> Mapping[EnvelopePurpose, KeyRule]:
+    """The rules for KMS keys, one or more; a wrapped key is a file in ``directory``."""
+    rules = {
+        purpose: _key_rule(table.table(purpose.table), purpose, directory)
+        for purpose in EnvelopePurpose
+        if table.has(purpose.table)
+    }
+    table.finish()
+    if not rules:
+        raise missing(table.field(EnvelopePurpose.MODEL.table))
+    return rules
+
+
+def _key_rule(table: Table, purpose: EnvelopePurpose, directory: Path) -> KeyRule:
     field, text = table.field("key"), table.text("key")
     try:
         key = KeyArn.parse(text)
     except KeyPolicyError as error:
         raise wrong_value(field, "the full ARN of a KMS key", ascii(text)) from error
-    context = table.text("context")
-    if not re.fullmatch(CONTEXT_NAME, context):
-        raise wrong_value(table.field("context"), "1 to 64 of a-z 0-9 . _ -", ascii(context))
-    minimum = table.integer("minimum_version")
-    require_bounds(table.field("minimum_version"), minimum, 1, MAX_VERSION, "")
+    context, minimum = table.text("context"), table.integer("minimum_version")
     administrators: tuple[str, ...] = ()
     if table.one_of("locked", "administrators") == "locked":
         table.true("locked")
@@ -132,9 +140,12 @@ def _wrapped_key(table: Table, directory: Path) -> WrappedKeyFile | Ignore:
         return rule
     name, field = table.text("file"), table.field("file")
     table.finish()
-    if not (directory / name).exists():
-        return WrappedKeyFile(name, None)
-    beginning = read_file(directory / name, MAX_OPENING, "unreadable_wrapped_key", field=field, whole=False)
+    try:
+        beginning = read_file(directory / name, MAX_OPENING, "unreadable_wrapped_key", field=field, whole=False)
+    except PolicyError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return WrappedKeyFile(name, None)
+        raise
     try:
         header, _ = EnvelopeHeader.split(beginning)
     except EnvelopeError as error:

@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Generic, TypeAlias, TypeVar
 
 from attestation.document import MAX_FIELD
-from attestation.envelope import EnvelopeHeader
+from attestation.envelope import CONTEXT_NAME, MAX_VERSION, EnvelopeHeader
 from attestation.errors import PolicyError
 from attestation.keypolicy.document import KeyArn
 from attestation.manifest import ModelManifest
@@ -242,37 +242,50 @@ class SignedReleases:
 
 @dataclass(frozen=True, slots=True)
 class WrappedKeyFile:
-    """A wrapped key that is in use: an envelope, or the beginning of one, and the name of its file relative to the
-    policy's folder.
+    """A wrapped key that is in use: an envelope, or the beginning of one. Raises PolicyError for a name that is not
+    printable.
     """
 
     file: str
+    """Relative to the policy's folder, 1 to 500 printable characters."""
     header: EnvelopeHeader | None
     """None while there is no such file: the model is still to be encrypted, and no prompt is released."""
+
+    def __post_init__(self) -> None:
+        printable("wrapped_key.file", self.file)
 
 
 @dataclass(frozen=True, slots=True)
 class KeyRule:
-    """What is accepted of a KMS key that protects a model or prompts. Raises PolicyError for an administrator that is
-    no ARN, and for one named twice.
+    """What is accepted of a KMS key that protects a model or prompts. Raises PolicyError for values out of bounds, for
+    an administrator that is no ARN, and for one named twice.
     """
 
     key: KeyArn
     context: str
-    """The name in the encryption context."""
+    """The name in the encryption context, 1 to 64 of ``a-z 0-9 . _ -``."""
     minimum_version: int
-    """Of wrapped keys; older ones are refused."""
+    """Of wrapped keys, 1 to 2^32 - 1; older ones are refused."""
     administrators: tuple[str, ...]
     """ARNs of those who may change what the key releases to. Empty: nobody may, the key's policy is locked."""
     wrapped_key: WrappedKeyFile | Ignore | None
     """Of a model, whose wrapped key lasts. None for prompts: each has its own."""
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(CONTEXT_NAME, self.context):
+            raise wrong_value("context", "1 to 64 of a-z 0-9 . _ -", ascii(self.context[:80]))
+        if not 1 <= self.minimum_version <= MAX_VERSION:
+            raise wrong_value("minimum_version", f"1 to {MAX_VERSION}", self.minimum_version)
         for position, arn in enumerate(self.administrators):
-            if not re.fullmatch(r"arn:aws[a-z-]*:(iam|sts)::[0-9]{12}:[!-)+->@-~]+", arn):
-                raise wrong_value(f"administrators[{position}]", "the ARN of one principal, without wildcards", arn)
+            if not _PRINCIPAL.fullmatch(arn):
+                raise wrong_value(
+                    f"administrators[{position}]", "the ARN of one principal, without wildcards", ascii(arn)
+                )
             if arn in self.administrators[:position]:
                 raise PolicyError("contradiction", "named twice", field=f"administrators[{position}]", got=arn)
+
+
+_PRINCIPAL = re.compile(r"arn:aws[a-z-]*:(?:iam|sts)::[0-9]{12}:[!-)+->@-~]+")
 
 
 def _require_some(field: str, values: tuple[object, ...]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
 from attestation.envelope import DATA_KEY_SIZE, MAX_WRAPPED
 from attestation.errors import StrongroomError
@@ -20,11 +20,15 @@ from attestation.policy import AppraisalPolicy
 from attestation.secret import Secret
 from strongroom.extras import require
 
+T = TypeVar("T")
+
 CONNECT_SECONDS: Final = 5
 READ_SECONDS: Final = 10
 ATTEMPTS: Final = 3
 MAX_GRANTS: Final = 1_000
 """Grants that are read of one key: more of them nobody has judged."""
+MAX_PAGES: Final = 100
+"""Answers in which they may come."""
 
 EXIT_CODES: Final = {"wrong_kms_key": 3, "bad_kms_answer": 3}
 """Of errors that are not just that KMS does not do what it was asked for."""
@@ -44,17 +48,21 @@ class KmsClient:
     """KMS in one region. To be closed, or used with ``with``."""
 
     def __init__(self, region: str, *, purpose: str = "asking KMS") -> None:
-        """Raises MissingExtra without boto3, in the words of ``purpose``."""
+        """Raises MissingExtra without boto3, in the words of ``purpose``; KmsError when boto3 is configured badly."""
         require(purpose, ("kms",))
         import boto3.session
         from botocore.config import Config
+        from botocore.exceptions import BotoCoreError
 
         config = Config(
             connect_timeout=CONNECT_SECONDS,
             read_timeout=READ_SECONDS,
             retries={"total_max_attempts": ATTEMPTS, "mode": "standard"},
         )
-        self._client: Any = boto3.session.Session(region_name=region).client("kms", config=config)
+        try:
+            self._client: Any = boto3.session.Session(region_name=region).client("kms", config=config)
+        except (BotoCoreError, ValueError) as error:  # a profile that is not there; an endpoint that is no URL
+            raise _unavailable(error) from error
 
     def close(self) -> None:
         self._client.close()
@@ -79,7 +87,7 @@ class KmsClient:
                 "kms_refused", f"KMS refuses {error.operation_name}: {details.get('Message')}", got=details.get("Code")
             ) from error
         except BotoCoreError as error:
-            raise KmsError("kms_unavailable", f"KMS cannot be asked: {error}", got=type(error).__name__) from error
+            raise _unavailable(error) from error
         return answer
 
     def ask_of(self, key: KeyArn, operation: str, **request: object) -> Mapping[str, object]:
@@ -99,7 +107,7 @@ class KmsClient:
         try:
             return KeyFacts(
                 KeyMetadata.from_api(self.ask("describe_key", KeyId=key.text)),
-                KeyPolicy.parse(_text(self.ask("get_key_policy", KeyId=key.text, PolicyName="default"), "Policy")),
+                KeyPolicy.parse(_take(self.ask("get_key_policy", KeyId=key.text, PolicyName="default"), "Policy", str)),
                 tuple(map(Grant.from_api, self._grants(key))),
             )
         except KeyPolicyError as error:
@@ -108,19 +116,25 @@ class KmsClient:
     def _grants(self, key: KeyArn) -> list[Mapping[str, object]]:
         grants: list[Mapping[str, object]] = []
         page: dict[str, object] = {}
-        while len(grants) <= MAX_GRANTS:
+        for _ in range(MAX_PAGES):
             answer = self.ask("list_grants", KeyId=key.text, **page)
-            listed = answer.get("Grants")
-            grants += listed if isinstance(listed, list) else []
-            if not answer.get("Truncated"):
+            grants += _take(answer, "Grants", list)
+            if len(grants) > MAX_GRANTS:
+                break
+            if not _take(answer, "Truncated", bool):
                 return grants
-            page = {"Marker": answer.get("NextMarker")}
-        raise KmsError("bad_kms_answer", f"{key.text} has more grants than anybody judges", expected=MAX_GRANTS)
+            page = {"Marker": _take(answer, "NextMarker", str)}
+        raise KmsError(
+            "bad_kms_answer",
+            f"{key.text} has more grants than anybody judges",
+            expected=f"at most {MAX_GRANTS}",
+            got=f"{len(grants)} and more",
+        )
 
     def generate_data_key(self, key: KeyArn, context: Mapping[str, str]) -> tuple[Secret, bytes]:
         """A fresh data key of 32 bytes, in the clear and wrapped under ``key`` in ``context``. Raises KmsError."""
         answer = self.ask_of(key, "generate_data_key", NumberOfBytes=DATA_KEY_SIZE, EncryptionContext=dict(context))
-        plaintext, wrapped = _octets(answer, "Plaintext"), _octets(answer, "CiphertextBlob")
+        plaintext, wrapped = (_take(answer, field, bytes) for field in ("Plaintext", "CiphertextBlob"))
         if len(plaintext) != DATA_KEY_SIZE or not 0 < len(wrapped) <= MAX_WRAPPED:
             raise KmsError(
                 "bad_kms_answer",
@@ -142,15 +156,14 @@ def ask_of_key(key: KeyArn) -> KeyFacts:
         return client.facts(key)
 
 
-def _text(answer: Mapping[str, object], field: str) -> str:
-    value = answer.get(field)
-    if not isinstance(value, str):
-        raise KmsError("bad_kms_answer", f"KMS answered without {field}", expected="text", got=type(value).__name__)
-    return value
+def _unavailable(error: Exception) -> KmsError:
+    return KmsError("kms_unavailable", f"KMS cannot be asked: {error}", got=type(error).__name__)
 
 
-def _octets(answer: Mapping[str, object], field: str) -> bytes:
+def _take(answer: Mapping[str, object], field: str, kind: type[T]) -> T:
     value = answer.get(field)
-    if not isinstance(value, bytes):
-        raise KmsError("bad_kms_answer", f"KMS answered without {field}", expected="bytes", got=type(value).__name__)
+    if not isinstance(value, kind):
+        raise KmsError(
+            "bad_kms_answer", f"KMS answered without {field}", expected=kind.__name__, got=type(value).__name__
+        )
     return value

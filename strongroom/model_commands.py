@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 import click
@@ -16,7 +17,7 @@ from strongroom.files import require_new, write_new
 from strongroom.kms_client import KmsClient
 from strongroom.model_file import encrypt_model
 from strongroom.options import err, json_option, key_option, load_policy, policy_option, require_key
-from strongroom.render import hashing_bar, show_verdict, waiting
+from strongroom.render import hashing_bar, show_verdict, waiting, warn_of_labels
 
 
 class ModelNotAccepted(StrongroomError):
@@ -81,7 +82,7 @@ def encrypt(file: Path, policy: Path, key: str | None, target: Path, version: in
             got=digest_text(manifest.digest()),
         )
     with KmsClient(rule.key.region, purpose="encrypting a model") as client, waiting(err, "asking KMS"):
-        release = judge_key(accepted, EnvelopePurpose.MODEL, client.facts(rule.key))
+        release = judge_key(accepted, EnvelopePurpose.MODEL, client.facts(rule.key), at=datetime.now(UTC))
         data_key, wrapped = client.generate_data_key(
             rule.key, encryption_context(EnvelopePurpose.MODEL, rule.context, version)
         )
@@ -106,4 +107,5 @@ def encrypt(file: Path, policy: Path, key: str | None, target: Path, version: in
         click.echo(json.dumps({**written, "digest": digest_text(manifest.digest()), **release.as_json()}))
     else:
         show_verdict(err, release.checks)
+        warn_of_labels(err, release)
         click.echo(f"wrote {target}\nwrote {manifest_file}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 import click
@@ -85,7 +86,7 @@ def seal(
     if url is not None:
         _verify(url, accepted)
     with KmsClient(rule.key.region, purpose="sealing a prompt") as client, waiting(err, "asking KMS"):
-        release = judge_key(accepted, EnvelopePurpose.PROMPT, client.facts(rule.key))
+        release = judge_key(accepted, EnvelopePurpose.PROMPT, client.facts(rule.key), at=datetime.now(UTC))
         context = encryption_context(EnvelopePurpose.PROMPT, rule.context, rule.minimum_version)
         data_key, wrapped = client.generate_data_key(rule.key, context)
     envelope, reply = seal_prompt(release, request, data_key=data_key, wrapped=wrapped)
@@ -99,6 +100,7 @@ def seal(
         click.echo(json.dumps({"envelope": str(target), "reply": str(reply_file), **release.as_json()}))
     else:
         show_verdict(err, release.checks)
+        warn_of_labels(err, release)
         click.echo(f"wrote {target}\nwrote {reply_file}  (keep it: nothing else opens the answer)")
 
 

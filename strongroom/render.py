@@ -13,6 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, Te
 from rich.text import Text
 
 from attestation.checks import KEY_STEPS, QUESTIONS, STEPS, Check, Label, Status
+from attestation.keyrelease import KeyRelease
 from attestation.verifier import ArchivedResult, AttestationResult, DocumentResult
 
 WIDTH_WITHOUT_TERMINAL = 120
@@ -23,6 +24,8 @@ MIN_TEXT, MAX_TEXT = 40, 120
 """Columns of a text that is wrapped."""
 
 NAMES = STEPS | KEY_STEPS
+WHO_MAY_CHANGE = 20
+"""The step that finds a key LOCKED or MUTABLE-BY somebody."""
 MARKS = {
     Status.PASSED: ("ok", "green"),
     Status.FAILED: ("FAILED", "bold red"),
@@ -192,6 +195,9 @@ def verdict_line(result: Verdict) -> Text:
         line.append(f"made at {result.claims.timestamp.isoformat(timespec='seconds')}", "default")
     else:
         line.append(f"valid for {result.valid_seconds:.0f} s", "default")
+    changed_by = [printable(check.got or "") for check in result.checks if check.step == WHO_MAY_CHANGE]
+    if changed_by:
+        line.append(f", key{'' if len(changed_by) == 1 else 's'} {', '.join(changed_by)}", "default")
     return line
 
 
@@ -202,7 +208,7 @@ def refusal_line(message: str, code: str, labels: Iterable[Label]) -> Text:
     return line.append(f"  {printable(message)} [{code}]", "bold red")
 
 
-def warn_of_labels(console: Console, result: Verdict) -> None:
+def warn_of_labels(console: Console, result: Verdict | KeyRelease) -> None:
     """What must be said whenever a result is used: that it is archived, the enclave emulated or in debug mode."""
     for label in sorted(result.labels):
         console.print(Text(WARNINGS[label], "bold yellow"), soft_wrap=True)

@@ -125,9 +125,10 @@ class Session:
     # --- Verification --------------------------------------------------------------------------------------------
 
     async def verify(self) -> AttestationResult:
-        """Challenges the enclave with a fresh nonce and judges its Evidence.
+        """Challenges the enclave with a fresh nonce and judges its Evidence, with what KMS says of the policy's keys.
 
-        Raises EvidenceError or AppraisalError when it is refused, Unreachable or ClearFault when there is none.
+        Raises EvidenceError or AppraisalError when it is refused, Unreachable or ClearFault when there is none, and
+        what ``ask_of_keys`` raises: KmsError, MissingExtra.
         """
         self._verified = None
         return await self.result()
@@ -150,12 +151,13 @@ class Session:
         if self._reread is not None and self._has_judged:
             self.policy = await asyncio.to_thread(self._reread)
         self._has_judged = True
+        policy = self.policy
         nonce = secrets.token_bytes(NONCE_SIZE)
         requested = self._monotonic()
-        # KMS first: what it says must not be older than the Evidence that it is judged with.
-        keys = await asyncio.to_thread(self._ask_of_keys, self.policy) if self.policy.kms else NO_KEYS
+        # Within the result's time, which counts from here; and first, so that no Evidence grows old while KMS answers.
+        keys = await asyncio.to_thread(self._ask_of_keys, policy) if policy.kms else NO_KEYS
         evidence = await self._proxy.evidence(nonce)
-        result = verify(evidence, policy=self.policy, nonce=nonce, at=self._now(), cache=self._certificates, keys=keys)
+        result = verify(evidence, policy=policy, nonce=nonce, at=self._now(), cache=self._certificates, keys=keys)
         self._verified = _Verified(result, requested + result.valid_seconds)
         return result
 
