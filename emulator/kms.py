@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from moto.kms.models import Key
 
 from attestation.chain import Anchor, ChainCache
+from attestation.keypolicy.document import KeyPolicy
 from emulator import kms_keys
 from emulator.cms import ContentForm, envelop
 from emulator.kms_access import Asked, Call, allowed_key, named_key, require_allowed, require_of_account
@@ -73,8 +74,10 @@ class SoftwareKms:
         alias: str | None = None,
     ) -> str:
         """A new key's ARN, without asking who makes it. ``policy`` is its policy, AWS's default one if None; ``alias``
-        is ``alias/NAME``. Raises KmsFault.
+        is ``alias/NAME``. Raises KmsFault, and KeyPolicyError for what is no policy.
         """
+        if policy is not None:
+            KeyPolicy.parse(policy)
         key = self.keys.make(
             self.account, self.region, policy=policy, usage=usage, spec=spec, multi_region=multi_region
         )
@@ -132,9 +135,7 @@ class SoftwareKms:
         """The key that a ciphertext is opened with: the one that it names, which must be the one that the request
         names, if it does.
         """
-        if "CiphertextBlob" not in call.request:
-            raise KmsFault("ValidationException", "CiphertextBlob is missing")
-        key = self.keys.find_by_ciphertext(call.request["CiphertextBlob"], region=call.caller.region)
+        key = self._sealing(call)
         asked = Asked(call, None, context)
         if (member := f"{prefix}KeyId") in call.request:
             wanted, by_name = named_key(self.keys, call, member)
@@ -156,13 +157,18 @@ class SoftwareKms:
         _require_symmetric(key, call.request.get(f"{prefix}EncryptionAlgorithm"))
         return key
 
+    def _sealing(self, call: Call) -> Key | None:
+        """The key that the ciphertext names."""
+        if "CiphertextBlob" not in call.request:
+            raise KmsFault("ValidationException", "CiphertextBlob is missing")
+        return self.keys.find_by_ciphertext(call.request["CiphertextBlob"], region=call.caller.region)
+
     def _re_encrypt(self, call: Call) -> Answer:
         request = call.request
         source_context = request.get("SourceEncryptionContext", {})
         context = request.get("DestinationEncryptionContext", {})
         destination, _ = named_key(self.keys, call, "DestinationKeyId")
-        key = self.keys.find_by_ciphertext(request["CiphertextBlob"], region=call.caller.region)
-        same = {"kms:ReEncryptOnSameKey": ("true" if key is destination else "false",)}
+        same = {"kms:ReEncryptOnSameKey": ("true" if self._sealing(call) is destination else "false",)}
         source = self._decrypting(call, "ReEncryptFrom", "Source", source_context, same)
         require_allowed(Asked(call, None, context), "ReEncryptTo", destination, same)
         _require_symmetric(destination, request.get("DestinationEncryptionAlgorithm"))

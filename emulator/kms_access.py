@@ -154,6 +154,12 @@ def require_policy(call: Call, text: str, key: Key) -> None:
         )
 
 
+def require_principal(arn: str) -> None:
+    """That a grant may name it. Raises KmsFault ``InvalidArnException``."""
+    if not arn.startswith("arn:") or _PRINCIPAL.fullmatch(arn) is None:
+        raise KmsFault("InvalidArnException", f"ARN does not refer to a valid principal: {arn}")
+
+
 def grant_entry(grant: KeptGrant) -> dict[str, Any]:
     """An entry of ListGrants."""
     return {name: value for name, value in grant.to_json().items() if value not in (None, "")}

@@ -22,6 +22,7 @@ from emulator.kms_access import (
     require_allowed,
     require_of_account,
     require_policy,
+    require_principal,
 )
 from emulator.kms_keys import ENCRYPT_DECRYPT, SYMMETRIC, KeyStore, metadata, require_usable
 from emulator.kms_request import KmsFault
@@ -182,6 +183,8 @@ def _create_grant(keys: KeyStore, call: Call) -> Answer:
     request = call.request
     if "GranteePrincipal" not in request:
         raise KmsFault("ValidationException", "GranteePrincipal is missing")
+    for member in request.keys() & {"GranteePrincipal", "RetiringPrincipal"}:
+        require_principal(request[member])
     key, asked = named_key(keys, call)
     for_aws = {"kms:GrantIsForAWSResource": ("false",)}
     by = require_allowed(asked, call.operation, key, for_aws).by

@@ -131,7 +131,7 @@ class KeyStore:
         """The key that a caller of ``account`` in ``region`` names by id, ARN or alias. Raises KmsFault."""
         if name.startswith("arn:"):
             parts = name.split(":", 5)
-            if len(parts) != 6 or parts[2] != "kms" or not parts[5].startswith(("key/", "alias/")):
+            if len(parts) != 6 or parts[:3] != ["arn", "aws", "kms"] or not parts[5].startswith(("key/", "alias/")):
                 raise KmsFault("InvalidArnException", f"Invalid ARN: {name[:256]}")
             if parts[3] != region:
                 raise KmsFault("NotFoundException", f"Invalid arn {parts[3]}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.hashes import SHA256, SHA384, Hash
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
+from attestation.keypolicy.document import KeyPolicyError
 from emulator.kms_endpoint import KmsEmulator, kms_emulator
 from tests.kms_clients import CONTEXT, Recipient, kms_client, refused
 
@@ -93,6 +95,17 @@ def test_re_encryption(root: Any, kms: KmsEmulator) -> None:
         root.re_encrypt(**request, SourceKeyId=other)
 
 
+def test_nothing_to_open(root: Any, kms: KmsEmulator) -> None:
+    for ask in (root.decrypt, functools.partial(root.re_encrypt, DestinationKeyId=kms.create_key())):
+        with refused("ValidationException", "CiphertextBlob is missing"):
+            ask()
+
+
+def test_a_policy_that_is_none(kms: KmsEmulator) -> None:
+    with pytest.raises(KeyPolicyError):
+        kms.create_key("{}")
+
+
 def test_random_bytes(root: Any) -> None:
     values = {root.generate_random(NumberOfBytes=32)["Plaintext"] for _ in range(4)}
     assert [len(value) for value in values] == [32] * 4
@@ -142,6 +155,7 @@ def test_a_signature_verifies(
         ({"KeyId": "arn:aws:kms:us-east-1:111122223333:key/none"}, "NotFoundException"),
         ({"KeyId": "arn:aws:kms:eu-west-1:111122223333:key/none"}, "NotFoundException"),
         ({"KeyId": "arn:aws:s3:::bucket"}, "InvalidArnException"),
+        ({"KeyId": "arn:aws-cn:kms:us-east-1:111122223333:key/none"}, "InvalidArnException"),
         ({"KeyId": "alias/none"}, "NotFoundException"),
         ({"Message": bytes(47)}, "ValidationException"),
         ({"Message": bytes(4097), "MessageType": "RAW"}, "ValidationException"),

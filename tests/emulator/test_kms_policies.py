@@ -273,6 +273,9 @@ def test_a_condition_on_grants(kms: KmsEmulator, administrator: Any) -> None:
         administrator.create_grant(KeyId=arn, GranteePrincipal=ENCLAVE, Operations=["Encrypt", "Decrypt"])
     with refused("ValidationException", "GranteePrincipal is missing"):
         administrator.create_grant(KeyId=arn, Operations=["Encrypt"])
+    for nobody in ("enclave", "111122223333", "arn:aws:s3:::bucket"):
+        with refused("InvalidArnException"):
+            administrator.create_grant(KeyId=arn, GranteePrincipal=nobody, Operations=["Encrypt"])
 
 
 def test_a_list_comes_in_parts(kms: KmsEmulator, administrator: Any) -> None:
