@@ -112,7 +112,7 @@ class Totals:
     evidence: int = 0
     """Documents asked for."""
     requests: int = 0
-    """Sealed calls begun; each ends in one of the four below, perhaps in a later interval."""
+    """Sealed calls and envelopes begun; each ends in one of the four below, perhaps in a later interval."""
     answered: int = 0
     """Answered to the end."""
     failed: int = 0
@@ -125,6 +125,12 @@ class Totals:
     """Exceptions that no code raised on purpose, in requests or beside them."""
     engine_restarts: int = 0
     """Engine processes that ended while requests were served."""
+    kms_refused: int = 0
+    """Envelopes whose key KMS does not release to this enclave: its policy, its state or the envelope stand against it.
+    """
+    kms_failed: int = 0
+    """Envelopes for which no usable answer of KMS's came: the parent's egress, its credentials or KMS are the matter.
+    """
 
 
 Event: TypeAlias = (

@@ -244,7 +244,9 @@ class _Envelope:
 
     def begin(self, meta: Mapping[str, object]) -> None:
         size = meta.get("size")
-        if not isinstance(size, int) or self._size not in (None, size):
+        if type(size) is not int:  # a bool is an int
+            raise ModelRefused("wrong_model", "the store does not say how large the envelope is")
+        if self._size not in (None, size):
             raise ModelRefused("wrong_model", "the store changed the envelope", expected=self._size, got=size)
         self._size = size
 

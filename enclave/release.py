@@ -12,6 +12,7 @@ from typing import Protocol
 
 from attestation.envelope import (
     MAX_OPENING,
+    PROMPT_RECORD,
     EnvelopeError,
     EnvelopeHeader,
     EnvelopePurpose,
@@ -56,6 +57,14 @@ class KeyRelease:
             context=wrapped.context,
             minimum_version=wrapped.minimum_version,
         )
+        if self._purpose is EnvelopePurpose.PROMPT and header.record != PROMPT_RECORD:
+            # Each envelope that is being opened holds memory for one record: prompts come many at a time.
+            raise EnvelopeError(
+                "malformed_envelope",
+                "a prompt's records have another size",
+                expected=f"{PROMPT_RECORD} bytes",
+                got=f"{header.record} bytes",
+            )
         context = encryption_context(self._purpose, wrapped.context, header.version)
         data_key = await self._kms.decrypt(header.wrapped, key=wrapped.key, context=context)
         return Opener(header, data_key, model=self._model, configuration=self._configuration)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 from attestation.commitment import Evidence, Purpose, UserData
+from attestation.envelope import LENGTH_SIZE, MAX_GRANT, MAX_OPENING, PROMPT_RECORD
 from attestation.errors import StrongroomError
 from attestation.verifier import NONCE_SIZE
 from enclave.boot import Enclave
@@ -25,7 +26,7 @@ from enclave.log import TOTALS_INTERVAL_SECONDS, NsmFailed, Phase
 from enclave.nsm import NsmError
 from enclave.pacing import PacedAnswer
 from enclave.release import EnvelopeReader
-from vsockrpc.deferred import DeferredPrompt, ReplyKeys
+from vsockrpc.deferred import SECRET_SIZE, ReplyKeys, reply_secret_of, request_of
 from vsockrpc.messages import (
     ChatRequest,
     Delta,
@@ -212,21 +213,33 @@ class Server:
         if release is None:
             raise Fault("not_released", "this enclave opens no envelopes")
         reader, digest, content = EnvelopeReader(release), hashlib.sha384(), bytearray()
-        limit = longest_request(self._enclave.configuration.limits.request_bytes)
+        limits = self._enclave.configuration.limits
         try:
-            async with asyncio.timeout(self._enclave.configuration.limits.request_seconds):
-                async with contextlib.aclosing(self._bounded(body, limit)) as chunks:
-                    async for chunk in chunks:
-                        digest.update(chunk)
-                        for piece in await reader.feed(chunk):
-                            content += piece
+            async with (
+                asyncio.timeout(limits.request_seconds),
+                contextlib.aclosing(self._bounded(body, longest_envelope(limits.request_bytes))) as chunks,
+            ):
+                async for chunk in chunks:
+                    digest.update(chunk)
+                    for piece in await reader.feed(chunk):
+                        content += piece
             content += reader.finish()
-            prompt = DeferredPrompt.decode(bytes(content), limit=self._enclave.configuration.limits.request_bytes)
+            prompt = bytes(content)
+            secret = reply_secret_of(prompt)
         except TimeoutError as error:
             raise Fault("unavailable", "the envelope did not arrive in time") from error
         except StrongroomError as error:
+            if error.code in _REFUSED_BY_KMS:
+                self._log.totals.kms_refused += 1
+            elif isinstance(error, KmsError):
+                self._log.totals.kms_failed += 1
             raise Fault(_fault_of(error), "the envelope was not opened") from error
-        return _Received(ReplyKeys(prompt.reply_secret, digest.digest()), prompt.request)
+        request: Request | Exception
+        try:
+            request = request_of(prompt, limit=limits.request_bytes)
+        except Exception as error:  # a defect too is answered sealed, by whoever runs the answer
+            request = error
+        return _Received(ReplyKeys(secret, digest.digest()), request)
 
     async def _answer(self, call: IncomingCall, received: _Received) -> bool:
         """Whether it came to its end; else the client has been told why, sealed."""
@@ -341,7 +354,7 @@ class Server:
 
 
 _OTHERS_ENVELOPES = ("wrong_purpose", "wrong_key", "wrong_context", "rolled_back", "wrong_model", "wrong_configuration")
-_REFUSED_BY_KMS = ("kms_denied", "kms_wrong_context", "kms_unusable_key")
+_REFUSED_BY_KMS = ("kms_denied", "kms_wrong_context", "kms_wrong_key", "kms_unusable_key")
 
 
 def _fault_of(error: StrongroomError) -> str:
@@ -358,6 +371,13 @@ def longest_request(content: int) -> int:
     (PROTOCOL.md section 6.2)."""
     needed = -(-content // (REQUEST_RECORD_SIZE - LENGTH_PREFIX_SIZE))
     return (1 << (needed - 1).bit_length()) * (HEADER_SIZE + REQUEST_RECORD_SIZE + TAG_SIZE)
+
+
+def longest_envelope(message: int) -> int:
+    """Bytes of the envelope of a prompt whose message has so many bytes, at most: the content is padded to a power of
+    two of records (PROTOCOL.md section 6.5)."""
+    content = LENGTH_SIZE + MAX_GRANT + SECRET_SIZE + message
+    return MAX_OPENING + (1 << (-(-content // PROMPT_RECORD) - 1).bit_length()) * (PROMPT_RECORD + TAG_SIZE)
 
 
 @dataclass(frozen=True, slots=True)

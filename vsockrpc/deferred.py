@@ -63,12 +63,22 @@ class DeferredPrompt:
     @classmethod
     def decode(cls, body: bytes, *, limit: int) -> DeferredPrompt:
         """``limit`` bounds the request's message, in bytes. Raises MessageError."""
-        secret, rest = body[:SECRET_SIZE], body[SECRET_SIZE:]
-        if len(secret) != SECRET_SIZE:
-            raise MessageError("no reply secret", param="body", expected=f"{SECRET_SIZE} bytes", got=len(secret))
-        size = 4 + int.from_bytes(rest[:4], "big")
-        reader = MessageReader(limit)
-        messages = list(reader.feed(rest[:size]))
-        if len(messages) != 1 or any(rest[size:]):
-            raise MessageError("an envelope holds one message, and zeros", param="body", expected=1, got=len(messages))
-        return cls(Secret(secret), Request.decode(messages[0]))
+        return cls(reply_secret_of(body), request_of(body, limit=limit))
+
+
+def reply_secret_of(body: bytes) -> Secret:
+    """What the answer is sealed under, whatever stands behind it. Raises MessageError."""
+    secret = body[:SECRET_SIZE]
+    if len(secret) != SECRET_SIZE:
+        raise MessageError("no reply secret", param="body", expected=f"{SECRET_SIZE} bytes", got=len(secret))
+    return Secret(secret)
+
+
+def request_of(body: bytes, *, limit: int) -> Request:
+    """What stands behind the reply secret. ``limit`` bounds its message, in bytes. Raises MessageError."""
+    rest = body[SECRET_SIZE:]
+    size = 4 + int.from_bytes(rest[:4], "big")
+    messages = list(MessageReader(limit).feed(rest[:size]))
+    if len(messages) != 1 or any(rest[size:]):
+        raise MessageError("an envelope holds one message, and zeros", param="body", expected=1, got=len(messages))
+    return Request.decode(messages[0])
