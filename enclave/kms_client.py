@@ -152,11 +152,13 @@ def _session() -> Any:
     constants = {name: ConstantProvider(default) for name, (_, _, default, _) in _SETTINGS.items()}
     session = botocore.session.Session()
     session.register_component("config_store", ConfigValueStore(constants))
-    session.register_component("data_loader", Loader([Loader.BUILTIN_DATA_PATH], include_default_search_paths=False))
+    session.register_component("data_loader", _LOADER)
     session.register_component("token_provider", TokenProviderChain([]))
     return session
 
 
+_LOADER: Final = Loader([Loader.BUILTIN_DATA_PATH], include_default_search_paths=False)
+"""Of descriptions of AWS's services: those that are measured with botocore, and none from a home folder."""
 _SETTINGS: Final = {
     **BOTOCORE_DEFAUT_SESSION_VARIABLES,
     "config_file": (None, None, None, None),

@@ -29,6 +29,8 @@ from vsockrpc.transport import ConnectionLost, Fault
 
 MAX_RESPONSE = 262_144
 """Bytes of an answer's body; KMS's have some thousands."""
+PIECE = 65_536
+"""Bytes of it read at once."""
 NO_CHECK_TIME = 0x20_0000
 """``X509_V_FLAG_NO_CHECK_TIME`` of OpenSSL, which :mod:`ssl` has no name for."""
 
@@ -132,10 +134,13 @@ class KmsPool:
                 decode_content=False,
             ) as response,
         ):
-            content = response.read(MAX_RESPONSE + 1)
-            if len(content) > MAX_RESPONSE:
-                raise KmsError("kms_malformed", "KMS's answer is too long", expected=f"at most {MAX_RESPONSE} bytes")
-            return response.status, dict(response.headers), content
+            content = bytearray()
+            while piece := response.read(PIECE):  # the last of these notices a body that was cut short
+                content += piece
+                if len(content) > MAX_RESPONSE:
+                    longest = f"at most {MAX_RESPONSE} bytes"
+                    raise KmsError("kms_malformed", "KMS's answer is too long", expected=longest)
+            return response.status, dict(response.headers), bytes(content)
 
 
 class _Connection(HTTPSConnection):
