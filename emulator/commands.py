@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -102,7 +103,7 @@ def kms(
 
     \b
     Credentials are files that only this user may read: `default` is the account's root user, and each role a profile.
-    What to export is printed; then:
+    What to export is printed, and stands in the file `environment` beside them, which a shell can read; then:
       aws kms create-key --profile administrator --policy file://key-policy.json
       python -c 'import boto3; print(boto3.client("kms").list_keys()["Keys"])'
 
@@ -182,7 +183,15 @@ def _write_credentials(folder: Path, emulator: KmsEmulator, principals: Mapping[
         path = folder / ("credentials" if lines is credentials else "config")
         publish_private(path, "\n".join([*lines, ""]).encode("ascii"), replace=True)
         environment[variable] = str(path)
+    exports = "".join(f"{line}\n" for line in _exports(environment))
+    publish_private(folder / "environment", exports.encode("utf-8"), replace=True)  # the last: with it all are there
     return environment
+
+
+def _exports(environment: Mapping[str, str]) -> Iterator[str]:
+    """What a shell is told."""
+    for variable, value in environment.items():
+        yield f"export {variable}={shlex.quote(value)}"
 
 
 @contextlib.contextmanager
@@ -227,6 +236,6 @@ def _show(
         for name, arn in keys.items():
             click.echo(f"alias/{name}: {arn}")
         click.echo("To use it, until Ctrl-C here:")
-        for variable, value in environment.items():
-            click.echo(f"  export {variable}={value}")
+        for line in _exports(environment):
+            click.echo(f"  {line}")
     sys.stdout.flush()

@@ -111,6 +111,8 @@ def test_what_a_person_reads(running: Any, tmp_path: Path) -> None:
     assert f"under AWS-NITRO-G1, sha256 {AWS_NITRO_G1_SHA256}" in said
     assert "\nalias/model: arn:aws:kms:us-east-1:111122223333:key/" in said
     assert f"export AWS_SHARED_CREDENTIALS_FILE={folder}/credentials\n" in said
+    exports = [line.strip() for line in said.splitlines() if line.startswith("  export ")]
+    assert (folder / "environment").read_text().splitlines() == exports
     for role in ("enclave", "sealer", "administrator"):
         assert f"profile {role}: " in said
     assert emulator.end(signal.SIGTERM) == (0, "", "")
