@@ -46,8 +46,8 @@ INDEXES = {PROMPT: (0, 1, 2, 8, 16, 17), MODEL: (0, 1, 2, 8, 17)}
 
 @st.composite
 def released(draw: st.DrawFn) -> list[ReleasedTo]:
-    """Some releases, whose registers may be alike."""
-    pool = draw(st.lists(REGISTERS, min_size=2, max_size=3, unique=True))
+    """Some releases, whose registers may be alike; all are signed, or none is."""
+    pool, are_signed = draw(st.lists(REGISTERS, min_size=2, max_size=3, unique=True)), draw(st.booleans())
     one, several = (
         st.sampled_from(pool).map(lambda each: (each,)),
         st.lists(st.sampled_from(pool), min_size=1, max_size=2),
@@ -57,7 +57,7 @@ def released(draw: st.DrawFn) -> list[ReleasedTo]:
             draw(st.text(st.characters(min_codepoint=32, max_codepoint=0x2FF), min_size=1, max_size=8)),
             {
                 **{index: draw(one) for index in (0, 1, 2)},
-                **({8: draw(one)} if draw(st.booleans()) else {}),
+                **({8: draw(one)} if are_signed else {}),
                 **{index: tuple(draw(several)) for index in (16, 17)},
             },
         )
