@@ -40,15 +40,21 @@ class Finding:
     """A key of ``RULES``: stable, for programs."""
     statement: str | None
     """The statement's Sid, else ``Statement[N]`` counted from 0; or a grant's id. None: the policy or the key."""
-    why: str
-    """What stands there and what follows from it, for people."""
+    detail: str
+    """What stands there, for people."""
 
     @property
     def severity(self) -> Severity:
         return RULES[self.rule].severity
 
     @property
+    def why(self) -> str:
+        """What is wrong, and what stands there."""
+        return f"{RULES[self.rule].means}: {self.detail}"
+
+    @property
     def fix(self) -> str:
+        """What to do about it."""
         return RULES[self.rule].fix
 
     def as_json(self) -> dict[str, str | None]:

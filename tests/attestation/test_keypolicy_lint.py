@@ -528,13 +528,13 @@ def test_a_finding() -> None:
         "severity": "error",
         "rule": "reencrypt",
         "statement": "Statement[2]",
-        "why": f"{STRANGER} may kms:ReEncryptFrom",
+        "why": f"{RULES['reencrypt'].means}: {STRANGER} may kms:ReEncryptFrom",
         "fix": "take it out of the policy",
     }
 
 
 @pytest.mark.parametrize(
-    ("facts", "rule", "statement", "why"),
+    ("facts", "rule", "statement", "detail"),
     [
         (
             of(*BOTH, allow("kms:Decrypt", Sid="Old")),
@@ -585,8 +585,8 @@ def test_a_finding() -> None:
         (Facts(metadata=mrk(replicas=(COPY,))), "unseen_copy", None, COPY.text),
     ],
 )
-def test_what_a_finding_says(facts: Facts, rule: str, statement: str | None, why: str) -> None:
-    assert [each for each in facts.findings() if each.rule == rule] == [Finding(rule, statement, why)]
+def test_what_a_finding_says(facts: Facts, rule: str, statement: str | None, detail: str) -> None:
+    assert [each for each in facts.findings() if each.rule == rule] == [Finding(rule, statement, detail)]
 
 
 def test_a_register_that_something_else_is_said_of_is_not_called_missing() -> None:
