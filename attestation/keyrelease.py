@@ -225,7 +225,7 @@ class _Judgement:
     def _findings(self, step: int, findings: Sequence[Finding]) -> None:
         """17 to 19. The linter finds nothing wrong."""
         wrong = "; ".join(
-            f"{finding.statement or 'the key'}: {finding.why} ({finding.rule})"
+            f"{finding.statement or 'the key'}: {finding.detail} ({finding.rule})"
             for finding in findings
             if _step(finding) == step
         )
