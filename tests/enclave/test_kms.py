@@ -50,7 +50,7 @@ from parent.credentials import Issued, NoCredentials
 from parent.egress import Endpoint
 from tests.attested import IMAGE, software_nsm
 from tests.kms_clients import policy, statement
-from tests.kms_world import CONTEXT, HOST, ONCE, ROLE, World, issued, kms_world, released_to
+from tests.kms_world import CONTEXT, HOST, ONCE, ROLE, World, issued, kms_world, lasting, released_to
 from vsockrpc.address import TcpAddress, UnixAddress
 from vsockrpc.transport import Fault, IncomingCall
 
@@ -623,7 +623,7 @@ async def test_credentials_that_cannot_be_read(tmp_path: Path, data: bytes) -> N
 async def test_the_documents_time_decides_and_not_the_clock(tmp_path: Path, hours: int) -> None:
     """KMS and the module agree; this machine's clock, the host's, is off."""
     async with kms_world(tmp_path, ahead=timedelta(hours=hours)) as world, world.kms() as kms:
-        world.issue = lambda: replace(issued(world.principal()), expires=2e10)
+        world.issue = partial(lasting, world)
         assert await release(world, kms) == Secret(PLAINTEXT)
         assert await release(world, kms) == Secret(PLAINTEXT)
 
