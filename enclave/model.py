@@ -210,24 +210,24 @@ class _Content:
     method = "model.file"
 
     def __init__(self, weights: ManifestFile, sink: HashingSink, progress: Progress) -> None:
-        self._size = weights.size
+        self.size = weights.size
         self._sink = sink
         self._progress = progress
         self.received = 0
 
     @property
     def complete(self) -> bool:
-        return self.received == self._size
+        return self.received == self.size
 
     def begin(self, meta: Mapping[str, object]) -> None:
         """The size is the manifest's: nothing that the store says of it counts."""
 
     async def feed(self, piece: Piece) -> None:
-        if self.received + len(piece) > self._size:
-            raise ModelRefused("wrong_model", "more came than the file has", expected=self._size, got="more")
+        if self.received + len(piece) > self.size:
+            raise ModelRefused("wrong_model", "more came than the file has", expected=self.size, got="more")
         await self._sink.feed(piece)
         self.received += len(piece)
-        self._progress(self.received, self._size)
+        self._progress(self.received, self.size)
 
 
 class _Envelope:
@@ -257,7 +257,12 @@ class _Envelope:
         if self._size is not None and self.received >= self._size:
             await self._content.feed(self._reader.finish())
             if not self._content.complete:
-                raise ModelRefused("wrong_model", "the envelope holds less than the file")
+                raise ModelRefused(
+                    "wrong_model",
+                    "the envelope holds less than the file",
+                    expected=self._content.size,
+                    got=self._content.received,
+                )
             self.complete = True
 
 

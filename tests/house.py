@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from attestation.envelope import EnvelopePurpose
 from attestation.manifest import ModelManifest
 from attestation.policy import AppraisalPolicy
-from enclave.boot import Enclave
-from enclave.config import EnclaveConfiguration
+from attestation.rules import KeyRule
+from enclave.boot import Enclave, KeyManagement
+from enclave.config import EnclaveConfiguration, KmsSettings
 from enclave.generation import GenerationEvent
 from enclave.log import EventLog, Phase
+from enclave.nsm import Nsm
 from enclave.server import Server
 from parent.modelstore import ModelStore
 from parent.proxy import Proxy
@@ -36,6 +40,7 @@ from vsockrpc.messages import ChatMessage, ChatRequest, Delta, Done
 from vsockrpc.transport import Limits, serve
 
 MODEL_NAME = "tiny"
+WEIGHTS = Gguf([("tokenizer.chat_template", TEXT, "{{ messages }}")]).encode()
 SETTINGS = """\
 [engine]
 context = 256
@@ -105,16 +110,21 @@ class EnclaveHouse:
 
     directory: Path
     settings: str = SETTINGS
+    weights: bytes = WEIGHTS
+    make_nsm: Callable[[], Nsm] = software_nsm
+    make_kms: Callable[[KmsSettings, Nsm], KeyManagement] | None = None
+    key_rules: Mapping[EnvelopePurpose, KeyRule] = field(default_factory=dict)
+    """What the house's policy says of its KMS keys."""
     enclave: Enclave = field(init=False)
     engine: HouseEngine = field(init=False)
     server: Server = field(init=False)
     _running: contextlib.AsyncExitStack = field(default_factory=contextlib.AsyncExitStack, init=False)
 
     def __post_init__(self) -> None:
-        model = self.directory / f"{MODEL_NAME}.gguf"
-        model.write_bytes(Gguf([("tokenizer.chat_template", TEXT, "{{ messages }}")]).encode())
-        self.manifest = ModelManifest.from_gguf(model)
-        self._store = ModelStore(self.manifest, model)
+        self.model = self.directory / f"{MODEL_NAME}.gguf"
+        self.model.write_bytes(self.weights)
+        self.manifest = ModelManifest.from_gguf(self.model)
+        self._store = ModelStore(self.manifest, self.model)
         self._store_address = UnixAddress(str(self.directory / "models.sock"))
         self.address = UnixAddress(str(self.directory / "rpc.sock"))
         self.configuration = EnclaveConfiguration.parse(
@@ -133,29 +143,49 @@ manifest = "sha384:{self.manifest.digest().hex()}"
 
     @property
     def policy(self) -> AppraisalPolicy:
-        return policy_for(self.manifest.digest(), self.configuration.digest)
+        return replace(policy_for(self.manifest.digest(), self.configuration.digest), kms=self.key_rules)
 
     def write_policy(self) -> Path:
         return write_policy(self.policy, self.directory)
 
-    async def start(self) -> None:
-        def fail(error: BaseException) -> None:
-            raise error
+    def encrypt_store(self, envelope: bytes) -> None:
+        """From now on the store has the model in this, and no longer in plain."""
+        sealed = self.directory / f"{MODEL_NAME}.sealed"
+        sealed.write_bytes(envelope)
+        self.model.unlink(missing_ok=True)
+        self._store = ModelStore(self.manifest, sealed, encrypted=True)
 
-        self.engine = HouseEngine()
-        self.enclave = Enclave(self.configuration, software_nsm(), lambda *_: self.engine, EventLog())
-        self.server = Server(self.enclave)
+    async def start(self) -> None:
+        await self._boot()
+        assert self.enclave.phase is Phase.SERVING, list(self.enclave.log._recent)
         async with contextlib.AsyncExitStack() as stack:
-            async with serve(self._store_address, self._store.handlers, on_error=fail):
-                await self.enclave.boot()
-            assert self.enclave.phase is Phase.SERVING, list(self.enclave.log._recent)
-            stack.callback(self.server.close)
             stack.push_async_callback(self.enclave.close)
+            self.server = Server(self.enclave)
+            stack.callback(self.server.close)
             limits = Limits(drain=0.1)
             self._rpc = await stack.enter_async_context(
-                serve(self.address, self.server.handlers, on_error=fail, limits=limits)
+                serve(self.address, self.server.handlers, on_error=_fail, limits=limits)
             )
             self._running = stack.pop_all()
+
+    async def halt(self) -> dict[str, Any]:
+        """Boots to HALTED, and returns the event that says why."""
+        await self._boot()
+        try:
+            assert self.enclave.phase is Phase.HALTED
+        finally:
+            await self.enclave.close()
+        event: dict[str, Any] = json.loads(self.enclave.log._recent[-1])
+        assert event["event"] == "halted"
+        return event
+
+    async def _boot(self) -> None:
+        self.engine = HouseEngine()
+        self.enclave = Enclave(
+            self.configuration, self.make_nsm(), lambda *_: self.engine, EventLog(), make_kms=self.make_kms
+        )
+        async with serve(self._store_address, self._store.handlers, on_error=_fail, limits=Limits(drain=0.1)):
+            await self.enclave.boot()
 
     async def stop(self) -> None:
         await self._running.aclose()
@@ -170,9 +200,13 @@ manifest = "sha384:{self.manifest.digest().hex()}"
         await self.start()
 
 
+def _fail(error: BaseException) -> None:
+    raise error
+
+
 @contextlib.asynccontextmanager
-async def enclave_house(directory: Path, settings: str = SETTINGS) -> AsyncIterator[EnclaveHouse]:
-    house = EnclaveHouse(directory, settings)
+async def enclave_house(directory: Path, settings: str = SETTINGS, **options: Any) -> AsyncIterator[EnclaveHouse]:
+    house = EnclaveHouse(directory, settings, **options)
     await house.start()
     try:
         yield house

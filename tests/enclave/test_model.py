@@ -7,7 +7,7 @@ import errno
 import fcntl
 import mmap
 import os
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha384
 from pathlib import Path
@@ -18,13 +18,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import enclave.model
+from attestation.envelope import EnvelopeError
 from attestation.errors import StrongroomError
 from attestation.gguf import ModelError
 from attestation.manifest import MANIFEST_LABEL, MAX_MANIFEST_SIZE, ManifestFile, ModelManifest
 from attestation.reference import h384
+from enclave.config import WrappedKey
+from enclave.kms_errors import KmsError
 from enclave.model import ModelRefused, Patience, SealedModel, StoreFailed, receive_model
+from enclave.release import KeyRelease
 from parent.modelstore import ModelStore
 from tests.gguf_files import TEXT, Gguf
+from tests.sealing import CONTEXT, FLOOR, MODEL, MODEL_KEY, PROMPT, LocalKms, Sealing, split_records
 from vsockrpc.address import UnixAddress
 from vsockrpc.transport import Fault, Handler, IncomingCall, Limits, serve
 
@@ -102,6 +107,7 @@ class Receiver:
         *,
         digest: bytes | None = None,
         max_bytes: int = 1 << 30,
+        release: KeyRelease | None = None,
         patience: Patience = QUICK,
     ) -> SealedModel:
         digest = manifest_of(WEIGHTS).digest() if digest is None else digest
@@ -112,6 +118,7 @@ class Receiver:
                 digest,
                 max_bytes=max_bytes,
                 progress=self._note,
+                release=release,
                 patience=patience,
             )
 
@@ -460,6 +467,309 @@ async def test_a_cancelled_transfer_gives_its_memory_back(receiver: Receiver) ->
 
     receiving = asyncio.ensure_future(receiver.receive(Store(begin).handlers))
     await begun.wait()
+    receiving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await receiving
+
+
+# --- Weights in an envelope ---------------------------------------------------------------------------------------
+
+CONFIGURATION = b"\x11" * 48
+RECORD = 1 << 16
+"""So that the envelope has seventeen records."""
+
+
+@dataclass
+class EncryptedStore:
+    """A store that has the weights in an envelope. ``send`` answers ``model.envelope`` from an offset."""
+
+    envelope: bytes
+    send: Callable[[IncomingCall, int], Awaitable[None]] | None = None
+    size: Callable[[int], object] = lambda offset: None
+    """What it says of the envelope's size at an offset, if not the truth."""
+    offsets: list[int] = field(default_factory=list)
+
+    @property
+    def handlers(self) -> dict[str, Handler]:
+        return {"model.manifest": Store(deliver).send_manifest, "model.envelope": self.send_envelope}
+
+    async def send_envelope(self, call: IncomingCall) -> None:
+        offset = call.meta["offset"]
+        assert isinstance(offset, int)
+        assert call.meta["sha384"] == sha384(WEIGHTS).digest()
+        self.offsets.append(offset)
+        size = self.size(offset)
+        await call.reply({"size": len(self.envelope) if size is None else size} if size != "none" else {})
+        if self.send is not None:
+            await self.send(call, offset)
+        else:
+            await call.send(self.envelope[offset:], end=True)
+
+
+@dataclass
+class Encrypted:
+    """The same transfer, decrypted on its way."""
+
+    receiver: Receiver
+    kms: LocalKms = field(default_factory=LocalKms)
+
+    @property
+    def sealing(self) -> Sealing:
+        digest = manifest_of(WEIGHTS).digest()
+        return Sealing(self.kms.wrap, MODEL, MODEL_KEY, (digest,), (CONFIGURATION,), record=RECORD)
+
+    @property
+    def release(self) -> KeyRelease:
+        wrapped, model = WrappedKey(MODEL_KEY, CONTEXT, FLOOR), manifest_of(WEIGHTS).digest()
+        return KeyRelease(self.kms, MODEL, wrapped, model=model, configuration=CONFIGURATION)
+
+    async def receive(self, store: EncryptedStore, patience: Patience = QUICK) -> SealedModel:
+        return await self.receiver.receive(store.handlers, release=self.release, patience=patience)
+
+    async def refusal(self, envelope: bytes, patience: Patience = QUICK) -> StrongroomError:
+        return await self.refusal_by(EncryptedStore(envelope), patience)
+
+    async def refusal_by(self, store: EncryptedStore, patience: Patience = QUICK) -> StrongroomError:
+        with pytest.raises(StrongroomError) as caught:
+            await self.receive(store, patience)
+        return caught.value
+
+
+@pytest.fixture
+def encrypted(receiver: Receiver) -> Encrypted:
+    return Encrypted(receiver)
+
+
+async def test_what_is_loaded_and_hashed_is_the_plaintext(encrypted: Encrypted, tmp_path: Path) -> None:
+    sealed = tmp_path / "w.sealed"
+    sealed.write_bytes(encrypted.sealing.seal(WEIGHTS))
+    store = ModelStore(manifest_of(WEIGHTS), sealed, encrypted=True)
+    model = await encrypted.receiver.receive(dict(store.handlers), release=encrypted.release)
+    assert content_of(model) == WEIGHTS
+    assert model.manifest == manifest_of(WEIGHTS)
+    assert fcntl.fcntl(model.fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_WRITE
+    assert len(encrypted.kms.asked) == 1
+    model.close()
+
+
+async def test_progress_is_that_of_the_plaintext(encrypted: Encrypted) -> None:
+    (await encrypted.receive(EncryptedStore(encrypted.sealing.seal(WEIGHTS)))).close()
+    received = [done for done, _ in encrypted.receiver.progress]
+    assert received == sorted(set(received))
+    assert len(received) > 10
+    assert encrypted.receiver.progress[-1] == (len(WEIGHTS), len(WEIGHTS))
+
+
+async def test_a_key_that_is_not_released_takes_nothing(encrypted: Encrypted) -> None:
+    encrypted.kms.error = KmsError("kms_denied", "the key's policy asks for another PCR17")
+    assert await encrypted.refusal(encrypted.sealing.seal(WEIGHTS)) is encrypted.kms.error
+    assert encrypted.receiver.progress == []
+    assert len(encrypted.kms.asked) == 1
+
+
+HARMED: dict[str, tuple[Callable[[list[bytes], int], Sequence[bytes]], str]] = {
+    "changed": (lambda r, n: [*r[:n], r[n][:-1] + bytes([r[n][-1] ^ 1]), *r[n + 1 :]], "tampered_record"),
+    "swapped with the next": (lambda r, n: [*r[:n], r[n + 1], r[n], *r[n + 2 :]], "tampered_record"),
+    "left out": (lambda r, n: [*r[:n], *r[n + 1 :]], "tampered_record"),
+    "twice": (lambda r, n: [*r[: n + 1], *r[n:]], "tampered_record"),
+    "cut short": (lambda r, n: [*r[:n], r[n][:-1], *r[n + 1 :]], "tampered_record"),
+    "the end": (lambda r, n: r[:n], "truncated_envelope"),
+    "cut within": (lambda r, n: [*r[:n], r[n][: len(r[n]) // 2]], "tampered_record"),
+}
+
+
+@pytest.mark.parametrize("harm", HARMED)
+async def test_every_chunk_that_is_not_what_it_was_is_named(encrypted: Encrypted, harm: str) -> None:
+    change, code = HARMED[harm]
+    header, records = split_records(encrypted.sealing.seal(WEIGHTS))
+    assert len(records) == 17
+    last = len(records) - (2 if harm == "swapped with the next" else 1)
+    for index in range(last + (harm in ("changed", "cut within"))):
+        error = await encrypted.refusal(header + b"".join(change(records, index)))
+        assert isinstance(error, EnvelopeError)
+        assert error.code == code
+        named = index + 1 if harm == "twice" else index
+        assert f"record {named}" in f"{error.expected}", (harm, index)
+
+
+async def test_a_chunk_of_the_same_model_in_another_envelope(encrypted: Encrypted) -> None:
+    """Sealed under the same data key, even."""
+    sealing = encrypted.sealing
+    header, records = split_records(sealing.seal(WEIGHTS))
+    _, others = split_records(sealing.seal(WEIGHTS))
+    for index in (0, 8, 16):
+        mixed = [*records[:index], others[index], *records[index + 1 :]]
+        error = await encrypted.refusal(header + b"".join(mixed))
+        assert (error.code, error.expected) == ("tampered_record", f"record {index} as it was sealed")
+
+
+async def test_a_store_that_breaks_off_is_asked_from_there(encrypted: Encrypted) -> None:
+    envelope = encrypted.sealing.seal(WEIGHTS)
+
+    async def piece(call: IncomingCall, offset: int) -> None:
+        await call.send(envelope[offset : offset + 123_457])
+        raise Fault("unavailable")
+
+    store = EncryptedStore(envelope, piece)
+    model = await encrypted.receive(store, Patience(attempts=2, first_pause_seconds=0))
+    assert content_of(model) == WEIGHTS
+    assert store.offsets == list(range(0, len(envelope), 123_457))
+    assert len(encrypted.kms.asked) == 1, "the key is kept for the rest"
+    model.close()
+
+
+@pytest.mark.parametrize("held", [10, 300, 70_000, 500_000])
+async def test_a_store_that_restarts_in_mid_transfer(encrypted: Encrypted, held: int) -> None:
+    """Within the header, within the first record and later: it goes on at the byte where it was."""
+    envelope, arrived = encrypted.sealing.seal(WEIGHTS), asyncio.Event()
+
+    async def first_part(call: IncomingCall, offset: int) -> None:
+        await call.send(envelope[:held])
+        arrived.set()
+        await asyncio.Event().wait()
+
+    first, second = EncryptedStore(envelope, first_part), EncryptedStore(envelope)
+    receiver, limits = encrypted.receiver, Limits(drain=0.05)
+    async with serve(receiver.address, first.handlers, on_error=print, limits=limits) as server:
+        patience = Patience(first_pause_seconds=0.001)
+        receiving = asyncio.ensure_future(receiver.receive(None, release=encrypted.release, patience=patience))
+        await arrived.wait()
+        await server.close()
+        async with serve(receiver.address, second.handlers, on_error=print, limits=limits):
+            model = await receiving
+    [offset] = second.offsets
+    assert 0 <= offset <= held
+    assert content_of(model) == WEIGHTS
+    model.close()
+
+
+async def test_a_store_that_brings_another_envelope_after_its_restart(encrypted: Encrypted) -> None:
+    """Of the same model, for the same enclave, as large, and under the same data key."""
+    one, other = (encrypted.sealing.but(data_key=bytes(32)).seal(WEIGHTS) for _ in range(2))
+    assert len(one) == len(other)
+
+    async def change(call: IncomingCall, offset: int) -> None:
+        if offset == 0:
+            await call.send(one[:200_000])
+            raise Fault("unavailable")
+        await call.send(other[offset:], end=True)
+
+    error = await encrypted.refusal_by(EncryptedStore(one, change))
+    assert error.code == "tampered_record"
+    assert "record 3" in f"{error.expected}" or "record 2" in f"{error.expected}"
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+async def test_a_store_that_changes_the_envelopes_size(encrypted: Encrypted, change: int) -> None:
+    envelope = encrypted.sealing.seal(WEIGHTS)
+
+    async def half(call: IncomingCall, offset: int) -> None:
+        await call.send(envelope[offset : offset + 500_000])
+        raise Fault("unavailable")
+
+    store = EncryptedStore(envelope, half, size=lambda offset: len(envelope) + (change if offset else 0))
+    error = await encrypted.refusal_by(store)
+    assert isinstance(error, ModelRefused)
+    assert (error.code, error.message) == ("wrong_model", "the store changed the envelope")
+    assert (error.expected, error.got) == (str(len(envelope)), str(len(envelope) + change))
+    assert len(store.offsets) == 2
+
+
+@pytest.mark.parametrize("size", ["none", "all of it", True, b"7"])
+async def test_a_store_that_does_not_say_how_large_it_is(encrypted: Encrypted, size: object) -> None:
+    error = await encrypted.refusal_by(EncryptedStore(b"", size=lambda offset: size))
+    assert (error.code, error.message) == ("wrong_model", "the store does not say how large the envelope is")
+    assert encrypted.kms.asked == []
+
+
+@pytest.mark.parametrize("size", [-1, 0, 1, 300, 100_000])
+async def test_a_size_that_is_too_small_is_a_cut_envelope(encrypted: Encrypted, size: int) -> None:
+    """The store's word decides nothing: an envelope ends with its final record."""
+    envelope = encrypted.sealing.seal(WEIGHTS)
+
+    async def so_much(call: IncomingCall, offset: int) -> None:
+        await call.send(envelope[: max(size, 1)], end=True)
+
+    error = await encrypted.refusal_by(EncryptedStore(envelope, so_much, size=lambda offset: size))
+    assert error.code in ("truncated_envelope", "tampered_record")
+
+
+async def test_a_size_that_is_too_large_is_never_reached(encrypted: Encrypted) -> None:
+    envelope = encrypted.sealing.seal(WEIGHTS)
+    error = await encrypted.refusal_by(EncryptedStore(envelope, size=lambda offset: len(envelope) + 1))
+    assert isinstance(error, StoreFailed)
+    assert "ended the file early" in error.message
+
+
+async def test_bytes_behind_the_envelope(encrypted: Encrypted) -> None:
+    error = await encrypted.refusal(encrypted.sealing.seal(WEIGHTS) + b"\x00")
+    assert (error.code, error.expected) == ("tampered_record", "record 16 as it was sealed")
+
+
+async def test_a_plain_file_in_place_of_an_envelope(encrypted: Encrypted) -> None:
+    error = await encrypted.refusal(WEIGHTS)
+    assert error.code == "malformed_envelope"
+    assert encrypted.kms.asked == []
+    assert encrypted.receiver.progress == []
+
+
+async def test_the_parents_store_does_not_mix_them_up(encrypted: Encrypted, tmp_path: Path) -> None:
+    path = tmp_path / "w.gguf"
+    path.write_bytes(WEIGHTS)
+    plain = ModelStore(manifest_of(WEIGHTS), path)
+    with pytest.raises(StoreFailed, match="in plain, and not encrypted"):
+        await encrypted.receiver.receive(dict(plain.handlers), release=encrypted.release)
+    path.write_bytes(encrypted.sealing.seal(WEIGHTS))
+    sealed = ModelStore(manifest_of(WEIGHTS), path, encrypted=True)
+    with pytest.raises(StoreFailed, match="encrypted, and not in plain"):
+        await encrypted.receiver.receive(dict(sealed.handlers))
+    assert encrypted.kms.asked == []
+
+
+async def test_an_envelope_with_less_than_the_file(encrypted: Encrypted) -> None:
+    for size in (0, 1, RECORD, len(WEIGHTS) - 1):
+        error = await encrypted.refusal(encrypted.sealing.seal(WEIGHTS[:size]))
+        assert isinstance(error, ModelRefused)
+        assert (error.code, error.message) == ("wrong_model", "the envelope holds less than the file")
+        assert (error.expected, error.got) == (str(len(WEIGHTS)), str(size))
+
+
+async def test_an_envelope_with_more_than_the_file(encrypted: Encrypted) -> None:
+    for more in (b"\x00", bytes(3 * RECORD)):
+        error = await encrypted.refusal(encrypted.sealing.seal(WEIGHTS + more))
+        assert (error.code, error.got) == ("wrong_model", "more")
+
+
+async def test_an_envelope_with_another_file(encrypted: Encrypted) -> None:
+    """For this model, by its own words, and as large: what counts is the digest of what came out of it."""
+    other = WEIGHTS[:-1] + bytes([WEIGHTS[-1] ^ 1])
+    error = await encrypted.refusal(encrypted.sealing.seal(other))
+    assert (error.code, error.got) == ("wrong_model", sha384(other).hexdigest())
+
+
+@pytest.mark.parametrize(
+    ("changed", "code"),
+    [
+        ({"purpose": PROMPT}, "wrong_purpose"),
+        ({"context": "production"}, "wrong_context"),
+        ({"version": FLOOR - 1}, "rolled_back"),
+        ({"models": (b"\x22" * 48,)}, "wrong_model"),
+        ({"configurations": (b"\x22" * 48,)}, "wrong_configuration"),
+    ],
+)
+async def test_an_envelope_for_somebody_else(encrypted: Encrypted, changed: dict[str, object], code: str) -> None:
+    error = await encrypted.refusal(encrypted.sealing.but(**changed).seal(WEIGHTS))
+    assert isinstance(error, EnvelopeError)
+    assert error.code == code
+    assert encrypted.receiver.progress == []
+
+
+async def test_a_cancelled_release_gives_its_memory_back(encrypted: Encrypted) -> None:
+    encrypted.kms.held = asyncio.Event()
+    store = EncryptedStore(encrypted.sealing.seal(WEIGHTS))
+    receiving = asyncio.ensure_future(encrypted.receive(store))
+    while not encrypted.kms.asked:  # noqa: ASYNC110 - it tells nobody
+        await asyncio.sleep(0)
     receiving.cancel()
     with pytest.raises(asyncio.CancelledError):
         await receiving
