@@ -20,7 +20,26 @@ def one_input(data: bytes) -> None:
     assert AppraisalPolicy.parse(text, VECTORS) == policy, "a policy that changes when it is written down"
 
 
+KEYS = """
+[kms.model]
+key = "arn:aws:kms:us-east-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab"
+context = "production"
+minimum_version = 3
+administrators = ["arn:aws:iam::111122223333:role/admin"]
+[kms.model.wrapped_key]
+file = "absent"
+[kms.prompts]
+key = "arn:aws-cn:kms:cn-north-1:111122223333:key/mrk-1234abcd12ab34cd56ef1234567890ab"
+context = "a"
+minimum_version = 4294967295
+locked = true
+"""
+
+
 def seeds() -> list[bytes]:
     files = sorted(VECTORS.glob("*.toml"))
     written = [write_policy(AppraisalPolicy.load(path), root="root.der").encode() for path in files]
-    return [path.read_bytes() for path in files] + written
+    wrapped = ('file = "absent"', 'file = "root.der"', 'ignore = "absent"')
+    plain = (VECTORS / "policy.toml").read_text()
+    with_keys = [(plain + KEYS.replace(wrapped[0], each)).encode() for each in wrapped]
+    return [path.read_bytes() for path in files] + written + with_keys

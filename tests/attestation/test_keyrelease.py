@@ -498,7 +498,7 @@ def test_a_key_that_is_refused_alone(two: AppraisalPolicy) -> None:
         judge_key(two, PROMPT, facts(two, PROMPT, enabled=False, grants=[grant("Decrypt")]), at=forge.NOW)
     error = caught.value
     assert error.message == "the policy refuses this key: KMS key (prompts), grants (prompts)"
-    assert (error.code, error.exit_code, error.labels) == ("unusable_key", 1, {Label.EMULATED})
+    assert (error.code, error.exit_code, error.labels) == ("unusable_key", 1, frozenset((Label.EMULATED,)))
     assert error.got == f"{PROMPTS_KEY.text}: Enabled (not enabled), " + (
         "ENCRYPT_DECRYPT, SYMMETRIC_DEFAULT, origin AWS_KMS, managed by CUSTOMER"
     )

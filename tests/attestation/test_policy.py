@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from attestation.anchors import AWS_NITRO_G1
 from attestation.chain import Anchor
+from attestation.envelope import MAX_OPENING
 from attestation.errors import PolicyError
+from attestation.keypolicy.document import KeyArn
 from attestation.manifest import ManifestFile, ModelManifest
 from attestation.policy import AppraisalPolicy
 from attestation.policy_writer import write_policy
@@ -23,12 +25,17 @@ from attestation.rules import (
     DocumentBinding,
     Forbid,
     Ignore,
+    KeyRule,
     Manifests,
     Measures,
     Release,
     Released,
     Require,
+    WrappedKeyFile,
 )
+from tests.key_facts import HEADER, key_rule, with_keys
+from tests.key_policies import MODEL as MODEL_PURPOSE
+from tests.key_policies import PROMPT as PROMPT_PURPOSE
 from tests.pki import forge
 from tests.policies import policies
 
@@ -203,6 +210,216 @@ def test_what_is_wrong_is_named(old: str, new: str, code: str, field: str | None
     assert (error.code, error.field) == (code, field)
     assert error.as_json()["field"] == field
     assert str(error).isprintable() or code == "malformed_policy"
+
+
+# --- KMS keys ---------------------------------------------------------------------------------------------------------
+
+MODEL_KEY = """
+[kms.model]
+key = "arn:aws:kms:us-east-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab"
+context = "production"
+minimum_version = 3
+administrators = ["arn:aws:iam::111122223333:role/admin", "arn:aws:sts::111122223333:assumed-role/admin/me"]
+[kms.model.wrapped_key]
+file = "model.sealed"
+"""
+PROMPTS_KEY = """
+[kms.prompts]
+key = "arn:aws:kms:us-east-1:111122223333:key/0987dcba-09fe-87dc-65ba-ab0987654321"
+context = "a"
+minimum_version = 1
+locked = true
+"""
+KEYS = MODEL_KEY + PROMPTS_KEY
+ADMINISTRATORS = MODEL_KEY.splitlines()[5]
+
+
+@pytest.fixture(scope="module")
+def key_folder(policy_folder: Path) -> Path:
+    envelope = HEADER.encode() + bytes(MAX_OPENING)
+    (policy_folder / "model.sealed").write_bytes(envelope)
+    (policy_folder / "cut.sealed").write_bytes(HEADER.encode()[:-1])
+    (policy_folder / "empty.sealed").write_bytes(b"")
+    (policy_folder / "folder.sealed").mkdir()
+    return policy_folder
+
+
+def test_keys_are_read(key_folder: Path) -> None:
+    policy = AppraisalPolicy.parse(forge.POLICY + KEYS, key_folder)
+    assert policy.kms == {
+        MODEL_PURPOSE: KeyRule(
+            HEADER.key,
+            "production",
+            3,
+            ("arn:aws:iam::111122223333:role/admin", "arn:aws:sts::111122223333:assumed-role/admin/me"),
+            WrappedKeyFile("model.sealed", HEADER),
+        ),
+        PROMPT_PURPOSE: KeyRule(
+            KeyArn.parse("arn:aws:kms:us-east-1:111122223333:key/0987dcba-09fe-87dc-65ba-ab0987654321"),
+            "a",
+            1,
+            (),
+            None,
+        ),
+    }
+    written = write_policy(policy, root="root.der")
+    assert AppraisalPolicy.parse(written, key_folder) == policy
+    assert "locked = true" in written
+    assert max(len(line) for line in written.splitlines() if line.startswith("#")) <= 120
+
+
+def test_a_policy_names_no_key_unless_it_says_so(policy: AppraisalPolicy) -> None:
+    assert policy.kms == {}
+    assert "kms" not in write_policy(policy, root="root.der")
+
+
+def test_a_wrapped_key_may_be_a_header_alone_or_not_there_yet(key_folder: Path) -> None:
+    (key_folder / "header.sealed").write_bytes(HEADER.encode())
+    for name, header in (("header.sealed", HEADER), ("absent.sealed", None), ("absent/model.sealed", None)):
+        policy = AppraisalPolicy.parse(forge.POLICY + MODEL_KEY.replace("model.sealed", name), key_folder)
+        assert policy.kms[MODEL_PURPOSE].wrapped_key == WrappedKeyFile(name, header)
+        assert AppraisalPolicy.parse(write_policy(policy, root="root.der"), key_folder) == policy
+
+
+def test_a_wrapped_key_may_be_ignored_with_a_reason(key_folder: Path) -> None:
+    text = MODEL_KEY.replace('file = "model.sealed"', 'ignore = "the operator keeps it"')
+    policy = AppraisalPolicy.parse(forge.POLICY + text, key_folder)
+    assert policy.kms[MODEL_PURPOSE].wrapped_key == Ignore("the operator keeps it")
+    assert AppraisalPolicy.parse(write_policy(policy, root="root.der"), key_folder) == policy
+
+
+@pytest.mark.parametrize(
+    "line",
+    [line for line in KEYS.splitlines() if " = " in line and "minimum" not in line] + ["minimum_version = 3"],
+    ids=lambda line: line.partition(" =")[0],
+)
+def test_every_field_of_a_key_must_be_there(line: str, key_folder: Path) -> None:
+    text = KEYS.replace(line + "\n", "", 1)
+    error = _error(forge.POLICY + text, key_folder)
+    assert error.code == "missing_field"
+    assert (error.field or "").startswith("kms.")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "code", "field"),
+    [
+        (KEYS, "[kms]\n", "missing_field", "kms.model"),
+        (KEYS, "kms = 1\n", "unknown_field", "module_id.kms"),
+        (KEYS, "[kms]\nmodel = 1\n", "wrong_value", "kms.model"),
+        (PROMPTS_KEY, "[kms.prompt]\n", "unknown_field", "kms.prompt"),
+        # the key
+        ("key = ", "key = 1 #", "wrong_value", "kms.model.key"),
+        ("key/1234abcd", "alias/1234abcd", "wrong_value", "kms.model.key"),
+        ("key/1234abcd", "key/*", "wrong_value", "kms.model.key"),
+        ("arn:aws:kms:us-east-1:111122223333:key/1234abcd", "1234abcd", "wrong_value", "kms.model.key"),
+        ("us-east-1", "", "wrong_value", "kms.model.key"),
+        ("0987dcba-09fe-87dc-65ba-ab0987654321", HEADER.key.key_id, "contradiction", "kms.prompts.key"),
+        # context and version
+        ('"production"', '""', "wrong_value", "kms.model.context"),
+        ('"production"', '"Production"', "wrong_value", "kms.model.context"),
+        ('"production"', '"*"', "wrong_value", "kms.model.context"),
+        ('"production"', f'"{"a" * 65}"', "wrong_value", "kms.model.context"),
+        ('"production"', "1", "wrong_value", "kms.model.context"),
+        ('"a"', '"a b"', "wrong_value", "kms.prompts.context"),
+        ("minimum_version = 3", "minimum_version = 0", "wrong_value", "kms.model.minimum_version"),
+        ("minimum_version = 3", "minimum_version = 4294967296", "wrong_value", "kms.model.minimum_version"),
+        ("minimum_version = 3", 'minimum_version = "3"', "wrong_value", "kms.model.minimum_version"),
+        ("minimum_version = 3", "minimum_version = true", "wrong_value", "kms.model.minimum_version"),
+        # who may change it
+        ("locked = true", "locked = false", "wrong_value", "kms.prompts.locked"),
+        ("locked = true", 'locked = true\nadministrators = ["a"]', "contradiction", "kms.prompts"),
+        (ADMINISTRATORS, "administrators = []", "empty_list", "kms.model.administrators"),
+        (ADMINISTRATORS, 'administrators = "a"', "wrong_value", "kms.model.administrators"),
+        (ADMINISTRATORS, "administrators = [1]", "wrong_value", "kms.model.administrators[0]"),
+        ("role/admin\"", 'role/*"', "wrong_value", "kms.model.administrators[0]"),
+        ("role/admin\"", 'role/adm?n"', "wrong_value", "kms.model.administrators[0]"),
+        ("role/admin\"", 'role/a dmin"', "wrong_value", "kms.model.administrators[0]"),
+        ("arn:aws:iam::111122223333:role/admin\"", '111122223333"', "wrong_value", "kms.model.administrators[0]"),
+        ("arn:aws:iam::111122223333:role/admin\"", '*"', "wrong_value", "kms.model.administrators[0]"),
+        ("assumed-role/admin/me", "", "wrong_value", "kms.model.administrators[1]"),
+        ("arn:aws:sts::111122223333:assumed-role/admin/me", "arn:aws:iam::111122223333:role/admin", "contradiction",
+         "kms.model.administrators[1]"),
+        # the wrapped key
+        ("[kms.model.wrapped_key]\nfile", "wrapped_key", "wrong_value", "kms.model.wrapped_key"),
+        ('file = "model.sealed"', "", "missing_field", "kms.model.wrapped_key"),
+        ('file = "model.sealed"', 'file = "model.sealed"\nignore = "why"', "contradiction", "kms.model.wrapped_key"),
+        ('file = "model.sealed"', 'file = "model.sealed"\nmore = 1', "unknown_field", "kms.model.wrapped_key.more"),
+        ('file = "model.sealed"', 'ignore = "why"\nmore = 1', "unknown_field", "kms.model.wrapped_key.more"),
+        ('file = "model.sealed"', 'ignore = " "', "wrong_value", "kms.model.wrapped_key.ignore"),
+        ("model.sealed", "", "wrong_value", "kms.model.wrapped_key.file"),
+        ("model.sealed", ".", "unreadable_wrapped_key", "kms.model.wrapped_key.file"),
+        ("model.sealed", "folder.sealed", "unreadable_wrapped_key", "kms.model.wrapped_key.file"),
+        ("model.sealed", "model.sealed/more", "unreadable_wrapped_key", "kms.model.wrapped_key.file"),
+        ("model.sealed", "x" * 300, "unreadable_wrapped_key", "kms.model.wrapped_key.file"),
+        ("model.sealed", "root.der", "malformed_envelope", "kms.model.wrapped_key.file"),
+        ("model.sealed", "cut.sealed", "truncated_envelope", "kms.model.wrapped_key.file"),
+        ("model.sealed", "empty.sealed", "truncated_envelope", "kms.model.wrapped_key.file"),
+        ("locked = true", 'locked = true\n[kms.prompts.wrapped_key]\nfile = "model.sealed"', "unknown_field",
+         "kms.prompts.wrapped_key"),
+        ("locked = true", "locked = true\nmore = 1", "unknown_field", "kms.prompts.more"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_key_is_named(old: str, new: str, code: str, field: str, key_folder: Path) -> None:
+    assert old in KEYS
+    error = _error(forge.POLICY + KEYS.replace(old, new, 1), key_folder)
+    assert (error.code, error.field) == (code, field)
+    assert str(error).isprintable()
+
+
+CONFIGURATION = forge.POLICY[forge.POLICY.index("[configuration]") : forge.POLICY.index("[pcrs.3]")]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "field"),
+    [
+        ('purpose = "channel"', DOCUMENT, "kms"),
+        (MODEL, '[model]\nignore = "why"', "model.ignore"),
+        (CONFIGURATION, '[configuration]\nignore = "why"\n', "configuration.ignore"),
+    ],
+)
+def test_a_key_takes_a_policy_that_says_all_that_it_must_ask_for(
+    old: str, new: str, field: str, key_folder: Path
+) -> None:
+    assert old in forge.POLICY
+    error = _error(forge.POLICY.replace(old, new, 1) + KEYS, key_folder)
+    assert (error.code, error.field) == ("contradiction", field)
+
+
+def test_a_key_takes_a_release_in_which_something_runs(policy: AppraisalPolicy) -> None:
+    one, other = policy.accepted_releases
+    releases = (replace(one, models=(b"\x01" * 48,)), replace(other, configurations=(b"\x02" * 48,)))
+    apart = replace(policy, releases=releases, model=Released(), configuration=Released())
+    with pytest.raises(PolicyError) as caught:
+        with_keys(apart, PROMPT_PURPOSE)
+    assert (caught.value.code, caught.value.field) == ("contradiction", "kms")
+
+
+def test_no_program_names_a_key_as_no_file_could(policy: AppraisalPolicy) -> None:
+    prompts, model = key_rule(PROMPT_PURPOSE), key_rule(MODEL_PURPOSE)
+    makers: list[tuple[str, Callable[[], object]]] = [
+        ("context", lambda: replace(prompts, context="A")),
+        ("context", lambda: replace(prompts, context="")),
+        ("minimum_version", lambda: replace(prompts, minimum_version=0)),
+        ("minimum_version", lambda: replace(prompts, minimum_version=1 << 32)),
+        ("administrators[0]", lambda: replace(prompts, administrators=("*",))),
+        ("administrators[1]", lambda: replace(prompts, administrators=prompts.administrators * 2)),
+        ("wrapped_key.file", lambda: WrappedKeyFile("", None)),
+        ("kms.model.wrapped_key", lambda: replace(policy, kms={MODEL_PURPOSE: replace(model, wrapped_key=None)})),
+        ("kms.prompts.wrapped_key", lambda: replace(policy, kms={PROMPT_PURPOSE: model})),
+        ("kms.model.key", lambda: replace(policy, kms={PROMPT_PURPOSE: replace(prompts, key=model.key),
+                                                       MODEL_PURPOSE: model})),
+    ]  # fmt: skip
+    for field, make in makers:
+        with pytest.raises(PolicyError) as caught:
+            make()
+        assert caught.value.field == field
+
+
+def test_the_keys_do_not_change_under_their_owner(policy: AppraisalPolicy) -> None:
+    keys = {PROMPT_PURPOSE: key_rule(PROMPT_PURPOSE)}
+    mine = replace(policy, kms=keys)
+    del keys[PROMPT_PURPOSE]
+    assert mine.kms.keys() == {PROMPT_PURPOSE}
 
 
 def test_a_root_that_is_none_is_named(policy_folder: Path) -> None:
