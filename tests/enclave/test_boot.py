@@ -17,14 +17,18 @@ import pytest
 
 import enclave.boot
 from attestation.commitment import Entropy
+from attestation.envelope import encryption_context
+from attestation.errors import StrongroomError
 from attestation.manifest import ModelManifest
 from attestation.reference import ZERO_PCR, once_extended
 from emulator.nsm import SoftwareNsm, boot_registers, new_module_id
 from emulator.pki import DevelopmentRoot
-from enclave.boot import PHASES, PROGRESS_STEPS, Enclave
-from enclave.config import EnclaveConfiguration
+from enclave.boot import PHASES, PROGRESS_STEPS, RANDOM_SIZE, Enclave, KeyManagement
+from enclave.config import EnclaveConfiguration, KmsSettings
 from enclave.engine import Engine
 from enclave.generation import EngineRefused
+from enclave.identity import Identity
+from enclave.kms_errors import KmsError
 from enclave.log import EventLog, Phase
 from enclave.model import SealedModel
 from enclave.nsm import Nsm, NsmError, NsmUnavailable
@@ -32,6 +36,7 @@ from parent.modelstore import ModelStore
 from tests.attested import IMAGE, InProcess
 from tests.engines import EchoEngine
 from tests.gguf_files import TEXT, Gguf
+from tests.sealing import CONTEXT, FLOOR, MODEL, MODEL_KEY, PROMPTS_KEY, LocalKms, Sealing, kms_toml, split_records
 from vsockrpc.address import UnixAddress
 from vsockrpc.transport import serve
 
@@ -76,7 +81,9 @@ class Scene:
         self.nsm = Nsm(self.transport)
         self.engine: Engine = EchoEngine()
         self.log = EventLog()
-        toml = f"""\
+        self.make_kms: Callable[[KmsSettings, Nsm], KeyManagement] | None = None
+        self.encrypted = False
+        self.toml = f"""\
 version = 1
 [rpc]
 listen = "unix:rpc.sock"
@@ -87,19 +94,26 @@ entropy = "nsm-hwrng"
 store = "{self.store_address}"
 manifest = "sha384:{self.manifest.digest().hex()}"
 """
-        self.configuration = EnclaveConfiguration.parse(toml.encode())
+        self.configuration = EnclaveConfiguration.parse(self.toml.encode())
 
     @contextlib.asynccontextmanager
     async def boot(self) -> AsyncIterator[Enclave]:
         def make_engine(_: EnclaveConfiguration, model: SealedModel, __: EventLog) -> Engine:
-            assert os.fstat(model.fd).st_size == self.model.stat().st_size
+            assert os.fstat(model.fd).st_size == self.manifest.files[0].size
             return self.engine
 
         def fail(error: BaseException) -> None:
             raise error
 
-        enclave = Enclave(self.configuration, self.nsm, make_engine, self.log, rng_current=self.rng_current)
-        store = ModelStore(self.manifest, self.model)
+        enclave = Enclave(
+            self.configuration,
+            self.nsm,
+            make_engine,
+            self.log,
+            make_kms=self.make_kms,
+            rng_current=self.rng_current,
+        )
+        store = ModelStore(self.manifest, self.model, self.encrypted)
         async with serve(self.store_address, store.handlers, on_error=fail):
             await enclave.boot()
         try:
@@ -401,3 +415,183 @@ async def test_two_enclaves_of_one_module_cannot_both_serve(scene: Scene) -> Non
         )
         await second.boot()
         assert second.phase is Phase.HALTED
+
+
+# --- KMS ----------------------------------------------------------------------------------------------------------
+
+
+class WithKms:
+    """A scene whose configuration names KMS, and what happens in the order in which it does."""
+
+    def __init__(self, scene: Scene, *, model: bool = True, prompts: bool = True) -> None:
+        self.scene = scene
+        self.kms = LocalKms()
+        self.order: list[str] = []
+        self._weights = scene.model.read_bytes()
+        keys = {"model": MODEL_KEY if model else None, "prompts": PROMPTS_KEY if prompts else None}
+        toml = scene.toml + kms_toml(UnixAddress("egress.sock"), **keys)
+        scene.configuration = EnclaveConfiguration.parse(toml.encode())
+        scene.make_kms = self.make
+        scene.transport.instead = self.note
+        if model:
+            self.encrypt()
+
+    @property
+    def sealing(self) -> Sealing:
+        manifest, configuration = self.scene.manifest.digest(), self.scene.configuration.digest
+        return Sealing(self.kms.wrap, MODEL, MODEL_KEY, (manifest,), (configuration,))
+
+    def encrypt(self, **changed: Any) -> None:
+        self.scene.model.write_bytes(self.sealing.but(**changed).seal(self._weights))
+        self.scene.encrypted = True
+
+    def make(self, settings: KmsSettings, nsm: Nsm) -> KeyManagement:
+        assert settings == self.scene.configuration.kms
+        assert nsm is self.scene.nsm
+        self.order.append("recipient key")
+        assert len(self.scene.pool.read_bytes()) == 256, "the pool is fed by the NSM first"
+        return Noting(self)
+
+    def note(self, name: str, index: int | None) -> bytes | None:
+        if name in ("ExtendPCR", "LockPCR", "GetRandom"):
+            self.order.append(name if index is None else f"{name} {index}")
+        return None
+
+
+class Noting(LocalKms):
+    """The scene's KMS, which writes down when it is asked."""
+
+    def __init__(self, around: WithKms) -> None:
+        self.__dict__ = around.kms.__dict__
+        self._order = around.order
+
+    async def decrypt(self, *arguments: Any, **named: Any) -> Any:
+        self._order.append("model key")
+        return await super().decrypt(*arguments, **named)
+
+    async def generate_random(self, count: int) -> Any:
+        self._order.append(f"random {count}")
+        return await super().generate_random(count)
+
+
+async def test_keys_come_in_their_order(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipient key behind the check of entropy; KMS's randomness in the pool before any key that it may be in;
+    the model's key when the configuration is locked and the model's register still open.
+    """
+    with_kms = WithKms(scene)
+    identities: list[bytes] = []
+
+    def made(**arguments: Any) -> Identity:
+        identities.append(scene.pool.read_bytes())
+        return Identity(**arguments)
+
+    monkeypatch.setattr(enclave.boot, "Identity", made)
+    async with scene.boot() as booted:
+        assert booted.phase is Phase.SERVING
+        assert os.pread(booted.model.fd, 4, 0) == b"GGUF"
+    assert with_kms.order == [
+        "GetRandom",
+        *("ExtendPCR 17", "LockPCR 17"),
+        *("recipient key", f"random {RANDOM_SIZE}", "model key"),
+        *("ExtendPCR 16", "LockPCR 16"),
+    ]
+    assert identities == [with_kms.kms.random]
+    assert with_kms.kms.asked == [(MODEL_KEY, encryption_context(MODEL, CONTEXT, FLOOR))]
+    assert with_kms.kms.closed
+
+
+async def test_what_is_committed_is_the_plaintexts_digest(scene: Scene) -> None:
+    WithKms(scene)
+    async with scene.boot() as booted:
+        assert booted.identity.model == scene.manifest.digest()
+        assert scene.nsm.describe_pcr(16).data == once_extended(scene.manifest.digest())
+
+
+async def test_a_configuration_for_prompts_alone_takes_the_model_in_plain(scene: Scene) -> None:
+    with_kms = WithKms(scene, model=False)
+    async with scene.boot() as booted:
+        assert booted.phase is Phase.SERVING
+        assert booted.prompts is not None
+    assert with_kms.kms.asked == []
+    assert scene.pool.read_bytes() == with_kms.kms.random
+
+
+@pytest.mark.parametrize("named", [False, True])
+async def test_envelopes_of_prompts_are_opened_where_a_key_is_named(scene: Scene, named: bool) -> None:
+    WithKms(scene, prompts=named)
+    async with scene.boot() as booted:
+        assert (booted.prompts is not None) is named
+
+
+async def test_without_kms_nobody_asks_it(scene: Scene) -> None:
+    scene.make_kms = lambda *_: pytest.fail("KMS is asked")
+    async with scene.boot() as booted:
+        assert booted.phase is Phase.SERVING
+        assert booted.prompts is None
+
+
+@pytest.mark.parametrize("current", ["", "none", "tpm-rng"])
+async def test_no_recipient_key_without_entropy(scene: Scene, current: str) -> None:
+    with_kms = WithKms(scene)
+    scene.rng_current.write_text(current)
+    assert (await scene.halt())["code"] == "entropy_missing"
+    assert with_kms.order == []
+
+
+async def test_no_recipient_key_before_the_configuration_is_locked(scene: Scene) -> None:
+    with_kms = WithKms(scene)
+    scene.nsm.lock_pcr(17)
+    assert (await scene.halt())["code"] == "register_in_use"
+    assert "recipient key" not in with_kms.order
+
+
+def kms_away(with_kms: WithKms) -> None:
+    with_kms.kms.error = KmsError("kms_unreachable", "the parent's egress does not answer", got="connection_lost")
+
+
+def an_authority_that_is_none(with_kms: WithKms) -> None:
+    def make(*_: object) -> KeyManagement:
+        raise StrongroomError("bad_anchor", "an authority for TLS to KMS is no certificate (DER)")
+
+    with_kms.scene.make_kms = make
+
+
+def an_older_envelope(with_kms: WithKms) -> None:
+    with_kms.encrypt(version=FLOOR - 1)
+
+
+def an_envelope_of_another_configuration(with_kms: WithKms) -> None:
+    with_kms.encrypt(configurations=(bytes(48),))
+
+
+def a_changed_record(with_kms: WithKms) -> None:
+    header, [*records] = split_records(with_kms.scene.model.read_bytes())
+    with_kms.scene.model.write_bytes(header + b"".join([records[0][:-1] + b"\x00", *records[1:]]))
+
+
+def a_wrapped_key_of_another_context(with_kms: WithKms) -> None:
+    with_kms.encrypt(wrapped_under=encryption_context(MODEL, "production", FLOOR))
+
+
+UNRELEASED: dict[str, tuple[Callable[[WithKms], None], str, str | None]] = {
+    "KMS away": (kms_away, "kms_unreachable", None),
+    "no authority": (an_authority_that_is_none, "bad_anchor", None),
+    "an older envelope": (an_older_envelope, "rolled_back", f"version {FLOOR} or later"),
+    "another configuration": (an_envelope_of_another_configuration, "wrong_configuration", "sha384:" + "00" * 48),
+    "a changed record": (a_changed_record, "tampered_record", "record 0 as it was sealed"),
+    "another context": (a_wrapped_key_of_another_context, "kms_wrong_context", None),
+}
+
+
+@pytest.mark.parametrize("trouble", UNRELEASED)
+async def test_what_is_not_released_halts_the_boot_and_says_why(scene: Scene, trouble: str) -> None:
+    spoil, code, expected = UNRELEASED[trouble]
+    with_kms = WithKms(scene)
+    spoil(with_kms)
+    halted = await scene.halt()
+    assert (halted["phase"], halted["code"], halted["expected"]) == ("MODEL_COMMITTED", code, expected)
+    assert halted["message"]
+    register = scene.nsm.describe_pcr(16)
+    assert (register.data, register.lock) == (ZERO_PCR, False)
+    assert with_kms.kms.closed or trouble == "no authority"
+    assert await scene.phases() == ["ENTROPY", "CONFIGURED"]
