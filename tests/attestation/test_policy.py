@@ -394,6 +394,29 @@ def test_a_key_takes_a_release_in_which_something_runs(policy: AppraisalPolicy) 
     assert (caught.value.code, caught.value.field) == ("contradiction", "kms")
 
 
+def test_what_may_run_in_a_release(policy: AppraisalPolicy) -> None:
+    """Each digest once; none where the policy would take any."""
+    m, c = b"\x01" * 48, b"\x02" * 48
+    one, other = policy.accepted_releases
+    assert (policy.accepted_models, policy.accepted_configurations) == (
+        (forge.COMMITMENT.model,),
+        (forge.COMMITMENT.configuration,),
+    )
+    released = replace(
+        policy,
+        releases=(replace(one, models=(m,), configurations=(c, m)), replace(other, models=(c, m), configurations=(c,))),
+        model=Released(),
+        configuration=Released(),
+    )
+    assert (released.accepted_models, released.accepted_configurations) == ((m, c), (c, m))
+    assert released.models_of(released.accepted_releases[1]) == (c, m)
+    older = replace(ONE, version=2)
+    manifests = replace(policy, model=Manifests((("older", older), ("one", ONE)), minimum_version=3))
+    assert manifests.accepted_models == manifests.models_of(one) == (ONE.digest(),)
+    anything = replace(policy, model=Ignore("a test"), configuration=Ignore("a test"))
+    assert anything.accepted_models == anything.accepted_configurations == ()
+
+
 def test_no_program_names_a_key_as_no_file_could(policy: AppraisalPolicy) -> None:
     prompts, model = key_rule(PROMPT_PURPOSE), key_rule(MODEL_PURPOSE)
     makers: list[tuple[str, Callable[[], object]]] = [
