@@ -5,6 +5,7 @@ Pure: a policy in, sentences out. The numbers are those of PROTOCOL.md section 3
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -12,6 +13,7 @@ from datetime import datetime, timedelta
 from attestation.appraisal import field_text, registers_text
 from attestation.commitment import MAX_DOCUMENT, MAX_EVIDENCE
 from attestation.document import MAX_FIELD
+from attestation.envelope import EnvelopeError, EnvelopePurpose, require_header
 from attestation.policy import AppraisalPolicy
 from attestation.reference import PCR_CONFIGURATION, PCR_INSTANCE, PCR_MODEL, PCR_ROLE, PCR_SIGNER, digest_text
 from attestation.releases import time_text
@@ -21,11 +23,13 @@ from attestation.rules import (
     DocumentBinding,
     Forbid,
     Ignore,
+    KeyRule,
     Manifests,
     Measures,
     Released,
     Require,
     SignedReleases,
+    WrappedKeyFile,
 )
 from attestation.verifier import MIN_NONCE, NONCE_SIZE
 
@@ -40,6 +44,7 @@ SOON = timedelta(days=14)
 """A maximum age, and a time until an expiry, that are worth a warning."""
 
 _UNITS = ((3600, "hour"), (60, "minute"), (1, "second"))
+_ACCOUNT = re.compile(r"arn:[a-z-]+:iam::[0-9]{12}:root")
 _REGISTERS = {
     PCR_ROLE: "the IAM role of the parent instance",
     PCR_INSTANCE: "the parent instance's id",
@@ -78,7 +83,8 @@ class Remark:
 
 
 def explain(policy: AppraisalPolicy) -> tuple[Section, ...]:
-    """What an enclave must prove for ``policy`` to accept it, by the steps of the checklist, and last what it need not.
+    """What an enclave must prove for ``policy`` to accept it, and what KMS must say of its keys, by the steps of the
+    checklist; and last what is not checked.
 
     Digests are whole. A sentence that begins with a dash belongs to the list that the one before it announces.
     """
@@ -94,6 +100,7 @@ def explain(policy: AppraisalPolicy) -> tuple[Section, ...]:
         Section((13,), "configuration", tuple(_configuration(policy))),
         Section((14,), "other PCRs and module", tuple(_others(policy))),
         Section((15,), "entropy", (_entropy(policy),)),
+        *(_keys(policy) if policy.kms else ()),
         Section((), "Not checked", tuple(_unchecked(policy))),
     )
 
@@ -227,11 +234,58 @@ def _entropy(policy: AppraisalPolicy) -> str:
     return "The enclave's randomness is the Nitro Secure Module's, and not its host's, who could then know its keys."
 
 
+_PROTECTED = {EnvelopePurpose.MODEL: "the model", EnvelopePurpose.PROMPT: "prompts that wait"}
+
+
+def _keys(policy: AppraisalPolicy) -> Iterator[Section]:
+    """What KMS must say, for nothing to be released without it."""
+    keys = [(_PROTECTED[purpose], rule) for purpose, rule in policy.kms.items()]
+    named = (
+        "KMS is asked at every verification: without its answer, or when it says something else, no prompt is sent.",
+        "The key that it describes is in use, encrypts, was made in KMS and never left it. It is this one:",
+        *(f"- for {what}: {rule.key.text}" for what, rule in keys),
+    )
+    yield Section((16,), "KMS key", named)
+    yield Section((17,), "copies of the key", ("It is a key of one region: no copy has a policy of its own.",))
+    opens = (
+        "The key policy opens it to the releases of step 11 and to nothing else: all registers of one release together,"
+        " under a configuration of step 13, and for prompts with a model of step 12.",
+        "It opens what was sealed for this purpose and context alone:",
+        *(f"- {what}: {rule.context}" for what, rule in keys),
+    )
+    yield Section((18,), "key policy", opens)
+    yield Section((19,), "grants", ("No grant lets anybody decrypt beside the key policy.",))
+    yield Section((20,), "who may change it", tuple(_changers(keys)))
+    yield Section((21,), "wrapped key", tuple(_wrapped_keys(policy)))
+
+
+def _changers(keys: list[tuple[str, KeyRule]]) -> Iterator[str]:
+    for what, rule in keys:
+        if rule.administrators:
+            yield f"Of the key for {what}: nobody can change this later but these, whom the policy trusts with it:"
+            yield from (f"- {arn}" for arn in rule.administrators)
+        else:
+            yield f"Of the key for {what}: LOCKED, so that nobody can ever change this."
+
+
+def _wrapped_keys(policy: AppraisalPolicy) -> Iterator[str]:
+    for rule in policy.kms.values():
+        if isinstance(rule.wrapped_key, Ignore):
+            yield "The model's is not checked: see the end."
+        elif isinstance(rule.wrapped_key, WrappedKeyFile):
+            name, least = rule.wrapped_key.file, rule.minimum_version
+            yield f"The model's, in {name}, is under its key, for its context, and of version {least} or newer."
+        else:
+            yield f"Each prompt that waits has one of its own, sealed as version {rule.minimum_version}."
+
+
 def _unchecked(policy: AppraisalPolicy) -> Iterator[str]:
     if policy.accept_debug is not None:
         yield f"- The image of an enclave in debug mode, where nothing is measured: {policy.accept_debug}"
     for ignored in _ignored(policy):
         yield f"- {ignored.what[0].upper()}{ignored.what[1:]}: {ignored.reason}"
+    if policy.kms:
+        yield "- KMS itself, which must do what it says; and what becomes of a key's policy until it is asked again."
     yield "- Whether a certificate was revoked: AWS's attestation process says that nobody asks; leaves live for hours."
 
 
@@ -270,9 +324,39 @@ def _remarks(policy: AppraisalPolicy, now: datetime) -> Iterator[Remark]:
     elif policy.expires is not None and policy.expires - now <= SOON:
         text = f"the signed releases expire within {SOON.days} days, at {time_text(policy.expires)}"
         yield Remark("releases_expire_soon", text)
+    yield from _remarks_on_keys(policy)
     if len(releases) > 1:
         names = ", ".join(release.name for release in releases)
         yield Remark("rollout", f"{len(releases)} releases are accepted: {names}", is_note=True)
+
+
+def _remarks_on_keys(policy: AppraisalPolicy) -> Iterator[Remark]:
+    for purpose, rule in policy.kms.items():
+        what = _PROTECTED[purpose]
+        if refused := _refused(purpose, rule):
+            yield Remark("refused_wrapped_key", f"no prompt is sent: {refused}")
+        for account in filter(_ACCOUNT.fullmatch, rule.administrators):
+            text = f"whoever the IAM policies of {account} name may change what the key for {what} opens to"
+            yield Remark("account_administers", text)
+        if rule.administrators:
+            text = f"these may change what the key for {what} opens to: {', '.join(rule.administrators)}"
+            yield Remark("changeable_key", text, is_note=True)
+
+
+def _refused(purpose: EnvelopePurpose, rule: KeyRule) -> str | None:
+    """Why step 21 would fail; None where it would not."""
+    if not isinstance(rule.wrapped_key, WrappedKeyFile):
+        return None
+    name, header = rule.wrapped_key.file, rule.wrapped_key.header
+    if header is None:
+        return f"there is no {name}, in which the model's wrapped key should be"
+    try:
+        require_header(
+            header, purpose=purpose, key=rule.key, context=rule.context, minimum_version=rule.minimum_version
+        )
+    except EnvelopeError as error:
+        return f"the model's wrapped key, {name}: {error.message}; expected {error.expected}, got {error.got}"
+    return None
 
 
 def first_use(release: str) -> Remark:
@@ -302,6 +386,8 @@ def _ignored(policy: AppraisalPolicy) -> Iterator[_Ignored]:
     if isinstance(policy.binding, DocumentBinding):
         fields.append(("public_key", "the document's public key", policy.binding.public_key))
         fields.append(("user_data", "the document's user data", policy.binding.user_data))
+    for purpose, key in policy.kms.items():
+        fields.append(("wrapped_key", f"the wrapped key of {_PROTECTED[purpose]}", key.wrapped_key))
     for code, what, rule in fields:
         if isinstance(rule, Ignore):
             yield _Ignored(code, what, rule.reason)

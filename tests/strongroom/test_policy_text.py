@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 
 from attestation.anchors import AWS_NITRO_G1
-from attestation.checks import STEPS
+from attestation.checks import KEY_STEPS, STEPS
+from attestation.envelope import EnvelopeHeader
 from attestation.manifest import ManifestFile, ModelManifest
 from attestation.policy import AppraisalPolicy
 from attestation.reference import PcrSet
@@ -25,8 +26,11 @@ from attestation.rules import (
     Released,
     Require,
     SignedReleases,
+    WrappedKeyFile,
 )
 from strongroom.policy_text import Remark, explain, warnings
+from tests.key_facts import HEADER, PROMPTS_KEY, with_keys
+from tests.key_policies import ADMIN, KEY, MODEL, PROMPT, ROOT
 from tests.pki import forge
 from tests.policies import policies
 from tests.release_files import ED25519, ISSUED, NAME, ONE, TWO, VALIDITY, history_of, verified
@@ -63,7 +67,7 @@ def codes(policy: AppraisalPolicy, now: datetime = forge.NOW) -> list[str]:
 @given(policy=policies())
 def test_any_policy_is_explained(policy: AppraisalPolicy) -> None:
     sections = explain(policy)
-    assert [step for section in sections for step in section.steps] == list(STEPS)
+    assert [step for section in sections for step in section.steps] == [*STEPS, *(KEY_STEPS if policy.kms else ())]
     assert sections[-1].title == "Not checked"
     for section in sections:
         assert section.sentences
@@ -79,6 +83,8 @@ def test_any_policy_is_explained(policy: AppraisalPolicy) -> None:
             assert all(value.hex() in everything or not any(value) for value in rule.values)
         if isinstance(rule, Measures):
             assert all(text in everything for text in rule.texts)
+    for key in policy.kms.values():
+        assert all(each in everything for each in (key.key.text, key.context, *key.administrators))
 
 
 @given(policy=policies())
@@ -86,6 +92,7 @@ def test_nothing_is_ignored_in_silence(policy: AppraisalPolicy) -> None:
     rules: list[object] = [policy.model, policy.configuration, *policy.pcrs.values(), policy.module_id]
     if isinstance(policy.binding, DocumentBinding):
         rules += [policy.binding.public_key, policy.binding.user_data]
+    rules += [key.wrapped_key for key in policy.kms.values()]
     reasons = [rule.reason for rule in rules if isinstance(rule, Ignore)]
     said = [remark for remark in warnings(policy, forge.NOW) if remark.code.startswith("ignored_")]
     assert len({remark.code for remark in said}) == len(said) == len(reasons)
@@ -104,7 +111,10 @@ def test_any_policy_is_checked(policy: AppraisalPolicy) -> None:
     assert ("debug_accepted" in have) == (policy.accept_debug is not None)
     assert ("long_maximum_age" in have) == (policy.max_age_seconds > 3600)
     assert ("rollout" in have) == (len(policy.accepted_releases) > 1)
-    assert {remark.code for remark in found if remark.is_note} <= {"rollout", "ignored_module_id"}
+    assert ("changeable_key" in have) == any(key.administrators for key in policy.kms.values())
+    absent = (isinstance(key.wrapped_key, WrappedKeyFile) for key in policy.kms.values())
+    assert ("refused_wrapped_key" in have) == any(absent)
+    assert {remark.code for remark in found if remark.is_note} <= {"rollout", "ignored_module_id", "changeable_key"}
 
 
 # --- Warnings -----------------------------------------------------------------------------------------------------
@@ -286,3 +296,78 @@ def test_the_signers_register_is_for_releases_without_one(policy: AppraisalPolic
     alone, mixed = (replace(policy, releases=each, pcrs=rules) for each in ((plain,), (one, plain)))
     assert "PCR8 (the image's signing certificate) is zero" in told(alone, 14)
     assert "PCR8 (the image's signing certificate), for a release that names none, is zero" in told(mixed, 14)
+
+
+# --- KMS keys -----------------------------------------------------------------------------------------------------
+
+
+def test_without_a_key_nothing_is_said_of_kms(policy: AppraisalPolicy) -> None:
+    assert "KMS" not in "".join(line for section in explain(policy) for line in section.sentences)
+
+
+def test_keys_are_told_step_by_step(policy: AppraisalPolicy) -> None:
+    named = with_keys(policy, MODEL, PROMPT)
+    assert [section.title for section in explain(named) if section.steps and section.steps[0] > 15] == [
+        *KEY_STEPS.values()
+    ]
+    assert told(named, 16).splitlines()[-2:] == [
+        f"- for the model: {KEY.text}",
+        f"- for prompts that wait: {PROMPTS_KEY.text}",
+    ]
+    assert "no prompt is sent" in told(named, 16)
+    assert "key of one region" in told(named, 17)
+    assert "to the releases of step 11 and to nothing else" in told(named, 18)
+    assert told(named, 18).splitlines()[-2:] == ["- the model: production", "- prompts that wait: production"]
+    assert told(named, 19).startswith("No grant")
+    assert told(named, 20).splitlines()[:2] == [
+        "Of the key for the model: nobody can change this later but these, whom the policy trusts with it:",
+        f"- {ADMIN}",
+    ]
+    assert told(named, 21).splitlines() == [
+        "The model's, in model.sealed, is under its key, for its context, and of version 3 or newer.",
+        "Each prompt that waits has one of its own, sealed as version 3.",
+    ]
+    assert any("KMS itself" in line for line in unchecked(named))
+
+
+def test_a_locked_key_is_told_as_such(policy: AppraisalPolicy) -> None:
+    locked = with_keys(policy, PROMPT, administrators=())
+    assert told(locked, 20) == "Of the key for prompts that wait: LOCKED, so that nobody can ever change this."
+    assert codes(locked) == codes(policy)
+
+
+def test_a_wrapped_key_that_is_ignored_is_told_at_the_end(policy: AppraisalPolicy) -> None:
+    ignored = with_keys(policy, MODEL, wrapped_key=REASON)
+    assert told(ignored, 21) == "The model's is not checked: see the end."
+    assert "- The wrapped key of the model: because of it" in unchecked(ignored)
+    assert codes(ignored) == ["ignored_module_id", "ignored_wrapped_key", "changeable_key"]
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "text"),
+    [
+        (HEADER, None),
+        (None, "there is no model.sealed"),
+        (replace(HEADER, version=2), "older than is accepted; expected version 3 or later, got version 2"),
+        (replace(HEADER, key=PROMPTS_KEY), "sealed under another KMS key"),
+        (replace(HEADER, context="staging"), "expected production, got staging"),
+        (replace(HEADER, purpose=PROMPT), "expected model, got prompt"),
+    ],
+)
+def test_a_wrapped_key_that_will_be_refused_is_a_warning(
+    policy: AppraisalPolicy, wrapped: EnvelopeHeader | None, text: str | None
+) -> None:
+    named = with_keys(policy, MODEL, wrapped_key=WrappedKeyFile("model.sealed", wrapped))
+    said = [remark for remark in warnings(named, forge.NOW) if remark.code == "refused_wrapped_key"]
+    assert [text is not None and text in remark.text for remark in said] == [True] * (text is not None)
+    assert not any(remark.is_note for remark in said)
+
+
+def test_those_who_may_change_a_key_are_told(policy: AppraisalPolicy) -> None:
+    [remark] = [each for each in warnings(with_keys(policy, PROMPT), forge.NOW) if each.code == "changeable_key"]
+    assert remark.text == f"these may change what the key for prompts that wait opens to: {ADMIN}"
+    assert remark.is_note
+    whole = with_keys(policy, PROMPT, administrators=(ADMIN, ROOT))
+    [warning] = [each for each in warnings(whole, forge.NOW) if each.code == "account_administers"]
+    assert ROOT in warning.text
+    assert not warning.is_note
