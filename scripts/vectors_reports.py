@@ -10,11 +10,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from attestation.envelope import EnvelopePurpose
 from attestation.errors import AppraisalError, EvidenceError, PolicyError
+from attestation.keypolicy.document import KeyArn
+from attestation.keyrelease import KeyFacts, judge_key
 from attestation.manifest import ManifestFile, ModelManifest
 from attestation.policy import AppraisalPolicy
 from attestation.rules import DocumentBinding, Forbid, Ignore, Manifests, Measures, Released, Require
 from attestation.verifier import authenticate, verify, verify_archived, verify_document
+from tests.key_facts import KEYS, all_facts, facts, with_keys
+from tests.key_policies import allow, grant
 from tests.pki import forge
 
 Report = Callable[[], dict[str, Any]]
@@ -74,6 +79,7 @@ def _reports() -> Iterator[tuple[str, Report]]:
     yield "refused-debug", judged(strict, of(pcrs={**forge.DEBUG_PCRS, **_OTHER}))
     yield "refused-image", judged(policy, of(pcrs={**forge.PCRS, 1: _OTHER[9], 8: _OTHER[3]}))
     yield "refused-released", judged(released, of(pcrs={**forge.PCRS, 0: _OTHER[9]}))
+    yield from _of_keys(policy)
     yield "untrusted-cbor", judged(policy, good + b"\x00")
     yield "untrusted-cose", judged(policy, forge.evidence(forge.document(protected=b"\xa1\x01\x26")))
     yield "untrusted-field", judged(policy, of(module_id=""))
@@ -115,6 +121,34 @@ def _reports() -> Iterator[tuple[str, Report]]:
 
     yield "authentic", authentic
     yield "policy-errors", lambda: {name: _policy_error(text) for name, text in _BROKEN.items()}
+
+
+def _of_keys(policy: AppraisalPolicy) -> Iterator[tuple[str, Report]]:
+    """Of policies that name KMS keys: with the Evidence, without it, and of Evidence that proves nothing."""
+    both = with_keys(policy, *EnvelopePurpose)
+    lenient = with_keys(policy, EnvelopePurpose.MODEL, administrators=(), wrapped_key=Ignore("the operator keeps it"))
+    older = with_keys(policy, EnvelopePurpose.MODEL, minimum_version=4, administrators=())
+    open_to_all = {
+        KEYS[EnvelopePurpose.MODEL]: facts(
+            policy, EnvelopePurpose.MODEL, more=[allow("kms:Decrypt")], grants=[grant("Decrypt")], multi_region=True
+        )
+    }
+    locked = {KEYS[EnvelopePurpose.MODEL]: facts(policy, EnvelopePurpose.MODEL, administrators=())}
+
+    def judged(by: AppraisalPolicy, keys: Mapping[KeyArn, KeyFacts], evidence: bytes | None = None) -> Report:
+        answer = forge.evidence() if evidence is None else evidence
+        return _said(lambda: verify(answer, policy=by, nonce=forge.NONCE, at=forge.NOW, keys=keys))
+
+    def alone(**changes: Any) -> Report:
+        said = facts(policy, EnvelopePurpose.PROMPT, **changes)
+        return _said(lambda: judge_key(both, EnvelopePurpose.PROMPT, said, at=forge.NOW))
+
+    yield "accepted-keys", judged(both, all_facts(both))
+    yield "accepted-keys-lenient", judged(lenient, locked)
+    yield "refused-keys", judged(older, open_to_all)
+    yield "untrusted-keys", judged(both, all_facts(both), forge.evidence(forge.document(signature=bytes(96))))
+    yield "key", alone()
+    yield "key-refused", alone(enabled=False, state="PendingDeletion")
 
 
 _BROKEN = {
