@@ -376,7 +376,7 @@ def longest_request(content: int) -> int:
 def longest_envelope(message: int) -> int:
     """Bytes of the envelope of a prompt whose message has so many bytes, at most: the content is padded to a power of
     two of records (PROTOCOL.md section 6.5)."""
-    content = LENGTH_SIZE + MAX_GRANT + SECRET_SIZE + message
+    content = LENGTH_SIZE + MAX_GRANT + SECRET_SIZE + LENGTH_SIZE + message
     return MAX_OPENING + (1 << (-(-content // PROMPT_RECORD) - 1).bit_length()) * (PROMPT_RECORD + TAG_SIZE)
 
 

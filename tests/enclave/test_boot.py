@@ -428,9 +428,9 @@ class WithKms:
         self.kms = LocalKms()
         self.order: list[str] = []
         self._weights = scene.model.read_bytes()
-        keys = {"model": MODEL_KEY if model else None, "prompts": PROMPTS_KEY if prompts else None}
-        toml = scene.toml + kms_toml(UnixAddress("egress.sock"), **keys)
-        scene.configuration = EnclaveConfiguration.parse(toml.encode())
+        model_key, prompts_key = MODEL_KEY if model else None, PROMPTS_KEY if prompts else None
+        kms = kms_toml(UnixAddress("egress.sock"), model=model_key, prompts=prompts_key)
+        scene.configuration = EnclaveConfiguration.parse((scene.toml + kms).encode())
         scene.make_kms = self.make
         scene.transport.instead = self.note
         if model:

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import re
 import secrets
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -18,17 +19,35 @@ from typing import Any
 import cbor2
 import pytest
 
+from attestation.envelope import MAX_GRANT, EnvelopeHeader, encryption_context
+from attestation.secret import Secret
 from attestation.verifier import AttestationResult, verify
 from enclave.boot import Enclave
+from enclave.config import KmsSettings
 from enclave.generation import EngineFailed, Overloaded
 from enclave.identity import MAX_KEYS, Identity, OfferedKey
+from enclave.kms_errors import KmsError
 from enclave.log import EventLog, Phase, Totals
-from enclave.nsm import Nsm, NsmUnavailable, Transport
+from enclave.nsm import Nsm, NsmError, NsmErrorCode, NsmUnavailable, Transport
 from enclave.pacing import PacedAnswer
-from enclave.server import EVIDENCE_QUEUE, BoundedWorker, Server, longest_request
+from enclave.server import EVIDENCE_QUEUE, BoundedWorker, Server, longest_envelope, longest_request
+from strongroom.prompt_file import Reply, open_answer
+from strongroom.session import RequestFailed
 from tests.attested import Attested, software_nsm
 from tests.engines import EchoEngine
 from tests.house import EnclaveHouse, enclave_house
+from tests.sealing import (
+    FLOOR,
+    MODEL,
+    OTHER_KEY,
+    PROMPT,
+    PROMPTS_KEY,
+    LocalKms,
+    Sealing,
+    kms_toml,
+    question,
+    split_records,
+)
 from vsockrpc.address import UnixAddress
 from vsockrpc.messages import (
     Answer,
@@ -51,7 +70,9 @@ from vsockrpc.sealed import (
     OPENING_SIZE,
     REQUEST_RECORD_SIZE,
     TAG_SIZE,
+    ExchangeKeys,
     RecordSealer,
+    SealedError,
     SealedRequest,
     seal_request,
 )
@@ -125,8 +146,8 @@ class Person:
 
 
 @contextlib.asynccontextmanager
-async def person(directory: Path, settings: str = SETTINGS) -> AsyncIterator[Person]:
-    async with enclave_house(directory, settings) as house, connect(house.address) as rpc:
+async def person(directory: Path, settings: str = SETTINGS, **options: Any) -> AsyncIterator[Person]:
+    async with enclave_house(directory, settings, **options) as house, connect(house.address) as rpc:
         yield Person(house, rpc)
 
 
@@ -289,7 +310,8 @@ async def test_before_serving_there_are_events_and_nothing_else(tmp_path: Path, 
     server = Server(enclave)
     address = UnixAddress(str(tmp_path / "early.sock"))
     async with serve(address, server.handlers, on_error=print), connect(address) as rpc:
-        for method, meta in (("evidence", {"nonce": bytes(32)}), ("sealed", {"key_id": bytes(16)})):
+        asked: dict[str, dict[str, Any]] = {"evidence": {"nonce": bytes(32)}, "sealed": {"key_id": bytes(16)}}
+        for method, meta in (asked | {"envelope": {}}).items():
             with clear_fault("unavailable"):
                 async with rpc.call(method, meta) as call:
                     await call.send(bytes(OPENING_SIZE), end=True)
@@ -601,7 +623,9 @@ async def test_a_request_larger_than_configured(tmp_path: Path) -> None:
 async def test_a_request_of_nothing_but_padding_comes_to_an_end(client: Person) -> None:
     """Records without content are cheap to send; they cost the enclave work all the same."""
     sealed = await client.sealed(chat())
-    sealer = RecordSealer(sealed.answer._keys.request, 3)
+    keys = sealed.answer._keys
+    assert isinstance(keys, ExchangeKeys)
+    sealer = RecordSealer(keys.request, 3)
     flood = b"".join(sealer.seal(b"", final=False) for _ in range(100))
     async with client.rpc.call("sealed", {"key_id": sealed.key_id}) as call:
         await call.send(sealed.body[:OPENING_SIZE])
@@ -852,3 +876,449 @@ async def test_totals_close_once_an_interval(client: Person, monkeypatch: pytest
     writing.cancel()
     server.close()
     assert [each["requests"] for each in totals] == [7, 0, 0]
+
+
+# --- Envelopes ----------------------------------------------------------------------------------------------------
+
+WITH_PROMPTS = SETTINGS + kms_toml(UnixAddress("egress.sock"), prompts=PROMPTS_KEY)
+
+
+@dataclass(kw_only=True)
+class Sender(Person):
+    """A person whose prompts wait in envelopes, and a KMS that counts."""
+
+    kms: LocalKms
+
+    @property
+    def sealing(self) -> Sealing:
+        manifest, configuration = self.house.manifest.digest(), self.house.configuration.digest
+        return Sealing(self.kms.wrap, PROMPT, PROMPTS_KEY, (manifest,), (configuration,))
+
+    async def bring(self, envelope: bytes, **meta: Any) -> bytes:
+        """The sealed answer. Raises Fault."""
+        async with self.rpc.call("envelope", meta) as call:
+            await call.send(envelope, end=True)
+            return await call.read(1 << 24)
+
+    async def asks(self, asked: str | Request | bytes, **changed: Any) -> list[Answer]:
+        envelope, reply = self.sealing.but(**changed).prompt(asked)
+        return answers_to(await self.bring(envelope), reply)
+
+    async def failure(self, asked: Request | bytes) -> RequestFailed:
+        """A sealed error, to a prompt or to a body that begins with its reply secret."""
+        secret = Secret(asked[:32]) if isinstance(asked, bytes) else None
+        envelope, reply = self.sealing.prompt(asked, secret)
+        with pytest.raises(RequestFailed) as caught:
+            answers_to(await self.bring(envelope), reply)
+        return caught.value
+
+    async def fault(self, envelope: bytes, **meta: Any) -> str:
+        """The code of a clear fault."""
+        with pytest.raises(Fault) as caught:
+            await self.bring(envelope, **meta)
+        return caught.value.code
+
+
+def answers_to(answer: bytes, reply: Reply) -> list[Answer]:
+    return list(open_answer(answer, reply))
+
+
+def text_of(answers: Sequence[Answer]) -> str:
+    assert answers[0] == Start("tiny")
+    assert isinstance(answers[-1], Done)
+    return "".join(each.text for each in answers if isinstance(each, Delta))
+
+
+@contextlib.asynccontextmanager
+async def sending(directory: Path, settings: str = WITH_PROMPTS) -> AsyncIterator[Sender]:
+    kms = LocalKms()
+
+    def make_kms(_: KmsSettings, __: Nsm) -> LocalKms:
+        return kms
+
+    async with person(directory, settings, make_kms=make_kms) as opened:
+        yield Sender(opened.house, opened.rpc, kms=kms)
+
+
+@pytest.fixture
+async def sender(tmp_path: Path) -> AsyncIterator[Sender]:
+    async with sending(tmp_path) as opened:
+        yield opened
+
+
+async def test_a_prompt_that_waited_is_answered(sender: Sender) -> None:
+    assert text_of(await sender.asks("what was sealed long ago")) == "what was sealed long ago"
+    [asked] = sender.house.engine.requests
+    assert asked.messages == (ChatMessage("user", "what was sealed long ago"),)
+    assert sender.kms.asked == [(PROMPTS_KEY, encryption_context(PROMPT, "tests", FLOOR))]
+    assert sender.totals == Totals(requests=1, answered=1)
+
+
+async def test_parameters_of_a_prompt_that_waited(sender: Sender) -> None:
+    parameters: dict[str, Any] = {"max_tokens": 5, "temperature": 0.5, "top_p": 0.25, "seed": 9, "model": "tiny"}
+    await sender.asks(question("hello", **parameters))
+    [asked] = sender.house.engine.requests
+    assert {name: getattr(asked, name) for name in parameters} == parameters
+
+
+async def test_the_same_envelope_is_answered_each_time_and_sealed_anew(sender: Sender) -> None:
+    """At least once: whoever carries it decides how often. No two answers share a key."""
+    envelope, reply = sender.sealing.prompt("again")
+    first, second = await sender.bring(envelope), await sender.bring(envelope)
+    assert text_of(answers_to(first, reply)) == text_of(answers_to(second, reply)) == "again"
+    assert len(first) == len(second)
+    assert first[:ANSWER_SALT_SIZE] != second[:ANSWER_SALT_SIZE]
+    spread = range(ANSWER_SALT_SIZE + HEADER_SIZE, len(first) - 16, 16)
+    assert all(first[at : at + 16] != second[at : at + 16] for at in spread)
+    assert len(sender.house.engine.requests) == 2
+
+
+async def test_an_answer_opens_for_its_envelope_alone(sender: Sender) -> None:
+    """The same reply secret in two envelopes, as a careless sender might have it."""
+    envelope, reply = sender.sealing.prompt("one")
+    _, other = sender.sealing.prompt("two", reply.secret)
+    answer = await sender.bring(envelope)
+    assert text_of(answers_to(answer, reply)) == "one"
+    with pytest.raises(SealedError):
+        answers_to(answer, other)
+
+
+@pytest.mark.parametrize("text", ["", "x", "many words " * 20])
+async def test_an_answer_to_an_envelope_shows_a_bucket_of_records(sender: Sender, text: str) -> None:
+    envelope, _ = sender.sealing.prompt(text)
+    assert (len(await sender.bring(envelope)) - ANSWER_SALT_SIZE) % (4 * ANSWER_RECORD) == 0
+
+
+async def test_many_envelopes_at_once_get_each_their_own(sender: Sender) -> None:
+    texts = [f"person {number}" for number in range(20)]
+    assert [text_of(each) for each in await asyncio.gather(*map(sender.asks, texts))] == texts
+
+
+@pytest.mark.parametrize("size", [1, 97, 5000])
+async def test_an_envelope_may_come_in_any_pieces(sender: Sender, size: int) -> None:
+    envelope, reply = sender.sealing.prompt("in pieces")
+    async with sender.rpc.call("envelope", {}) as call:
+        for start in range(0, len(envelope), size):
+            await call.send(envelope[start : start + size])
+        await call.send(b"", end=True)
+        assert text_of(answers_to(await call.read(1 << 20), reply)) == "in pieces"
+    assert len(sender.kms.asked) == 1
+
+
+async def test_nothing_of_an_envelope_is_done_before_its_final_record(sender: Sender) -> None:
+    envelope, reply = sender.sealing.prompt("long " * 2000)
+    async with sender.rpc.call("envelope", {}) as call:
+        await call.send(envelope[:-1])
+        await sender.verified()  # by then the enclave has read what came before
+        assert sender.house.engine.requests == []
+        await call.send(envelope[-1:], end=True)
+        with pytest.raises(RequestFailed, match="context_exceeded"):
+            answers_to(await call.read(1 << 20), reply)
+    assert len(sender.house.engine.requests) == 1
+
+
+# --- Envelopes that are not opened: a clear fault by its cause ----------------------------------------------------
+
+FOREIGN: dict[str, dict[str, Any]] = {
+    "another purpose": {"purpose": MODEL},
+    "another key": {"key": OTHER_KEY},
+    "another context": {"context": "production"},
+    "an older version": {"version": FLOOR - 1},
+}
+
+
+@pytest.mark.parametrize("changed", FOREIGN.values(), ids=FOREIGN)
+async def test_kms_is_not_asked_for_somebody_elses_envelope(sender: Sender, changed: dict[str, Any]) -> None:
+    envelope, _ = sender.sealing.but(**changed).prompt("hello")
+    assert await sender.fault(envelope) == "not_released"
+    assert sender.kms.asked == []
+    assert sender.totals == Totals(requests=1, refused=1)
+
+
+@pytest.mark.parametrize("changed", [{"models": (bytes(48),)}, {"configurations": (bytes(48),)}])
+async def test_an_envelope_granted_to_another_enclave(sender: Sender, changed: dict[str, Any]) -> None:
+    """KMS has released its key; the enclave itself compares what the grant says."""
+    envelope, _ = sender.sealing.but(**changed).prompt("hello")
+    assert await sender.fault(envelope) == "not_released"
+    assert len(sender.kms.asked) == 1
+    assert sender.house.engine.requests == []
+
+
+UNRELEASED = {
+    "kms_denied": "not_released",
+    "kms_wrong_context": "not_released",
+    "kms_wrong_key": "not_released",
+    "kms_unusable_key": "not_released",
+    "overloaded": "overloaded",
+    "kms_unreachable": "unavailable",
+    "kms_timeout": "unavailable",
+    "kms_throttled": "unavailable",
+    "kms_failed": "unavailable",
+    "kms_tls": "unavailable",
+    "kms_no_credentials": "unavailable",
+    "kms_expired_credentials": "unavailable",
+    "kms_refused": "unavailable",
+    "kms_plaintext": "unavailable",
+    "kms_malformed": "unavailable",
+}
+
+
+@pytest.mark.parametrize(("code", "fault"), UNRELEASED.items())
+async def test_a_key_that_kms_does_not_release(sender: Sender, code: str, fault: str) -> None:
+    """A cause that may pass is told apart from one that will not; which it was, the operator's totals say."""
+    envelope, reply = sender.sealing.prompt("hello")
+    sender.kms.error = KmsError(code, "whatever KMS said")
+    with pytest.raises(Fault) as caught:
+        await sender.bring(envelope)
+    assert (caught.value.code, caught.value.message) == (fault, "the envelope was not opened")
+    counted = {"kms_refused": 1} if fault == "not_released" else {"kms_failed": 1}
+    assert sender.totals == Totals(requests=1, refused=1, **counted)
+    sender.kms.error = None
+    assert text_of(answers_to(await sender.bring(envelope), reply)) == "hello"
+
+
+def test_every_error_of_kms_is_in_this_table() -> None:
+    assert KmsError.__doc__ is not None
+    assert set(UNRELEASED) == set(re.findall(r"``(\w+)``", KmsError.__doc__))
+
+
+async def test_an_nsm_without_a_document_for_kms(sender: Sender) -> None:
+    envelope, _ = sender.sealing.prompt("hello")
+    sender.kms.error = NsmError(NsmErrorCode.INTERNAL_ERROR, "no document")
+    assert await sender.fault(envelope) == "unavailable"
+
+
+async def test_an_envelope_whose_wrapped_key_was_moved(sender: Sender) -> None:
+    for moved in ({"wrapped_by": OTHER_KEY}, {"wrapped_under": encryption_context(PROMPT, "tests", FLOOR - 1)}):
+        envelope, _ = sender.sealing.but(**moved).prompt("hello")
+        assert await sender.fault(envelope) == "not_released"
+
+
+@pytest.mark.parametrize("meta", [{"key_id": bytes(16)}, {"x": None}])
+async def test_an_envelope_with_something_beside_it(sender: Sender, meta: dict[str, Any]) -> None:
+    assert await sender.fault(sender.sealing.prompt("hello")[0], **meta) == "malformed"
+    assert sender.kms.asked == []
+
+
+def resalted(header: bytes) -> bytes:
+    return replace(EnvelopeHeader.split(header)[0], salt=bytes(32)).encode()
+
+
+ENVELOPE_HARM: dict[str, Callable[[bytes, list[bytes]], bytes]] = {
+    "nothing": lambda header, records: b"",
+    "a sealed request": lambda header, records: b"\x01" + bytes(2000),
+    "half a header": lambda header, records: header[:100],
+    "a header alone": lambda header, records: header,
+    "without the last record": lambda header, records: header + b"".join(records[:-1]),
+    "a record short": lambda header, records: header + records[0],
+    "a byte changed": lambda header, records: header + b"".join([flipped(records[0]), *records[1:]]),
+    "the last one changed": lambda header, records: header + b"".join([*records[:-1], flipped(records[-1])]),
+    "in another order": lambda header, records: header + b"".join([records[1], records[0], *records[2:]]),
+    "more behind it": lambda header, records: header + b"".join(records) + b"\x00",
+    "another salt": lambda header, records: resalted(header) + b"".join(records),
+}
+
+
+@pytest.mark.parametrize("harm", ENVELOPE_HARM)
+async def test_an_envelope_harmed_on_its_way(sender: Sender, harm: str) -> None:
+    envelope, _ = sender.sealing.prompt("long " * 2000)
+    header, records = split_records(envelope)
+    assert len(records) == 4
+    assert await sender.fault(ENVELOPE_HARM[harm](header, records)) == "malformed"
+    assert sender.house.engine.requests == []
+    assert sender.totals == Totals(requests=1, refused=1)
+
+
+@pytest.mark.parametrize("size", [0, 1, 31])
+async def test_an_envelope_without_a_reply_secret(sender: Sender, size: int) -> None:
+    """There is nothing to seal a failure under."""
+    assert await sender.fault(sender.sealing.prompt(bytes(size))[0]) == "malformed"
+
+
+async def test_a_prompt_in_records_of_another_size(sender: Sender) -> None:
+    """They would take as much memory as the envelope says, before a byte of it is authentic."""
+    envelope, _ = sender.sealing.but(record=1 << 20).prompt("hello")
+    assert await sender.fault(envelope) == "malformed"
+    assert sender.kms.asked == []
+
+
+async def test_an_enclave_without_a_key_for_prompts(client: Person) -> None:
+    with clear_fault("not_released"):
+        async with client.rpc.call("envelope", {}) as call:
+            await call.send(b"strongroom/1 envelope\n", end=True)
+            await call.read(1 << 20)
+    assert client.totals == Totals(requests=1, refused=1)
+
+
+# --- Envelopes that are opened: from the reply secret on every failure is sealed ----------------------------------
+
+
+BAD_BODIES = BAD | {"bytes behind it": message() + b"\x00\x01"}
+"""Zeros alone would be padding."""
+
+
+@pytest.mark.parametrize("content", BAD_BODIES.values(), ids=BAD_BODIES)
+async def test_a_prompt_that_is_none_is_refused_sealed(sender: Sender, content: bytes) -> None:
+    assert (await sender.failure(bytes(32) + content)).code == "invalid_request"
+    assert sender.house.engine.requests == []
+    assert sender.totals == Totals(requests=1, failed=1)
+
+
+async def test_what_the_engine_says_of_a_prompt_that_waited_is_said_sealed(sender: Sender) -> None:
+    assert (await sender.failure(question("hello", model="gpt-4"))).code == "unknown_model"
+    assert (await sender.failure(question("hello", top_p=0.0))).code == "invalid_request"
+    sender.house.engine.refuse = EngineFailed("the engine process ended")
+    assert (await sender.failure(question("hello"))).code == "engine_failed"
+    sender.house.engine.refuse = ZeroDivisionError("what the person said")
+    failed = await sender.failure(question("hello"))
+    assert (failed.code, failed.message) == ("internal", "the enclave failed at this request")
+    assert sender.totals == Totals(requests=4, failed=4, defects=1)
+
+
+async def test_a_defect_in_reading_a_prompt_is_answered_sealed_too(
+    sender: Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(_: object) -> Request:
+        raise IndexError("what the person said")
+
+    envelope, reply = sender.sealing.prompt("hello")
+    monkeypatch.setattr(Request, "decode", decode)
+    with pytest.raises(RequestFailed) as caught:
+        answers_to(await sender.bring(envelope), reply)
+    assert caught.value.code == "internal"
+    assert sender.totals.defects == 1
+
+
+async def test_a_prompt_may_ask_what_is_served(sender: Sender) -> None:
+    envelope, reply = sender.sealing.prompt(describe())
+    answer = await sender.bring(envelope)
+    with pytest.raises(SealedError, match="out of order"):
+        answers_to(answer, reply)  # for a sender of prompts it is no answer
+    assert sender.totals == Totals(requests=1, answered=1)
+
+
+def largest(size: int) -> int:
+    """Characters of a prompt whose message has so many bytes, without its length."""
+    count = size
+    while len(question("x" * count).encode()) - 4 > size:
+        count -= 1
+    return count
+
+
+# --- Envelopes and bounds -----------------------------------------------------------------------------------------
+
+
+async def test_a_prompt_as_large_as_is_configured(tmp_path: Path) -> None:
+    """Whatever else stands in its envelope: the bound is the message's."""
+    async with sending(tmp_path, WITH_PROMPTS.replace("[kms]", "[limits]\nrequest_bytes = 8188\n[kms]")) as sender:
+        room = largest(8188)
+        grant = (*(bytes([number]) * 48 for number in range(70)), sender.house.configuration.digest)
+        for configurations in ((sender.house.configuration.digest,), grant):
+            sealing = sender.sealing.but(configurations=configurations)
+            envelope, reply = sealing.prompt("x" * room)
+            with pytest.raises(RequestFailed) as caught:
+                answers_to(await sender.bring(envelope), reply)
+            assert caught.value.code == "context_exceeded"
+            envelope, reply = sealing.prompt("x" * (room + 1))
+            with pytest.raises(RequestFailed) as caught:
+                answers_to(await sender.bring(envelope), reply)
+            assert (caught.value.code, caught.value.expected) == ("invalid_request", "<= 8188")
+
+
+async def test_an_envelope_larger_than_any_prompt_is_not_read_to_its_end(sender: Sender) -> None:
+    envelope, _ = sender.sealing.prompt(bytes(8 << 20))
+    assert len(envelope) > longest_envelope(sender.house.configuration.limits.request_bytes)
+    assert await sender.fault(envelope) == "malformed"
+    assert sender.house.server._half_read == 0
+
+
+@pytest.mark.parametrize("size", [4096, 8188, 20_000, 1 << 20])
+def test_the_longest_envelope_holds_whatever_a_sender_makes_of_it(size: int) -> None:
+    kms = LocalKms()
+    many = tuple(number.to_bytes(48, "big") for number in range(80))
+    sealing = Sealing(kms.wrap, PROMPT, PROMPTS_KEY, (bytes(48),), many[:78])
+    assert len(sealing.grant.encode()) > MAX_GRANT - 100
+    envelope, _ = sealing.prompt("x" * largest(size))
+    assert len(envelope) <= longest_envelope(size)
+    assert longest_envelope(size) < 9 << 20, "more than a proxy takes"
+
+
+async def test_envelopes_that_arrive_at_once_hold_a_bounded_memory(
+    sender: Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One budget with the sealed calls."""
+    (first, reply), (second, _) = (sender.sealing.prompt("x" * 10_000) for _ in range(2))
+    monkeypatch.setattr("enclave.server.MAX_HALF_READ", len(first))
+    server = sender.house.server
+    async with sender.rpc.call("envelope", {}) as call:
+        await call.send(first[:-1])
+        while server._half_read < len(first) - 1:  # noqa: ASYNC110 - the server tells nobody
+            await asyncio.sleep(0)
+        assert await sender.fault(second) == "overloaded"
+        assert await sender.refusal(await sender.sealed(chat("x" * 10_000))) == "overloaded"
+        assert server._half_read == len(first) - 1
+        await call.send(first[-1:], end=True)
+        with pytest.raises(RequestFailed, match="context_exceeded"):
+            answers_to(await call.read(1 << 20), reply)
+    assert server._half_read == 0
+    assert sender.totals.kms_failed == 0
+
+
+@pytest.mark.parametrize("cause", ["denied", "tampered", "cut"])
+async def test_an_envelope_that_is_refused_gives_its_budget_back(sender: Sender, cause: str) -> None:
+    envelope, _ = sender.sealing.prompt("x" * 10_000)
+    if cause == "denied":
+        sender.kms.error = KmsError("kms_denied", "no")
+    harmed = {"denied": envelope, "tampered": flipped(envelope), "cut": envelope[:-1]}[cause]
+    await sender.fault(harmed)
+    assert sender.house.server._half_read == 0
+
+
+async def test_a_sender_who_leaves_while_kms_is_asked(sender: Sender) -> None:
+    sender.kms.held = asyncio.Event()
+    envelope, _ = sender.sealing.prompt("hello")
+    async with sender.rpc.call("envelope", {}) as call:
+        await call.send(envelope, end=True)
+        while not sender.kms.asked:  # noqa: ASYNC110 - KMS tells nobody
+            await asyncio.sleep(0)
+    await sender.verified()
+    assert sender.totals == Totals(evidence=1, requests=1, cancelled=1)
+    assert sender.house.server._half_read == 0
+    assert sender.house.engine.requests == []
+
+
+async def test_a_sender_who_leaves_stops_the_engine(sender: Sender) -> None:
+    held = sender.house.engine.hold_after(3)
+    envelope, _ = sender.sealing.prompt("a long story")
+    async with sender.rpc.call("envelope", {}) as call:
+        await call.send(envelope, end=True)
+        await held.wait()
+    await sender.house.engine.idle.wait()
+    await sender.verified()
+    assert sender.totals == Totals(evidence=1, requests=1, cancelled=1)
+
+
+@pytest.mark.parametrize("what", ["the envelope", "KMS"])
+async def test_an_envelope_that_takes_too_long(tmp_path: Path, what: str) -> None:
+    async with sending(tmp_path, WITH_PROMPTS.replace("[kms]", "[limits]\nrequest_seconds = 1\n[kms]")) as sender:
+        envelope, _ = sender.sealing.prompt("hello")
+        if what == "KMS":
+            sender.kms.held = asyncio.Event()
+        async with sender.rpc.call("envelope", {}) as call:
+            await call.send(envelope if what == "KMS" else envelope[:-1])
+            with clear_fault("unavailable"):
+                await call.reply()
+        assert sender.totals == Totals(requests=1, refused=1)
+        assert sender.house.server._half_read == 0
+
+
+async def test_nothing_of_an_envelope_is_in_any_event(sender: Sender) -> None:
+    canary = "canary-4711"
+    await sender.asks(canary)
+    await sender.failure(question(canary, model=canary))
+    sender.kms.error = KmsError("kms_denied", canary)
+    await sender.fault(sender.sealing.prompt(canary)[0])
+    sender.house.enclave.log.close_interval()
+    written = await events(sender.house)
+    assert canary not in json.dumps(written)
+    assert (written[-1]["requests"], written[-1]["kms_refused"]) == (3, 1)
