@@ -125,7 +125,7 @@ class Kms:
     async def decrypt(self, wrapped: bytes, *, key: KeyArn, context: Mapping[str, str]) -> Secret:
         """The plaintext of ``wrapped``, 1 to 6,144 bytes that ``key`` made under the encryption context ``context``.
 
-        Raises KmsError; NsmError when there is no document.
+        Raises KmsError; NsmError or EvidenceError when the module gives no document.
         """
         _require_range("the wrapped key's bytes", len(wrapped), MAX_WRAPPED)
         parameters = {"CiphertextBlob": wrapped, **_named(key, context)}

@@ -503,6 +503,17 @@ async def test_an_egress_that_is_killed_in_mid_call(world: World) -> None:
         assert (error.code, error.got) == ("kms_unreachable", "connection_lost")
 
 
+async def test_a_connection_that_was_lost_between_two_calls(world: World) -> None:
+    async with world.kms(ONCE) as kms:
+        await release(world, kms)
+        tunnel = kms._tunnel
+        assert tunnel is not None
+        world.kill_egress()
+        await until(lambda: not tunnel._pumps)
+        assert await release(world, kms) == Secret(PLAINTEXT), "the first attempt has a new one"
+        assert world.connections == 2
+
+
 # --- Credentials ------------------------------------------------------------------------------------------------------
 
 

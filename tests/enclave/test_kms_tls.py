@@ -17,7 +17,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives.hashes import SHA256, Hash
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+import enclave
 from attestation.errors import StrongroomError
+from attestation.measure import _tree
 from emulator.https import HttpAnswer, HttpRequest, HttpsServer
 from emulator.tls import TlsAuthority
 from enclave import anchors
@@ -226,6 +228,11 @@ def test_amazons_roots_have_the_keys_that_amazon_publishes() -> None:
     assert found == PUBLISHED
     folder = files(anchors)
     assert {each.name for each in folder.iterdir() if each.name.endswith(".der")} == set(FINGERPRINTS)
+
+
+def test_amazons_roots_are_measured_with_the_enclave() -> None:
+    measured = {label for label, _ in _tree("enclave", Path(enclave.__path__[0]))}
+    assert {f"enclave/anchors/{name}" for name in FINGERPRINTS} <= measured
 
 
 def test_another_certificate_in_a_roots_place(monkeypatch: pytest.MonkeyPatch) -> None:
