@@ -8,9 +8,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from strongroom.prepare import Settings, installed_model, prepare
 
@@ -46,14 +47,16 @@ def house(settings: Settings) -> Iterator[House]:
 
 
 @contextlib.contextmanager
-def command(*arguments: str) -> Iterator[dict[str, str]]:
-    """A strongroom command that stays; yields the JSON object that it prints when it is ready."""
-    process = subprocess.Popen([sys.executable, "-m", "strongroom.cli", *arguments], stdout=subprocess.PIPE)
+def command(
+    *arguments: str, program: str = "strongroom.cli", environment: Mapping[str, str] = os.environ
+) -> Iterator[dict[str, Any]]:
+    """A strongroom command, or another program, that stays; yields the JSON object that it prints when it is ready."""
+    process = subprocess.Popen([sys.executable, "-m", program, *arguments], stdout=subprocess.PIPE, env=environment)
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
         if not line:
-            raise SystemExit(f"bench: strongroom {arguments[0]} did not start")
+            raise SystemExit(f"bench: {program} {arguments[0]} did not start")
         yield json.loads(line) | {"pid": str(process.pid)}
     finally:
         process.terminate()

@@ -20,8 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import cycle
@@ -40,13 +39,11 @@ from attestation.chain import ChainCache
 from attestation.policy import AppraisalPolicy
 from attestation.verifier import authenticate, verify
 from bench import Row
+from bench.turns import in_turns
 from tests.pki import forge
 
 LEAVES = 600
 """New ones, before they come again: more than a cache keeps."""
-TURN, TURNS = 10, 40
-DISTURBED = 1.05
-MAX_SECONDS = 30.0
 DOCUMENTS = Path(__file__).resolve().parents[2] / "shared" / "vectors" / "nitro"
 RUST = "evervault_attestation_bindings"
 
@@ -83,31 +80,6 @@ def verify_raw(signed: list[tuple[bytes, bytes, bytes]]) -> None:
         key = load_der_public_key(spki)
         assert isinstance(key, ec.EllipticCurvePublicKey)
         key.verify(signature, message, ec.ECDSA(hashes.SHA384()))
-
-
-def in_turns(*sides: Callable[[], object]) -> tuple[float, ...]:
-    """The median time of each, in milliseconds; the last side is the peer.
-
-    In a turn a side is called ``TURN`` times in a row, as by whoever verifies many documents, and its best time counts.
-    A shared machine is slower for seconds at a time, and an interpreter more than arithmetic: turns count in which the
-    peer, whatever ours did, was within ``DISTURBED`` of its own best. It goes on until there are ``TURNS`` of them, or
-    for ``MAX_SECONDS``.
-    """
-    turns: list[tuple[float, ...]] = []
-    calm: list[tuple[float, ...]] = []
-    until = time.monotonic() + MAX_SECONDS
-    while len(calm) < TURNS and time.monotonic() < until:
-        turns.append(tuple(min(timed(side) for _ in range(TURN)) for side in sides))
-        best = min(turn[-1] for turn in turns)
-        calm = [turn for turn in turns if turn[-1] <= best * DISTURBED]
-    return tuple(statistics.median(taken) for taken in zip(*calm, strict=True))
-
-
-def timed(side: Callable[[], object]) -> float:
-    """Milliseconds."""
-    begun = time.perf_counter()
-    side()
-    return (time.perf_counter() - begun) * 1e3
 
 
 def held(what: str, measured: tuple[float, ...], count: int, bar: float) -> Row:
