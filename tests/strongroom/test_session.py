@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,21 +15,33 @@ from typing import Any
 import pytest
 
 from attestation.chain import Anchor
+from attestation.checks import KEY_STEPS, Status
+from attestation.envelope import EnvelopePurpose
 from attestation.errors import AppraisalError, EvidenceError, PolicyError, StrongroomError
+from attestation.keypolicy.document import KeyArn
+from attestation.keyrelease import KeyFacts
 from attestation.policy import AppraisalPolicy
+from attestation.reference import PcrSet
 from attestation.rules import Require
+from emulator.kms_endpoint import kms_emulator
 from emulator.pki import DevelopmentRoot
 from enclave.generation import ContextExceeded, EngineFailed, Overloaded
-from strongroom import proxy_client
+from strongroom import kms_client, proxy_client
+from strongroom.kms_client import KmsError
 from strongroom.proxy_client import ClearFault, ProxyClient, Unreachable
 from strongroom.session import EnclaveRestarted, RequestFailed, Session
+from tests import kms_clients
 from tests.house import SETTINGS, Forged, House, ask, house, prompt, served
+from tests.key_facts import KEYS, all_facts, facts, with_keys
+from tests.key_policies import MODEL, PROMPT, allow
 from vsockrpc.http import EVIDENCE_PATH, EVIDENCE_TYPE, SEALED_PATH
 from vsockrpc.messages import Delta, Done, Start, encode_message
 from vsockrpc.sealed import ANSWER_SALT_SIZE, HEADER_SIZE, TAG_SIZE, SealedError
 
 RECORD = 512 + HEADER_SIZE + TAG_SIZE
 FAULT_TYPE = "application/json"
+ELSE = PcrSet(b"\xaa" * 48, b"\xbb" * 48, b"\xcc" * 48)
+"""Another image."""
 
 
 @dataclass
@@ -400,6 +412,184 @@ async def test_altered_evidence_is_refused(home: House, session: Session) -> Non
         home.hostile.on_answer = alter
         with pytest.raises(EvidenceError):
             await session.verify()
+
+
+# --- KMS keys: neither verdict without the other --------------------------------------------------------------------
+
+
+@dataclass
+class Kms:
+    """What KMS says, under a test's control, and how often it was asked."""
+
+    says: Callable[[AppraisalPolicy], Mapping[KeyArn, KeyFacts]] = all_facts
+    asked: list[AppraisalPolicy] = field(default_factory=list)
+
+    def __call__(self, policy: AppraisalPolicy) -> Mapping[KeyArn, KeyFacts]:
+        self.asked.append(policy)
+        return self.says(policy)
+
+
+def with_an_open_key(policy: AppraisalPolicy) -> Mapping[KeyArn, KeyFacts]:
+    [purpose] = policy.kms
+    return {KEYS[purpose]: facts(policy, purpose, more=[allow("kms:Decrypt")])}
+
+
+def unreachable(policy: AppraisalPolicy) -> Mapping[KeyArn, KeyFacts]:
+    raise KmsError("kms_unavailable", "a test")
+
+
+@pytest.mark.parametrize("purposes", [[MODEL], [PROMPT], [MODEL, PROMPT]])
+async def test_a_prompt_leaves_when_both_verdicts_pass(home: House, purposes: list[EnvelopePurpose]) -> None:
+    kms = Kms()
+    async with Session(home.url, with_keys(home.policy, *purposes), ask_of_keys=kms) as session:
+        assert (await ask(session, "hello"))[0] == "hello"
+        result = await session.result()
+    assert [check.step for check in result.checks if check.step > 15] == list(KEY_STEPS) * len(purposes)
+    assert len(kms.asked) == 1
+
+
+@pytest.mark.parametrize("purpose", [MODEL, PROMPT])
+async def test_a_key_alone_refuses(home: House, purpose: EnvelopePurpose) -> None:
+    async with Session(home.url, with_keys(home.policy, purpose), ask_of_keys=Kms(with_an_open_key)) as session:
+        for _ in range(2):
+            with pytest.raises(AppraisalError) as caught:
+                await ask(session, "CANARY")
+            failed = [check.code for check in caught.value.checks if check.status is Status.FAILED]
+            assert failed == [caught.value.code] == ["open_key_policy"]
+    assert_only_challenged(home, 2)
+
+
+async def test_the_evidence_alone_refuses(home: House) -> None:
+    policy = with_keys(replace(home.policy, releases=(replace(home.policy.accepted_releases[0], pcrs=ELSE),)), PROMPT)
+    async with Session(home.url, policy, ask_of_keys=Kms()) as session:
+        with pytest.raises(AppraisalError) as caught:
+            await ask(session, "CANARY")
+        failed = [check.code for check in caught.value.checks if check.status is Status.FAILED]
+        assert failed == [caught.value.code] == ["wrong_image"]
+        home.hostile.on_answer = lambda path, body: body[:-1]
+        with pytest.raises(EvidenceError):
+            await ask(session, "CANARY")
+    assert_only_challenged(home, 2)
+
+
+def assert_only_challenged(home: House, times: int) -> None:
+    assert [(method, path) for method, path, _ in home.hostile.requests] == [("GET", EVIDENCE_PATH)] * times
+    assert all(body == b"" for _, _, body in home.hostile.requests)
+    assert home.engine.requests == []
+
+
+async def test_nothing_leaves_while_kms_cannot_be_asked(home: House) -> None:
+    kms = Kms(unreachable)
+    async with Session(home.url, with_keys(home.policy, PROMPT), ask_of_keys=kms) as session:
+        for _ in range(2):
+            with pytest.raises(KmsError) as caught:
+                await ask(session, "CANARY")
+            assert (caught.value.code, caught.value.exit_code) == ("kms_unavailable", 4)
+        assert home.hostile.requests == []
+        kms.says = all_facts
+        assert (await ask(session, "hello"))[0] == "hello"
+
+
+async def test_nothing_leaves_when_kms_was_asked_about_another_key(home: House) -> None:
+    for says, code in (
+        (lambda policy: {}, "key_facts_missing"),
+        (lambda policy: {KEYS[MODEL]: facts(policy, MODEL)}, "key_facts_missing"),
+        (lambda policy: {KEYS[PROMPT]: facts(policy, PROMPT, arn=KEYS[MODEL])}, "wrong_key"),
+    ):
+        async with Session(home.url, with_keys(home.policy, PROMPT), ask_of_keys=Kms(says)) as session:
+            with pytest.raises(StrongroomError) as caught:
+                await ask(session, "CANARY")
+            assert caught.value.code == code
+    assert_only_challenged(home, 3)
+
+
+async def test_kms_is_asked_anew_at_each_verification(home: House) -> None:
+    """A key that was opened since the last one is found by the next, and a prompt waits for it."""
+    clocks, kms = Clocks(), Kms()
+    policy = with_keys(home.policy, PROMPT)
+    async with Session(home.url, policy, monotonic=clocks.read, now=clocks.now, ask_of_keys=kms) as session:
+        for number in range(3):
+            assert (await ask(session, f"question {number}"))[0] == f"question {number}"
+        assert len(kms.asked) == 1
+        await session.verify()
+        assert len(kms.asked) == 2
+        kms.says = with_an_open_key
+        assert (await ask(session, "within the result's time"))[0] == "within the result's time"
+        clocks.monotonic += (await session.result()).valid_seconds
+        before = len(home.engine.requests)
+        with pytest.raises(AppraisalError) as caught:
+            await ask(session, "CANARY")
+        assert caught.value.code == "open_key_policy"
+        assert len(home.engine.requests) == before
+        assert len(kms.asked) == 3
+        await home.behind.restart()
+        kms.says = all_facts
+        assert (await ask(session, "hello"))[0] == "hello"
+        assert len(kms.asked) == 4
+
+
+async def test_what_kms_said_counts_from_when_it_was_asked(home: House) -> None:
+    clocks, dawdled = Clocks(), 100.0
+
+    def dawdle(policy: AppraisalPolicy) -> Mapping[KeyArn, KeyFacts]:
+        clocks.monotonic += dawdled
+        return all_facts(policy)
+
+    kms = Kms(dawdle)
+    policy = with_keys(home.policy, PROMPT)
+    async with Session(home.url, policy, monotonic=clocks.read, now=clocks.now, ask_of_keys=kms) as session:
+        result = await session.verify()
+        clocks.monotonic += result.valid_seconds - dawdled
+        assert await session.result() is not result
+    assert len(kms.asked) == 2
+
+
+async def test_a_policy_that_names_a_key_from_now_on(home: House) -> None:
+    kms = Kms(with_an_open_key)
+    named = with_keys(home.policy, PROMPT)
+    async with Session(home.url, home.policy, reread=lambda: named, ask_of_keys=kms) as session:
+        assert (await ask(session, "hello"))[0] == "hello"
+        assert kms.asked == []
+        with pytest.raises(AppraisalError):
+            await session.verify()
+        assert kms.asked == [named]
+
+
+async def test_a_policy_that_changes_while_kms_answers_is_for_the_next_time(home: House) -> None:
+    named = with_keys(home.policy, PROMPT)
+
+    def change(policy: AppraisalPolicy) -> Mapping[KeyArn, KeyFacts]:
+        session.policy = replace(named, model=Require((bytes(48),)))
+        return all_facts(policy)
+
+    async with Session(home.url, named, ask_of_keys=change) as session:
+        assert (await session.verify()).release == "test"
+        with pytest.raises(AppraisalError):
+            await session.verify()
+
+
+async def test_kms_is_asked_with_boto3_unless_told_otherwise(home: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way: keys, their policy and its change at an emulated KMS, over HTTPS."""
+    monkeypatch.setattr(kms_client, "ATTEMPTS", 1)
+    with kms_emulator() as kms:
+        for name, value in kms.environment(kms.principal("assumed-role/seal/me")).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("AWS_PROFILE", raising=False)
+        good = facts(home.policy, PROMPT).policy.encode()
+        named = with_keys(home.policy, PROMPT, key=KeyArn.parse(kms.create_key(good)))
+        async with Session(home.url, named) as session:
+            assert (await ask(session, "hello"))[0] == "hello"
+            opened = facts(home.policy, PROMPT, more=[allow("kms:Decrypt")]).policy.encode()
+            with kms_clients.kms_client(kms, kms.principal("assumed-role/admin/me")) as admin:
+                await asyncio.to_thread(admin.put_key_policy, KeyId=named.kms[PROMPT].key.text, Policy=opened)
+            with pytest.raises(AppraisalError) as refused:
+                await session.verify()
+            assert refused.value.code == "open_key_policy"
+            await asyncio.to_thread(kms.close)
+            with pytest.raises(KmsError) as caught:
+                await ask(session, "CANARY")
+            assert caught.value.code == "kms_unavailable"
+    assert home.engine.requests == [prompt("hello")]
 
 
 # --- Hostile answers -----------------------------------------------------------------------------------------------
