@@ -47,8 +47,11 @@ class KmsError(StrongroomError):
 class KmsClient:
     """KMS in one region. To be closed, or used with ``with``."""
 
-    def __init__(self, region: str, *, purpose: str = "asking KMS") -> None:
-        """Raises MissingExtra without boto3, in the words of ``purpose``; KmsError when boto3 is configured badly."""
+    def __init__(self, region: str | None, *, purpose: str = "asking KMS") -> None:
+        """``region`` None: the one that boto3 is configured for.
+
+        Raises MissingExtra without boto3, in the words of ``purpose``; KmsError when boto3 is configured badly.
+        """
         require(purpose, ("kms",))
         import boto3.session
         from botocore.config import Config
