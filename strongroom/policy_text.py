@@ -242,7 +242,7 @@ def _keys(policy: AppraisalPolicy) -> Iterator[Section]:
     keys = [(_PROTECTED[purpose], rule) for purpose, rule in policy.kms.items()]
     named = (
         "KMS is asked at every verification: without its answer, or when it says something else, no prompt is sent.",
-        "The key that it describes is in use, encrypts, was made in KMS and never left it. It is this one:",
+        "What it describes is in use, encrypts, was made in KMS and never left it, and is this key:",
         *(f"- for {what}: {rule.key.text}" for what, rule in keys),
     )
     yield Section((16,), "KMS key", named)

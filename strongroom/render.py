@@ -195,9 +195,10 @@ def verdict_line(result: Verdict) -> Text:
         line.append(f"made at {result.claims.timestamp.isoformat(timespec='seconds')}", "default")
     else:
         line.append(f"valid for {result.valid_seconds:.0f} s", "default")
-    changed_by = [printable(check.got or "") for check in result.checks if check.step == WHO_MAY_CHANGE]
-    if changed_by:
-        line.append(f", key{'' if len(changed_by) == 1 else 's'} {', '.join(changed_by)}", "default")
+    for check in result.checks:
+        if check.step == WHO_MAY_CHANGE:
+            which = check.name.removeprefix(NAMES[WHO_MAY_CHANGE])
+            line.append(f", key{which} {printable(check.got or '')}", "default")
     return line
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,11 +16,18 @@ import pytest
 
 from attestation.anchors import AWS_NITRO_G1
 from attestation.bundle import Bundle
-from attestation.checks import QUESTIONS
+from attestation.checks import KEY_STEPS, QUESTIONS, STEPS
+from attestation.envelope import EnvelopePurpose
+from attestation.keypolicy.document import KeyArn
+from attestation.keyrelease import KeyFacts
 from attestation.policy import AppraisalPolicy
 from attestation.policy_writer import write_policy
 from attestation.reference import PcrSet
 from attestation.rules import DocumentBinding, Forbid, Ignore, Release
+from strongroom import verification
+from strongroom.kms_client import KmsError
+from tests.key_facts import HEADER, KEYS, all_facts, facts, with_keys
+from tests.key_policies import ADMIN, PROMPT, allow
 from tests.pki import forge
 from tests.terminal import Ran, Street, Terminal
 
@@ -210,12 +218,79 @@ def test_every_step_is_explained(verify: Callable[..., Ran], strongroom: Termina
     assert ran.code == 0
     heads = [line for line in ran.out.splitlines() if line[:2].strip().isdigit()]
     assert [int(line.split()[0]) for line in heads] == list(range(1, 16))
-    assert all(f"    {question}\n" in ran.out for question in QUESTIONS.values())
+    assert all(f"    {QUESTIONS[step]}\n" in ran.out for step in STEPS)
+    assert not any(QUESTIONS[step] in ran.out for step in KEY_STEPS)
     assert "…" not in ran.out
     assert "    ok\n      expected  COSE_Sign1, ES384\n      got       COSE_Sign1, ES384\n" in ran.out
     failed = verify("evidence.cbor", "--nonce", bytes(32).hex(), "--explain").out
     assert "FAILED  [untrusted_chain]" in failed
     assert failed.count("    not reached\n") == 11
+
+
+# --- verify: KMS keys -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kms(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[KeyArn, KeyFacts]:
+    """What KMS says of the keys that ``keys.toml`` names."""
+    named = with_keys(AppraisalPolicy.load(folder / "policy.toml"), *EnvelopePurpose)
+    (folder / "model.sealed").write_bytes(HEADER.encode())
+    (folder / "keys.toml").write_text(write_policy(named, root="root.der"))
+    (folder / "young.cbor").write_bytes(forge.evidence(_young()))
+    said = all_facts(named)
+    monkeypatch.setattr(verification, "ask_of_keys", lambda policy: said)
+    return said
+
+
+NONCE = ("--nonce", forge.NONCE.hex())
+BOTH_KEYS = f"key (model) MUTABLE-BY({ADMIN}), key (prompts) MUTABLE-BY({ADMIN})"
+
+
+def test_keys_are_judged_with_the_evidence(verify: Callable[..., Ran], kms: dict[KeyArn, KeyFacts]) -> None:
+    ran = verify("young.cbor", *NONCE, policy="keys.toml")
+    assert ran.code == 0
+    [verdict] = [line for line in ran.out.splitlines() if line.startswith("ACCEPTED")]
+    assert verdict.endswith(f" s, {BOTH_KEYS}")
+    rows = re.findall(r"^ *(\d+)  (\w.*?) \((model|prompts)\) ", ran.out, re.MULTILINE)
+    assert rows == [(str(step), name, key) for key in ("model", "prompts") for step, name in KEY_STEPS.items()]
+    told = verify("young.cbor", *NONCE, "--json", policy="keys.toml").json
+    assert [check["step"] for check in told["checks"] if check["step"] > 15] == [*KEY_STEPS] * 2
+    explained = verify("young.cbor", *NONCE, "--explain", policy="keys.toml").out
+    assert all(explained.count(f"    {QUESTIONS[step]}\n") == 2 for step in KEY_STEPS)
+    assert "    n/a  wrapped key (prompts)  each prompt has a wrapped key of its own\n" in explained
+
+
+def test_a_key_that_is_open_refuses(verify: Callable[..., Ran], kms: dict[KeyArn, KeyFacts], folder: Path) -> None:
+    named = AppraisalPolicy.load(folder / "keys.toml")
+    kms[KEYS[PROMPT]] = facts(named, PROMPT, more=[allow("kms:Decrypt")])
+    ran = verify("young.cbor", *NONCE, policy="keys.toml")
+    assert ran.code == 1
+    assert "REFUSED  EMULATED  the policy refuses this enclave: key policy (prompts) [open_key_policy]" in ran.out
+    assert "\nkey policy (prompts) [open_key_policy]: KMS would release to something else" in ran.out
+    told = verify("young.cbor", *NONCE, "--json", policy="keys.toml")
+    assert (told.code, told.json["error"]["code"]) == (1, "open_key_policy")
+
+
+def test_kms_that_is_away_is_no_verdict(
+    verify: Callable[..., Ran], kms: dict[KeyArn, KeyFacts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(policy: AppraisalPolicy) -> Mapping[KeyArn, KeyFacts]:
+        raise KmsError("kms_unavailable", "KMS cannot be asked: a test")
+
+    monkeypatch.setattr(verification, "ask_of_keys", away)
+    ran = verify("young.cbor", *NONCE, policy="keys.toml")
+    assert (ran.code, ran.out) == (4, "")
+    assert "[kms_unavailable]" in ran.err
+    archived = verify("young.cbor", "--archived", policy="keys.toml")
+    assert archived.code == 0
+    assert "(prompts)" not in archived.out
+
+
+def test_a_key_that_nobody_was_asked_about(verify: Callable[..., Ran], kms: dict[KeyArn, KeyFacts]) -> None:
+    kms.clear()
+    ran = verify("young.cbor", *NONCE, policy="keys.toml")
+    assert (ran.code, ran.out) == (2, "")
+    assert "kms.model.key: the policy names a KMS key" in ran.err
 
 
 # --- inspect ----------------------------------------------------------------------------------------------------------
