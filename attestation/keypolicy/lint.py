@@ -92,8 +92,11 @@ def lint(
     meant for. ``copies`` are the key's copies in other regions whose policies the caller judges as well, by calls of
     their own.
 
-    Raises KeyPolicyError with ``unpinned_register`` for a release that accepts any model or configuration.
+    Raises KeyPolicyError with ``unpinned_register`` for a release that accepts any model or configuration; ValueError
+    for releases of which there is none.
     """
+    if releases is not None and not releases:
+        raise ValueError("a key policy is held against one release or more")
     judge = _Judge(
         policy=policy,
         releases=releases,

@@ -615,6 +615,11 @@ def test_a_release_that_accepts_any_model() -> None:
         replace(of(ONE), releases=(release(1, without=(17,)),), purpose=MODEL).findings()
 
 
+def test_no_release_at_all() -> None:
+    with pytest.raises(ValueError, match="one release"):
+        replace(Facts(), releases=()).findings()
+
+
 @pytest.mark.parametrize(
     "pcrs",
     [
