@@ -207,7 +207,11 @@ def _refused(operation: str, error: ClientError) -> KmsError:
     if code in _EXPIRED:
         return KmsError("kms_expired_credentials", "the parent's credentials have expired", got=code, passing=True)
     if code in _UNKNOWN_CREDENTIALS:
-        return KmsError("kms_no_credentials", "KMS does not know the parent's credentials", got=code)
+        return KmsError(
+            "kms_no_credentials",
+            "KMS does not take the parent's credentials, or what is signed with them at the NSM's time",
+            got=code,
+        )
     if code in ("AccessDeniedException", "AccessDenied"):
         return KmsError("kms_denied", f"KMS denies {operation} to this enclave: {_words(error)}", got=code)
     if code in _UNUSABLE_KEY:

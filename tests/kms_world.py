@@ -188,9 +188,13 @@ def lasting(world: World) -> Issued:
 
 
 @contextlib.asynccontextmanager
-async def kms_world(directory: Path, *, ahead: timedelta = timedelta(0), egress: bool = True) -> AsyncIterator[World]:
-    """``ahead``: how far the clocks of KMS and of the NSM are from this machine's, the host's."""
-    root = DevelopmentRoot.generate(datetime.now(UTC) + ahead)
+async def kms_world(
+    directory: Path, *, ahead: timedelta = timedelta(0), egress: bool = True, root: DevelopmentRoot | None = None
+) -> AsyncIterator[World]:
+    """``ahead``: how far the clocks of KMS and of the NSM are from this machine's, the host's. ``root`` vouches for the
+    NSM; a new one if None.
+    """
+    root = root or DevelopmentRoot.generate(datetime.now(UTC) + ahead)
     anchor = Anchor.emulated(root.certificate_der)
     with kms_emulator(anchor=anchor, names=(HOST,), clock=lambda: datetime.now(UTC) + ahead) as emulator:
         world = World(emulator, root, directory, ahead)

@@ -11,10 +11,8 @@ import base64
 import contextlib
 import json
 import os
-import re
 import socket
 import threading
-import urllib.parse
 import urllib.request
 import zlib
 from collections.abc import Iterator
@@ -22,40 +20,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.canaries import encodings, memory_of, where
 from tests.end_to_end.conftest import Running
 
 pytestmark = [pytest.mark.processes, pytest.mark.model]
 
 CANARY = "Kanarienvogel-7f3a91c4-Über-dem-Schacht"
-MAX_REGION = 1 << 30
-
-
-def encodings(text: str) -> dict[str, bytes]:
-    """``text`` as it might lie in memory, on a wire or in a log."""
-    plain = text.encode()
-    found = {
-        "utf-8": plain,
-        "utf-16-le": text.encode("utf-16-le"),
-        "utf-16-be": text.encode("utf-16-be"),
-        "utf-32-le": text.encode("utf-32-le"),
-        "latin-1": text.encode("latin-1", "ignore"),
-        "hex": plain.hex().encode(),
-        "HEX": plain.hex().upper().encode(),
-        "json": json.dumps(text)[1:-1].encode(),
-        "url": urllib.parse.quote(text).encode(),
-        "form": urllib.parse.quote_plus(text).encode(),
-        "reversed": plain[::-1],
-    }
-    for shift in range(3):
-        # Within a longer text, base64 groups begin at any of three offsets; the first and last group mix with
-        # neighbours.
-        for name, encode in (("base64", base64.b64encode), ("base64url", base64.urlsafe_b64encode)):
-            found[f"{name}+{shift}"] = encode(b"\0" * shift + plain)[4 : -4 or None].rstrip(b"=")
-    return found
-
-
-def where(texts: list[str], haystack: bytes) -> list[str]:
-    return [f"{name} of {text!r}" for text in texts for name, needle in encodings(text).items() if needle in haystack]
 
 
 class Recorder:
@@ -109,26 +79,6 @@ def recorded_tcp(target: str) -> Iterator[tuple[str, Recorder]]:
     host, _, port = target.removeprefix("http://").rpartition(":")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}", Recorder(listener, socket.AF_INET, (host, int(port)))
-
-
-def memory_of(pid: int) -> bytes:
-    """What a core dump of the process would hold: every readable page. The kernel's own pages (vvar) are not readable
-    and not the process's.
-    """
-    pages = []
-    with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
-        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-            match = re.match(r"([0-9a-f]+)-([0-9a-f]+) r", line)
-            if match is None or line.endswith(("[vvar]", "[vvar_vclock]", "[vsyscall]")):
-                continue
-            start, end = (int(bound, 16) for bound in match.groups())
-            memory.seek(start)
-            while start < end:
-                data = memory.read(min(end - start, MAX_REGION))
-                assert data, f"a readable page of {pid} could not be read"
-                pages.append(data)
-                start += len(data)
-    return b"".join(pages)
 
 
 def test_the_search_finds_what_is_there() -> None:
