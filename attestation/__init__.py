@@ -11,7 +11,7 @@
 raises EvidenceError or AppraisalError with every check in it. It does no I/O; only what is called ``load`` reads files.
 
 These names are the verifier's and its policy's. What reference values are computed from has modules of its own, such as
-``attestation.measure`` for the files of an emulated enclave.
+``attestation.measure`` for the files of an emulated enclave; so has what KMS says of a key, ``attestation.keypolicy``.
 """
 
 TYPE_CHECKING = False  # as in typing, which is not loaded for it
@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from attestation.checks import Check, Label, Status
     from attestation.commitment import Commitment, Entropy
     from attestation.document import MAX_FIELD, AttestationDocument
+    from attestation.envelope import EnvelopeHeader, EnvelopePurpose
     from attestation.errors import AppraisalError, EvidenceError, PolicyError, StrongroomError
     from attestation.gguf import ModelError
+    from attestation.keyrelease import KeyFacts, KeyRelease, judge_key
     from attestation.manifest import ManifestFile, ModelManifest
     from attestation.policy import AppraisalPolicy
     from attestation.policy_writer import write_policy
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
         FieldRule,
         Forbid,
         Ignore,
+        KeyRule,
         Manifests,
         Measures,
         ModelRule,
@@ -49,6 +52,7 @@ if TYPE_CHECKING:
         ReleasesInForce,
         Require,
         SignedReleases,
+        WrappedKeyFile,
     )
     from attestation.verifier import (
         MIN_NONCE,
@@ -72,8 +76,10 @@ else:
         "checks": "Check Label Status",
         "commitment": "Commitment Entropy",
         "document": "AttestationDocument MAX_FIELD",
+        "envelope": "EnvelopeHeader EnvelopePurpose",
         "errors": "AppraisalError EvidenceError PolicyError StrongroomError",
         "gguf": "ModelError",
+        "keyrelease": "KeyFacts KeyRelease judge_key",
         "manifest": "ManifestFile ModelManifest",
         "policy": "AppraisalPolicy",
         "policy_writer": "write_policy",
@@ -82,8 +88,8 @@ else:
         "release_signing": "Algorithm PublicKey ReleaseError",
         "releases": "Head ReleaseHistory",
         "rules": (
-            "Binding ChannelBinding DigestRule DocumentBinding FieldRule Forbid Ignore Manifests Measures ModelRule "
-            "NameRule RegisterRule Release Released ReleasesInForce Require SignedReleases"
+            "Binding ChannelBinding DigestRule DocumentBinding FieldRule Forbid Ignore KeyRule Manifests Measures "
+            "ModelRule NameRule RegisterRule Release Released ReleasesInForce Require SignedReleases WrappedKeyFile"
         ),
         "verifier": (
             "MIN_NONCE NONCE_SIZE ArchivedResult AttestationResult AuthenticDocument DocumentResult "
@@ -124,6 +130,8 @@ __all__ = [
     "DocumentBinding",
     "DocumentResult",
     "Entropy",
+    "EnvelopeHeader",
+    "EnvelopePurpose",
     "EvidenceError",
     "FieldRule",
     "FileHeads",
@@ -132,6 +140,9 @@ __all__ = [
     "HeadError",
     "HeadMemory",
     "Ignore",
+    "KeyFacts",
+    "KeyRelease",
+    "KeyRule",
     "Label",
     "ManifestFile",
     "Manifests",
@@ -155,7 +166,9 @@ __all__ = [
     "Status",
     "StrongroomError",
     "Trust",
+    "WrappedKeyFile",
     "authenticate",
+    "judge_key",
     "verify",
     "verify_archived",
     "verify_document",

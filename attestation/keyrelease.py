@@ -35,8 +35,11 @@ class KeyFacts:
     """What KMS says of a key now: the answers of DescribeKey, GetKeyPolicy and ListGrants."""
 
     metadata: KeyMetadata
+    """What it is, and which one: DescribeKey."""
     policy: KeyPolicy
+    """Its policy, ``default``: GetKeyPolicy."""
     grants: tuple[Grant, ...]
+    """All of them: ListGrants to its last page."""
 
 
 @final
@@ -56,13 +59,17 @@ class KeyRelease:
     """
 
     key: KeyArn
+    """To which something may be sealed."""
     purpose: EnvelopePurpose
+    """What may be sealed to it."""
     rule: KeyRule
+    """The policy's, by which it was judged."""
     mutability: Mutability
     """LOCKED, or who may change later what was judged now. The policy trusts them."""
     models: tuple[bytes, ...]
+    """Digests of the manifests that the policy accepts, 48 bytes each: for an envelope's grant."""
     configurations: tuple[bytes, ...]
-    """Digests of manifests and configurations that the policy accepts: an envelope's grant."""
+    """The same of configurations, 48 bytes each."""
     labels: frozenset[Label]
     """What must be said wherever this is shown: that the policy's enclaves are EMULATED."""
     checks: tuple[Check, ...]

@@ -103,8 +103,8 @@ def _lines(policy: AppraisalPolicy, root: str | None, notes: Sequence[str]) -> I
 
 def _key(purpose: EnvelopePurpose, rule: KeyRule) -> Iterator[str]:
     yield f"# {_KEY_NOTES[purpose]}"
-    yield "# What KMS says of it is judged with every verdict: it must release to the releases above and to nothing else,"
-    yield "# and nobody may change that but the administrators named here."
+    yield "# What KMS says of it is judged with every verdict: it must release to the releases above and to nothing"
+    yield "# else, and nobody may change that but the administrators named here."
     yield f"[kms.{purpose.table}]"
     yield f'key = "{rule.key.text}"'
     yield f'context = "{rule.context}"'

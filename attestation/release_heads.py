@@ -67,6 +67,7 @@ class MemoryHeads:
         return self._heads.get((key, name))
 
     def remember(self, history: ReleaseHistory) -> None:
+        """Raises ReleaseError ``rolled_back``."""
         key, name = history.key, history.current.name
         with self._lock:
             if before := self._heads.get((key, name)):

@@ -1,7 +1,7 @@
 """Reads the rules of an Appraisal Policy: the tables of ``policy.toml`` that require, forbid or ignore (PROTOCOL.md
 section 3.1). :mod:`attestation.policy` reads the tables around them.
 
-Every function raises PolicyError with the field's path.
+What is wrong has the field's path.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 
 def read_rule(table: Table, kinds: Mapping[str, Callable[[Table], T]]) -> T:
-    """The rule that ``table`` is: exactly one of ``kinds``, and nothing beside it."""
+    """The rule that ``table`` is: exactly one of ``kinds``, and nothing beside it. Raises PolicyError."""
     rule = kinds[table.one_of(*kinds)](table)
     table.finish()
     return rule
@@ -67,7 +67,7 @@ def _field_value(field: str, text: str) -> bytes:
 
 
 def read_model_rule(table: Table, directory: Path) -> ModelRule:
-    """The rule for PCR16, which may name files of manifests in ``directory``."""
+    """The rule for PCR16, which may name files of manifests in ``directory``. Raises PolicyError."""
     if not table.has("manifests"):
         return read_rule(table, DIGEST_RULES)
     minimum = table.integer("minimum_version")
@@ -89,7 +89,7 @@ def _manifest(field: str, path: Path) -> ModelManifest:
 
 
 def digests(table: Table, key: str) -> tuple[bytes, ...]:
-    """The list ``key`` of texts ``sha384:`` and 96 hexadecimal digits, as 48 bytes each."""
+    """The list ``key`` of texts ``sha384:`` and 96 hexadecimal digits, as 48 bytes each. Raises PolicyError."""
     values = []
     for field, text in table.texts(key):
         if not text.startswith(DIGEST_PREFIX):
@@ -99,7 +99,7 @@ def digests(table: Table, key: str) -> tuple[bytes, ...]:
 
 
 def read_key_rules(table: Table, directory: Path) -> Mapping[EnvelopePurpose, KeyRule]:
-    """The rules for KMS keys, one or more; a wrapped key is a file in ``directory``."""
+    """The rules for KMS keys, one or more; a wrapped key is a file in ``directory``. Raises PolicyError."""
     rules = {
         purpose: _key_rule(table.table(purpose.table), purpose, directory)
         for purpose in EnvelopePurpose
@@ -186,7 +186,7 @@ NAME_RULES: Mapping[str, Callable[[Table], NameRule]] = {
 
 
 def require_bounds(field: str, value: int, low: int, high: int, unit: str) -> None:
-    """``value`` is from ``low`` to ``high``, both included."""
+    """``value`` is from ``low`` to ``high``, both included. Raises PolicyError ``wrong_value``."""
     if not low <= value <= high:
         expected = f"{low} to {high} {unit}".rstrip()
         raise PolicyError("wrong_value", "out of bounds", field=field, expected=expected, got=value)
@@ -194,7 +194,7 @@ def require_bounds(field: str, value: int, low: int, high: int, unit: str) -> No
 
 def read_file(path: Path, limit: int, code: str, *, field: str | None, whole: bool = True) -> bytes:
     """The content of a file that a policy names, of at most ``limit`` bytes; or, where it need not be ``whole``, its
-    beginning. ``code`` is that of the error.
+    beginning. Raises PolicyError with ``code``.
     """
     try:
         with path.open("rb") as file:

@@ -262,6 +262,7 @@ class KeyRule:
     """
 
     key: KeyArn
+    """Which key, in which account and region."""
     context: str
     """The name in the encryption context, 1 to 64 of ``a-z 0-9 . _ -``."""
     minimum_version: int

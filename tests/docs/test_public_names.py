@@ -90,10 +90,14 @@ def _caught(node: ast.Try) -> set[str]:
 
 
 def _instances(function: Function) -> dict[str, str]:
-    """Variables that are assigned what a class of the package makes: ``x = Class(...)``, ``x = Class.method(...)``."""
+    """Variables that are assigned what a class of the package makes: ``x = Class(...)``, ``x = Class.method(...)``; and
+    what is given as one, ``x: Class``.
+    """
     found = {}
     for node in ast.walk(function):
         match node:
+            case ast.arg(arg=argument, annotation=ast.Name(id=kind)):
+                found[argument] = kind
             case ast.Assign(
                 targets=[ast.Name(id=variable)],
                 value=ast.Call(func=ast.Name(id=made) | ast.Attribute(value=ast.Name(id=made))),
@@ -167,8 +171,10 @@ def _named(name: str) -> Iterator[str]:
         yield from (part.id for kind in every if kind for part in ast.walk(kind) if isinstance(part, ast.Name))
 
 
-_OF_THEIR_OWN = {"Entry", "Progress", "ReleaseStatement", "Value"}
-"""What modules give out that are not the verifier's own: histories for publishers, files, decoded CBOR."""
+_OF_THEIR_OWN = {"Entry", "Grant", "Progress", "ReleaseStatement", "Value"}
+"""What modules give out that are not the verifier's own: histories for publishers, what KMS says of a key, files,
+decoded CBOR.
+"""
 
 
 @pytest.mark.parametrize("name", attestation.__all__)
