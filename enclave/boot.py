@@ -9,6 +9,7 @@ channel Evidence can.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ from enclave.release import KeyRelease, KeyService
 
 RNG_CURRENT = Path("/sys/class/misc/hw_random/rng_current")
 KERNEL_POOL = Path("/dev/urandom")
+RNDRESEEDCRNG = 0x5207
+"""``_IO('R', 0x07)`` of Linux's ``random.h``."""
 RANDOM_SIZE = 32
 """Bytes that KMS adds to the kernel's pool."""
 PROGRESS_STEPS = 50
@@ -128,7 +131,22 @@ class Enclave:
                 raise BootError(
                     "entropy_missing", "the kernel is not seeded by the NSM", expected="nsm-hwrng", got=current
                 )
-        _mix(await asyncio.to_thread(self.nsm.get_random))
+        self._mix(await asyncio.to_thread(self.nsm.get_random))
+
+    def _mix(self, random: bytes) -> None:
+        """Adds to the kernel's pool: what its generator gives afterwards is at least as hard to guess as before. Keys
+        are made from that (:class:`~vsockrpc.sealed.ChannelKey`), and not from a generator that was seeded earlier.
+        """
+        with KERNEL_POOL.open("wb", buffering=0) as pool:
+            pool.write(random)
+            try:
+                reseed(pool.fileno())
+            except OSError as error:
+                # Only root may; an emulated enclave need not be, and its host chose the randomness anyway.
+                if self.configuration.entropy is not Entropy.HOST:
+                    raise BootError(
+                        "entropy_missing", "the kernel's generator was not seeded anew", got=error.strerror
+                    ) from error
 
     async def commit_configuration(self) -> None:
         await self._commit(PCR_CONFIGURATION, self.configuration.digest)
@@ -161,7 +179,7 @@ class Enclave:
         """The recipient key is made here, behind the check of entropy; and KMS's randomness is mixed with the pool's
         before any other key is made."""
         self._kms = await asyncio.to_thread(self._make_kms, settings, self.nsm)
-        _mix((await self._kms.generate_random(RANDOM_SIZE)).expose())
+        self._mix((await self._kms.generate_random(RANDOM_SIZE)).expose())
 
     def _release(self, purpose: EnvelopePurpose, wrapped: WrappedKey, model: bytes) -> KeyRelease:
         assert self._kms is not None, "KMS is open from CONFIGURED on"
@@ -203,10 +221,9 @@ class Enclave:
         await asyncio.to_thread(commit)
 
 
-def _mix(random: bytes) -> None:
-    """Adds to the kernel's pool: what its generator gives afterwards is at least as hard to guess as before."""
-    with KERNEL_POOL.open("wb", buffering=0) as pool:
-        pool.write(random)
+def reseed(pool: int) -> None:
+    """Has the kernel's generator take what its pool holds now: by itself it does so a minute later at times."""
+    fcntl.ioctl(pool, RNDRESEEDCRNG)
 
 
 def _kms_over_the_tunnel(settings: KmsSettings, nsm: Nsm) -> KeyManagement:

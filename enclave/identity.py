@@ -18,6 +18,7 @@ from attestation.commitment import BOOT_ID_SIZE, Commitment, Entropy
 from enclave.config import ChannelSettings
 from vsockrpc.sealed import ChannelKey, ReplaySet, SealedError
 
+RECEIPT_SEED_SIZE = 32
 MAX_KEYS = 16
 """Keys kept at once, retired ones included: a bound on what a flood of requests can make the enclave remember."""
 
@@ -40,6 +41,11 @@ class OfferedKey:
         return self.secrets_seen.full or self.requests_begun.full
 
 
+def _receipt_key() -> Ed25519PrivateKey:
+    """From the kernel's generator at this moment, as :class:`~vsockrpc.sealed.ChannelKey` is."""
+    return Ed25519PrivateKey.from_private_bytes(secrets.token_bytes(RECEIPT_SEED_SIZE))
+
+
 @dataclass(slots=True)
 class Identity:
     """The identity of one boot. ``model`` and ``configuration`` are the digests behind PCR16 and PCR17."""
@@ -51,7 +57,7 @@ class Identity:
     on_offer: Callable[[bytes], None] = lambda key_id: None
     clock: Callable[[], float] = time.monotonic
     boot_id: bytes = field(default_factory=lambda: secrets.token_bytes(BOOT_ID_SIZE), init=False)
-    receipt_key: Ed25519PrivateKey = field(default_factory=Ed25519PrivateKey.generate, init=False)
+    receipt_key: Ed25519PrivateKey = field(default_factory=_receipt_key, init=False)
     _keys: dict[bytes, OfferedKey] = field(default_factory=dict, init=False)
     _current: OfferedKey | None = field(default=None, init=False)
     _outlived: list[tuple[float, ReplaySet]] = field(default_factory=list, init=False)

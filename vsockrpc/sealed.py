@@ -32,6 +32,9 @@ SEALED_SECRET_SIZE = 1168
 OPENING_SIZE = 1 + SEALED_SECRET_SIZE
 SECRET_SIZE = 32
 MLKEM_KEY_SIZE = 1184
+MLKEM_SEED_SIZE = 64
+"""Bytes of ``d || z`` (FIPS 203, algorithm 16)."""
+X25519_SEED_SIZE = 32
 REPLAY_TAG_SIZE = 16
 ANSWER_SALT_SIZE = 32
 
@@ -95,7 +98,10 @@ class ChannelKey:
     """The enclave's private half of a channel key. It lives in memory only and is never serialised."""
 
     def __init__(self) -> None:
-        mlkem, x25519 = MLKEM768PrivateKey.generate(), X25519PrivateKey.generate()
+        # From the kernel's generator at this moment. OpenSSL's own was seeded once, before whatever has been mixed into
+        # the kernel's since.
+        mlkem = MLKEM768PrivateKey.from_seed_bytes(secrets.token_bytes(MLKEM_SEED_SIZE))
+        x25519 = X25519PrivateKey.from_private_bytes(secrets.token_bytes(X25519_SEED_SIZE))
         self._private = hpke.MLKEM768X25519PrivateKey(mlkem, x25519)
         self.public_bytes = mlkem.public_key().public_bytes_raw() + x25519.public_key().public_bytes_raw()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 from collections.abc import AsyncIterator, Callable
@@ -24,7 +25,7 @@ from attestation.reference import ZERO_PCR, once_extended
 from emulator.nsm import SoftwareNsm, boot_registers, new_module_id
 from emulator.pki import DevelopmentRoot
 from enclave.boot import PHASES, PROGRESS_STEPS, RANDOM_SIZE, Enclave, KeyManagement
-from enclave.config import EnclaveConfiguration, KmsSettings
+from enclave.config import ChannelSettings, EnclaveConfiguration, KmsSettings
 from enclave.engine import Engine
 from enclave.generation import EngineRefused
 from enclave.identity import Identity
@@ -38,6 +39,7 @@ from tests.engines import EchoEngine
 from tests.gguf_files import TEXT, Gguf
 from tests.sealing import CONTEXT, FLOOR, MODEL, MODEL_KEY, PROMPTS_KEY, LocalKms, Sealing, kms_toml, split_records
 from vsockrpc.address import UnixAddress
+from vsockrpc.sealed import ChannelKey
 from vsockrpc.transport import serve
 
 ORDER = [Phase.COLD, Phase.ENTROPY, Phase.CONFIGURED, Phase.MODEL_COMMITTED, Phase.KEYED, Phase.SERVING]
@@ -77,6 +79,9 @@ class Scene:
         self.rng_current.write_text("nsm-hwrng\n")
         self.pool = directory / "urandom"
         self.pool.touch()
+        self.reseeded: list[bytes] = []
+        """What the pool held, each time that the kernel's generator was seeded anew."""
+        self.may_reseed = True
         self.transport = Recorded(InProcess(SoftwareNsm(root, boot_registers(IMAGE), module_id=new_module_id())))
         self.nsm = Nsm(self.transport)
         self.engine: Engine = EchoEngine()
@@ -121,6 +126,11 @@ manifest = "sha384:{self.manifest.digest().hex()}"
         finally:
             await enclave.close()
 
+    def reseed(self, pool: int) -> None:
+        if not self.may_reseed:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        self.reseeded.append(self.pool.read_bytes())
+
     async def halt(self) -> dict[str, Any]:
         """Boots, to HALTED, and returns the event that says why."""
         async with self.boot() as enclave:
@@ -146,6 +156,7 @@ def root() -> DevelopmentRoot:
 def scene(tmp_path: Path, root: DevelopmentRoot, monkeypatch: pytest.MonkeyPatch) -> Scene:
     scene = Scene(tmp_path, root)
     monkeypatch.setattr(enclave.boot, "KERNEL_POOL", scene.pool)
+    monkeypatch.setattr(enclave.boot, "reseed", scene.reseed)
     return scene
 
 
@@ -322,6 +333,7 @@ async def test_the_kernels_pool_is_fed_by_the_nsm_before_any_key(scene: Scene) -
         pass
     assert scene.transport.requests[0] == ("GetRandom", None)
     assert len(scene.pool.read_bytes()) == 256
+    assert scene.reseeded == [scene.pool.read_bytes()]
 
 
 async def test_an_emulated_enclave_says_so_instead_of_checking_the_kernel(scene: Scene) -> None:
@@ -331,6 +343,24 @@ async def test_an_emulated_enclave_says_so_instead_of_checking_the_kernel(scene:
         assert enclave.phase is Phase.SERVING
         assert enclave.identity.current().commitment.entropy is Entropy.HOST
     assert len(scene.pool.read_bytes()) == 256
+
+
+async def test_a_generator_that_is_not_seeded_anew_halts_unless_emulated(scene: Scene) -> None:
+    scene.may_reseed = False
+    emulated = replace(scene.configuration, entropy=Entropy.HOST)
+    halted = await scene.halt()
+    assert (halted["phase"], halted["code"]) == ("ENTROPY", "entropy_missing")
+    scene.configuration = emulated
+    async with scene.boot() as enclave:
+        assert enclave.phase is Phase.SERVING
+
+
+def test_keys_come_from_the_kernels_generator_of_that_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenSSL's own was seeded once, perhaps before anything was mixed in."""
+    monkeypatch.setattr("secrets.token_bytes", bytes)
+    assert ChannelKey().public_bytes == ChannelKey().public_bytes
+    first, second = (Identity(b"m", b"c", Entropy.HOST, ChannelSettings(1, 1, 1)) for _ in range(2))
+    assert first.receipt_key.public_key() == second.receipt_key.public_key()
 
 
 async def test_a_kernel_without_that_file_is_not_seeded(scene: Scene) -> None:
