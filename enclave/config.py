@@ -22,6 +22,11 @@ from attestation.strict_toml import Table, wrong_value
 from vsockrpc.address import Address, TcpAddress, parse_address
 from vsockrpc.errors import AddressError
 
+KMS_HOST = (
+    r"kms(-fips)?\.{region}\.(amazonaws\.com(\.cn)?|api\.aws)"
+    r"|vpce-[a-z0-9-]+\.kms\.{region}\.vpce\.amazonaws\.com(\.cn)?"
+)
+"""Host names of AWS's endpoints of KMS, and of VPC endpoints (AWS General Reference, KMS endpoints; VPC guide)."""
 MAX_CERTIFICATE_TEXT = 4096
 """Characters of a certificate in base64."""
 MAX_ROTATIONS = 8
@@ -191,11 +196,12 @@ class EnclaveConfiguration:
 
 def _kms(table: Table) -> KmsSettings:
     region = _matching(table, "region", r"[a-z]{2,}(-[a-z0-9]+)+", "an AWS region")
+    authority = _authority(table)
     settings = KmsSettings(
         region=region,
-        endpoint=_endpoint(table),
+        endpoint=_endpoint(table, region, is_amazons=authority is None),
         egress=_address(table, "egress"),
-        authority=_authority(table),
+        authority=authority,
         model=_wrapped_key(table.table("model"), region) if table.has("model") else None,
         prompts=_wrapped_key(table.table("prompts"), region) if table.has("prompts") else None,
     )
@@ -203,7 +209,7 @@ def _kms(table: Table) -> KmsSettings:
     return settings
 
 
-def _endpoint(table: Table) -> TcpAddress:
+def _endpoint(table: Table, region: str, *, is_amazons: bool) -> TcpAddress:
     text = table.text("endpoint")
     try:
         address = parse_address(f"tcp:{text}")
@@ -213,6 +219,9 @@ def _endpoint(table: Table) -> TcpAddress:
     # One spelling, which the parent's list and the certificate are compared with.
     if address.port == 0 or address.host != address.host.lower() or address.host.endswith("."):
         raise wrong_value(table.field("endpoint"), "HOST:PORT, the host in lower case", ascii(text))
+    # Amazon's authorities issue for every customer's name as well: they vouch for a name, and this is KMS's.
+    if is_amazons and not re.fullmatch(KMS_HOST.format(region=re.escape(region)), address.host):
+        raise wrong_value(table.field("endpoint"), f"a host name of KMS in {region}", ascii(text))
     return address
 
 

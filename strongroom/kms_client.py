@@ -66,6 +66,10 @@ class KmsClient:
             self._client: Any = boto3.session.Session(region_name=region).client("kms", config=config)
         except (BotoCoreError, ValueError) as error:  # a profile that is not there; an endpoint that is no URL
             raise _unavailable(error) from error
+        endpoint: str = self._client.meta.endpoint_url
+        if not endpoint.startswith("https://"):
+            self.close()
+            raise KmsError("kms_unavailable", "KMS is asked over TLS alone", expected="https://", got=endpoint[:200])
 
     def close(self) -> None:
         self._client.close()

@@ -285,6 +285,21 @@ def test_kms_with_amazons_authorities() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "host",
+    [
+        "kms.eu-west-1.amazonaws.com",
+        "kms-fips.eu-west-1.amazonaws.com",
+        "kms.eu-west-1.api.aws",
+        "vpce-0123abcd-e5f6.kms.eu-west-1.vpce.amazonaws.com",
+    ],
+)
+def test_amazons_authorities_vouch_for_kms_by_its_names(host: str) -> None:
+    kms = EnclaveConfiguration.parse(with_kms(endpoint=f"{host}:443")).kms
+    assert kms is not None
+    assert kms.endpoint == TcpAddress(host, 443)
+
+
 def test_kms_with_an_emulators_authority() -> None:
     der = bytes(range(256)) * 3
     root = base64.b64encode(der).decode()
@@ -302,6 +317,9 @@ def test_kms_with_an_emulators_authority() -> None:
         ("endpoint", "https://kms.eu-west-1.amazonaws.com:443"),
         ("endpoint", "kms.eu-west-1.amazonaws.com:0"),
         ("endpoint", "KMS.eu-west-1.amazonaws.com:443"),
+        ("endpoint", "kms.example.com:443"),
+        ("endpoint", "kms.us-east-1.amazonaws.com:443"),
+        ("endpoint", "kms.eu-west-1.amazonaws.com.example.com:443"),
         ("endpoint", "kms.eu-west-1.amazonaws.com.:443"),
         ("egress", "3:5002"),
         ("trust", "SYSTEM"),
