@@ -207,7 +207,8 @@ def lock(
 
     From then on a verdict calls the key LOCKED, and needs to trust no administrator. No other release can ever be
     added; what is encrypted under the key opens to the releases that are in its policy now, or to nothing. Who may
-    disable or delete the key may still do so.
+    disable or delete the key may still do so. What AWS Support may do for an account whose key nobody manages is beyond
+    any key policy: to trust KMS is to trust AWS with that.
 
     It cannot be undone: it is done only when the key policy has no error, and after you have typed the key's id.
 
