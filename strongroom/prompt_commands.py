@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import httpx2
 
-from attestation.envelope import EnvelopePurpose, encryption_context
+from attestation.envelope import EnvelopeHeader, EnvelopePurpose, encryption_context, require_equal
 from attestation.keyrelease import judge_key
 from attestation.policy import AppraisalPolicy
 from strongroom.conversation import Sampling, prompt_text, sampling_options, write_now
@@ -19,10 +19,11 @@ from strongroom.files import new_file, read_bounded, require_new, write_new
 from strongroom.kms_client import KmsClient
 from strongroom.options import err, json_option, key_option, load_policy, policy_option, require_key, url_option
 from strongroom.prompt_file import MAX_ANSWER, MAX_REPLY, Reply, open_answer, seal_prompt
-from strongroom.proxy_client import ProxyClient
+from strongroom.proxy_client import ClearFault, ProxyClient, Unreachable
 from strongroom.render import show_verdict, waiting, warn_of_labels
 from strongroom.session import Session
 from vsockrpc.messages import ChatMessage, Delta, Done
+from vsockrpc.sealed import Truncated
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 MAX_ENVELOPE = 9 << 20
@@ -128,13 +129,21 @@ def submit(file: Path, url: str, target: Path, as_json: bool) -> None:
       strongroom prompt submit question.sealed --url http://parent:8080 --out answer.sealed
     """
     envelope = read_bounded(file, MAX_ENVELOPE)
+    _require_prompt(envelope)
     require_new(target)
     with waiting(err, "waiting for the answer"):
         size = asyncio.run(_submit(envelope, url, target))
     click.echo(json.dumps({"answer": str(target), "bytes": size}) if as_json else f"wrote {target}")
 
 
+def _require_prompt(envelope: bytes) -> None:
+    """That nothing else is shown to a parent: a reply file is called much like its envelope. Raises EnvelopeError."""
+    header, _ = EnvelopeHeader.split(envelope)
+    require_equal("wrong_purpose", "no prompt's envelope", EnvelopePurpose.PROMPT.value, header.purpose.value)
+
+
 async def _submit(envelope: bytes, url: str, target: Path) -> int:
+    """Bytes of the answer. Raises Unreachable, ClearFault; Truncated when it broke off."""
     size = 0
     async with ProxyClient(url) as proxy:
         try:
@@ -142,10 +151,26 @@ async def _submit(envelope: bytes, url: str, target: Path) -> int:
                 with new_file(target) as file:
                     async for chunk in chunks:
                         size += len(chunk)
+                        if size > MAX_ANSWER:
+                            raise Unreachable(
+                                "not_strongroom", "no answer is so long", expected=f"<= {MAX_ANSWER} bytes", got="more"
+                            )
                         file.write(chunk)
+        except ClearFault as fault:
+            raise ClearFault(fault.code, _FAULTS.get(fault.code, fault.message)) from fault
         except httpx2.HTTPError as error:
+            if size:
+                raise Truncated("the answer broke off: bring the envelope again, it is answered anew") from error
             raise proxy.unreachable(error) from error
     return size
+
+
+_FAULTS = {
+    "unavailable": "no enclave that serves is reached, or it reaches no KMS: look at the enclave's logs and at the "
+    "egress's metrics, and bring the envelope again",
+    "malformed": "the envelope was changed on its way, or is larger than this enclave takes",
+}
+"""What a clear fault means for an envelope, where that is another thing than for a sealed request."""
 
 
 @prompt.command(name="open")

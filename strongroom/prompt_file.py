@@ -22,6 +22,7 @@ from attestation.secret import Secret
 from strongroom.session import RequestFailed
 from vsockrpc.deferred import SECRET_SIZE, DeferredPrompt, ReplyKeys, envelope_digest, new_reply_secret
 from vsockrpc.messages import (
+    MAX_MESSAGE_SIZE,
     REQUEST_ID_SIZE,
     Answer,
     ChatRequest,
@@ -83,7 +84,8 @@ def seal_prompt(release: KeyRelease, chat: ChatRequest, *, data_key: Secret, wra
     """The envelope of ``chat``, and what will open the answer to it.
 
     ``data_key`` has 32 bytes and was made for this envelope; ``wrapped`` is the same as KMS encrypted it. Raises
-    EnvelopeError, ValueError for a verdict on a key of another purpose.
+    MessageError for a request that no enclave takes, however long it waits; EnvelopeError; ValueError for a verdict on
+    a key of another purpose.
     """
     if release.purpose is not EnvelopePurpose.PROMPT:
         raise ValueError("the verdict is on a key for something else than prompts")
@@ -98,8 +100,10 @@ def seal_prompt(release: KeyRelease, chat: ChatRequest, *, data_key: Secret, wra
     )
     grant = Grant(release.purpose, release.models, release.configurations)
     prompt = DeferredPrompt(new_reply_secret(), Request(secrets.token_bytes(REQUEST_ID_SIZE), chat))
+    body = prompt.encode(before=len(grant.encode()))
+    DeferredPrompt.decode(body, limit=MAX_MESSAGE_SIZE)
     sealer = Sealer(header, grant, data_key)
-    records = sealer.seal(prompt.encode(before=len(grant.encode())))
+    records = sealer.seal(body)
     envelope = b"".join([*records, sealer.finish()])
     return envelope, Reply(prompt.reply_secret, envelope_digest(envelope))
 
