@@ -26,8 +26,8 @@ from attestation.keypolicy.findings import Finding, Severity
 from attestation.keypolicy.lint import lint
 from attestation.keypolicy.mutability import Locked, Mutability, mutability
 from attestation.policy import AppraisalPolicy
-from attestation.reference import PCR_CONFIGURATION, PCR_MODEL, once_extended
-from attestation.rules import Ignore, KeyRule, SignedReleases, WrappedKeyFile
+from attestation.reference import PCR_CONFIGURATION, PCR_MODEL, ZERO_PCR, once_extended
+from attestation.rules import Ignore, KeyRule, Measures, Require, SignedReleases, WrappedKeyFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,14 +152,19 @@ def require_facts(policy: AppraisalPolicy, facts: Mapping[KeyArn, KeyFacts]) -> 
 def released_to(policy: AppraisalPolicy, purpose: EnvelopePurpose) -> Iterator[ReleasedTo]:
     """What the key's own policy has to ask for, release by release; one or more, where ``policy`` names a key.
 
-    PCR16 is still open when a model's key is released, so that it is asked of prompts alone.
+    PCR16 is still open when a model's key is released, so that it is asked of prompts alone. Rules for further
+    registers are asked as well, where they name values. That a register is zero is left to Evidence: no other code runs
+    for it.
     """
+    further = {
+        index: rule.values
+        for index, rule in policy.pcrs.items()
+        if isinstance(rule, Require | Measures) and ZERO_PCR not in rule.values
+    }
     for release in policy.accepted_releases:
         models, configurations = policy.models_of(release), policy.configurations_of(release)
         if models and configurations:  # else nothing may run in it
-            registers: dict[int, tuple[bytes, ...]] = {
-                index: (value,) for index, value in release.pcrs.as_registers().items()
-            }
+            registers = further | {index: (value,) for index, value in release.pcrs.as_registers().items()}
             registers[PCR_CONFIGURATION] = tuple(map(once_extended, configurations))
             if purpose is EnvelopePurpose.PROMPT:
                 registers[PCR_MODEL] = tuple(map(once_extended, models))

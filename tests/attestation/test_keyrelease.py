@@ -28,7 +28,7 @@ from attestation.keyrelease import KeyFacts, KeyRelease, judge_key, released_to
 from attestation.policy import AppraisalPolicy
 from attestation.reference import PcrSet, once_extended
 from attestation.release_signing import ReleaseError
-from attestation.rules import Ignore, Release, Released, Require, SignedReleases, WrappedKeyFile
+from attestation.rules import Forbid, Ignore, Measures, Release, Released, Require, SignedReleases, WrappedKeyFile
 from attestation.verifier import AttestationResult, authenticate, verify, verify_archived
 from tests.key_facts import FILE, HEADER, KEYS, PROMPTS_KEY, VERSION, all_facts, facts, key_policy, with_keys
 from tests.key_policies import (
@@ -381,7 +381,9 @@ def test_a_key_is_asked_for_what_may_run(policy: AppraisalPolicy) -> None:
         Release("without a model", IMAGES[1], (), (C,)),
         Release("without a configuration", replace(IMAGES[2], pcr8=b"\x08" * 48), (M,), ()),
     )
-    named = with_keys(replace(policy, releases=releases, model=Released(), configuration=Released()), MODEL, PROMPT)
+    rules = {3: Ignore("any"), 4: Ignore("any"), 8: Forbid()}
+    stated = replace(policy, releases=releases, model=Released(), configuration=Released(), pcrs=rules)
+    named = with_keys(stated, MODEL, PROMPT)
     [for_prompts] = released_to(named, PROMPT)
     [for_model] = released_to(named, MODEL)
     assert for_prompts.name == for_model.name == "one"
@@ -399,6 +401,21 @@ def test_a_signers_register_is_asked_for(policy: AppraisalPolicy) -> None:
     one, other = released_to(with_keys(policy, PROMPT), PROMPT)
     assert 8 not in one.pcrs
     assert other.pcrs[8] == (forge.measured("signer"),)
+
+
+def test_a_key_is_asked_for_further_registers_that_the_policy_names(policy: AppraisalPolicy) -> None:
+    """Else KMS would release to the same image under another role, which the policy refuses."""
+    role, signer, zero = Measures(("arn:aws:iam::1:role/a", "arn:aws:iam::1:role/b")), Require((M,)), bytes(48)
+    named = with_keys(policy, MODEL)
+    rules = {**named.pcrs, 3: role, 4: Ignore("any"), 8: signer, 9: Require((M, zero)), 10: Forbid()}
+    one, other = released_to(replace(named, pcrs=rules), MODEL)
+    assert (one.pcrs[3], one.pcrs[8]) == (role.values, (M,))
+    assert other.pcrs[8] == (forge.measured("signer"),), "a release's own counts"
+    assert {4, 9, 10}.isdisjoint(one.pcrs)
+    asked_less = replace(facts(named, MODEL), policy=key_policy(list(released_to(named, MODEL)), MODEL))
+    with pytest.raises(AppraisalError) as caught:
+        judge_key(replace(named, pcrs=rules), MODEL, asked_less, at=forge.NOW)
+    assert _failed(caught.value.checks) == [(18, "open_key_policy")]
 
 
 @given(values=st.lists(st.binary(min_size=48, max_size=48), min_size=1, max_size=4, unique=True), data=st.data())
