@@ -64,9 +64,10 @@ from attestation.rules import (
     Release,
     Released,
     ReleasesInForce,
+    Require,
     SignedReleases,
 )
-from attestation.strict_toml import Table, missing, printable
+from attestation.strict_toml import Table, missing, printable, wrong_value
 
 if TYPE_CHECKING:  # where heads are kept is a matter of the system: files and locks
     from attestation.release_heads import HeadMemory
@@ -215,7 +216,9 @@ class AppraisalPolicy:
                 )
 
     def _require_register_rules(self) -> None:
-        for index in self.pcrs:
+        for index, rule in self.pcrs.items():
+            if isinstance(rule, Require) and any(len(value) != DIGEST_SIZE for value in rule.values):
+                raise wrong_value(f"pcrs.{index}.require", f"registers of {DIGEST_SIZE} bytes", "others")
             if index in _JUDGED_ELSEWHERE or not 0 <= index < PCR_COUNT:
                 elsewhere = _JUDGED_ELSEWHERE.get(index)
                 raise PolicyError(

@@ -542,6 +542,7 @@ def test_a_file_that_is_no_policy(content: bytes | None, code: str, tmp_path: Pa
         {"pcrs": {3: Forbid(), 4: Forbid()}},
         {"pcrs": {3: Forbid(), 4: Forbid(), 8: Forbid(), 17: Forbid()}},
         {"pcrs": {3: Forbid(), 4: Forbid(), 8: Forbid(), -1: Forbid()}},
+        {"pcrs": {3: Forbid(), 4: Require((b"short",)), 8: Forbid()}},
     ],
     ids=str,
 )
