@@ -4,13 +4,19 @@ this house's own measurements, and between enclave and emulated KMS the parent's
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import concurrent.futures
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+import os
+import threading
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import pytest
 
 from attestation.envelope import EnvelopePurpose
 from attestation.keypolicy.document import KeyArn
@@ -28,9 +34,12 @@ from tests.gguf_files import TEXT, Gguf
 from tests.house import SETTINGS, EnclaveHouse, Hostile, served
 from tests.kms_world import HOST, QUICK, ROLE, Watched, World, kms_world
 from tests.sealing import CONTEXT, FLOOR, MODEL, PROMPT, Sealing, kms_toml
+from tests.terminal import Ran, Terminal
 from vsockrpc.address import UnixAddress
 from vsockrpc.messages import Delta
 from vsockrpc.transport import connect
+
+T = TypeVar("T")
 
 SEALER, ADMINISTRATOR = (f"arn:aws:iam::111122223333:role/{name}" for name in ("sealer", "administrator"))
 WEIGHTS_CANARY = b"canary-in-the-weights-5b1f0c77"
@@ -168,3 +177,82 @@ async def served_kms_house(directory: Path) -> AsyncIterator[tuple[KmsHouse, Hos
         hostile = Hostile(Proxy(house.behind.address).application())
         async with served(hostile) as url:
             yield house, hostile, url
+
+
+@dataclass
+class KmsStreet:
+    """A served house in a thread of its own, for commands that run in this one."""
+
+    home: KmsHouse
+    hostile: Hostile
+    url: str
+    loop: asyncio.AbstractEventLoop
+
+    def do(self, work: Coroutine[Any, Any, T]) -> T:
+        """In the house's thread."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result()
+
+
+@contextlib.contextmanager
+def kms_street(directory: Path) -> Iterator[KmsStreet]:
+    opened: concurrent.futures.Future[KmsStreet] = concurrent.futures.Future()
+    ending = asyncio.Event()
+
+    async def live() -> None:
+        async with served_kms_house(directory) as (home, hostile, url):
+            opened.set_result(KmsStreet(home, hostile, url, asyncio.get_running_loop()))
+            await ending.wait()
+
+    def main() -> None:
+        try:
+            asyncio.run(live())
+        except BaseException as error:
+            if not opened.done():
+                opened.set_exception(error)
+            raise
+
+    thread = threading.Thread(target=main)
+    thread.start()
+    try:
+        street = opened.result()
+        try:
+            yield street
+        finally:
+            street.loop.call_soon_threadsafe(ending.set)
+    finally:
+        thread.join()
+
+
+@dataclass
+class Desk:
+    """Where somebody uses KMS: the environment has the credentials of whoever sits there."""
+
+    home: KmsHouse
+    terminal: Terminal
+    monkeypatch: pytest.MonkeyPatch
+    asked: list[str] = field(default_factory=list)
+    """KMS's operations, in the order in which they were asked for."""
+
+    def __post_init__(self) -> None:
+        due = self.home.world.emulator.faults.due
+
+        def noted(operation: str) -> list[Any]:
+            self.asked.append(operation)
+            return due(operation)
+
+        self.monkeypatch.setattr(self.home.world.emulator.faults, "due", noted)
+        self.become("assumed-role/sealer/me")
+
+    def __call__(self, *arguments: str | Path, stdin: bytes = b"") -> Ran:
+        return self.terminal(*map(str, arguments), stdin=stdin)
+
+    def become(self, name: str) -> None:
+        emulator = self.home.world.emulator
+        for variable in [variable for variable in os.environ if variable.startswith("AWS_")]:
+            self.monkeypatch.delenv(variable)
+        for variable, value in emulator.environment(emulator.principal(name)).items():
+            self.monkeypatch.setenv(variable, value)
+
+    def have_no_credentials(self) -> None:
+        for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+            self.monkeypatch.delenv(variable)
