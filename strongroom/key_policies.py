@@ -18,7 +18,7 @@ from attestation.errors import StrongroomError
 from attestation.keypolicy.attested import ReleasedTo
 from attestation.keypolicy.document import EVERYONE, KeyArn, KeyPolicy, KeyPolicyError, Principal, PrincipalKind
 from attestation.keypolicy.findings import Finding, Severity
-from attestation.keypolicy.generate import generate
+from attestation.keypolicy.generate import closed, generate
 from attestation.keypolicy.lint import lint
 from attestation.keypolicy.mutability import Mutability, mutability
 from attestation.keyrelease import KeyFacts, released_to
@@ -68,7 +68,14 @@ def use_options(command: F) -> F:
 
 
 def principals_options(command: F) -> F:
-    """``--user`` and ``--sealer``."""
+    """``--user``, ``--sealer`` and ``--reader``."""
+    reader = click.option(
+        "--reader",
+        "readers",
+        metavar="ARN",
+        multiple=True,
+        help="A role of those who ask an enclave: it sees the key policy, to judge it; repeatable.",
+    )
     sealer = click.option(
         "--sealer", "sealers", metavar="ARN", multiple=True, help="A role that seals, and opens nothing; repeatable."
     )
@@ -77,10 +84,9 @@ def principals_options(command: F) -> F:
         "users",
         metavar="ARN",
         multiple=True,
-        required=True,
         help="A parent's role, whose enclaves open; repeatable.",
     )
-    return user(sealer(command))
+    return user(sealer(reader(command)))
 
 
 optional_policy_option = click.option(
@@ -187,23 +193,43 @@ def _purpose_in(policy: AppraisalPolicy, key: KeyArn | None) -> EnvelopePurpose:
 
 
 def generated(
-    wanted: Expected, *, users: Sequence[str], sealers: Sequence[str], administrators: Sequence[str]
+    wanted: Expected,
+    *,
+    users: Sequence[str],
+    sealers: Sequence[str],
+    readers: Sequence[str],
+    administrators: Sequence[str],
 ) -> KeyPolicy:
-    """The policy of a key for what is ``wanted``; without ``administrators`` with those that are trusted.
+    """The policy of a key for what is ``wanted``; without ``administrators`` with those that are trusted. Held against
+    no appraisal policy, it opens to nobody.
 
-    Raises click.UsageError without a context, KeyPolicyError.
+    Raises click.UsageError for what is missing, KeyPolicyError.
     """
-    assert wanted.releases is not None
-    assert wanted.purpose is not None
+    if wanted.purpose is None:
+        raise click.UsageError("say what the key is for: --use prompt, or --use model")
     if wanted.context is None:
         raise click.UsageError("name the context: --context")
+    administrators = administrators or wanted.administrators
+    if wanted.releases is None:
+        if users:
+            raise click.UsageError("--closed opens the key to nobody: leave --user out")
+        return closed(
+            purpose=wanted.purpose,
+            context=wanted.context,
+            sealers=sealers,
+            administrators=administrators,
+            readers=readers,
+        )
+    if not users:
+        raise click.UsageError("name --user: whose enclaves open")
     return generate(
         wanted.releases,
         purpose=wanted.purpose,
         context=wanted.context,
         users=users,
         sealers=sealers,
-        administrators=administrators or wanted.administrators,
+        readers=readers,
+        administrators=administrators,
     )
 
 

@@ -79,6 +79,7 @@ def generate(
     administrators: tuple[str, ...],
     users: tuple[str, ...],
     sealers: tuple[str, ...],
+    readers: tuple[str, ...],
 ) -> None:
     """Print the policy of a key that opens to the appraisal policy's releases and to nothing else.
 
@@ -92,7 +93,7 @@ def generate(
         --administrator arn:aws:iam::111122223333:role/key-admin > key-policy.json
     """
     wanted = expected(policy, use=use, context=context, administrators=administrators, key=None)
-    made = generated(wanted, users=users, sealers=sealers, administrators=administrators)
+    made = generated(wanted, users=users, sealers=sealers, readers=readers, administrators=administrators)
     judged = wanted.judge(made)
     show_findings(err, judged.findings)
     judged.require_none("the appraisal policy does not trust these administrators")

@@ -56,6 +56,7 @@ def key() -> None:
 
 @key.command()
 @policy_option
+@click.option("--closed", is_flag=True, help="In place of a policy: open to nobody yet.")
 @use_options
 @principals_options
 @click.option("--description", default=DESCRIPTION, show_default=True, help="What KMS shows beside the key.")
@@ -64,11 +65,13 @@ def key() -> None:
 @json_option
 def create(
     policy: Path,
+    closed: bool,
     use: str | None,
     context: str | None,
     administrators: tuple[str, ...],
     users: tuple[str, ...],
     sealers: tuple[str, ...],
+    readers: tuple[str, ...],
     description: str,
     region: str | None,
     dry_run: bool,
@@ -76,19 +79,22 @@ def create(
 ) -> None:
     """Make a symmetric key with the policy that `kms policy generate` writes, and print its ARN.
 
-    There is no moment at which it has another policy. You must be one of its administrators: KMS refuses to make a key
-    whose policy its maker could not change.
+    With --closed it opens to nobody yet: an image is measured with the ARN of its key, so that the key comes first, and
+    `rotate-image` opens it. There is no moment at which it has another policy. You must be one of its administrators:
+    KMS refuses to make a key whose policy its maker could not change.
 
     \b
-    Example:
+    Examples:
+      strongroom kms key create --closed --use model --context production \\
+        --sealer arn:aws:iam::111122223333:role/publisher --administrator arn:aws:iam::111122223333:role/key-admin
       strongroom kms key create --policy policy.toml --use prompt --context production \\
         --user arn:aws:iam::111122223333:role/parent --sealer arn:aws:iam::111122223333:role/client \\
         --administrator arn:aws:iam::111122223333:role/key-admin --dry-run
     """
-    wanted = expected(policy, use=use, context=context, administrators=administrators, key=None)
+    wanted = expected(None if closed else policy, use=use, context=context, administrators=administrators, key=None)
     if not (administrators or wanted.administrators):
         raise click.UsageError("name --administrator: who may change it, until `kms key lock` ends that")
-    made = generated(wanted, users=users, sealers=sealers, administrators=administrators)
+    made = generated(wanted, users=users, sealers=sealers, readers=readers, administrators=administrators)
     judged = wanted.judge(made)
     show_findings(err, judged.findings)
     judged.require_none("the appraisal policy does not trust these administrators")

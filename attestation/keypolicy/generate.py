@@ -56,34 +56,69 @@ def generate(
     users: Sequence[str],
     sealers: Sequence[str],
     administrators: Sequence[str],
+    readers: Sequence[str] = (),
 ) -> KeyPolicy:
     """The policy of a key for one ``purpose`` and one ``context``, 1 to 64 of ``a-z 0-9 . _ -``.
 
     The others are ARNs of roles and users. ``users``, those of the parents, may open under attestation; ``sealers`` may
     encrypt; ``administrators`` may change this policy and keep the key, and without any nobody can ever change it.
-    Sealers and administrators may read what there is to judge of a key.
+    ``readers``, sealers and administrators may read what there is to judge of a key.
 
     Raises KeyPolicyError: ``bad_principal``, ``same_principal`` for one who would both administer and use the key,
     ``bad_context``, ``no_release``, ``unpinned_register``, and ``policy_too_large`` for too many releases.
     """
-    if not _CONTEXT.fullmatch(context):
-        raise KeyPolicyError(
-            "bad_context", "no name of a context", expected="1 to 64 of a-z 0-9 . _ -", got=ascii(context[:80])
-        )
-    if both := sorted({*administrators} & {*users, *sealers}):
-        raise KeyPolicyError(
-            "same_principal", "administration and use belong to different roles", expected="two roles", got=both[0]
-        )
+    _require_apart(administrators, (*users, *sealers))
     policy = KeyPolicy(
         (
             *opening(releases, purpose=purpose, context=context, users=users),
-            *_statement("Seal", sealers, SEALS, _of_context(purpose, context)),
-            *_statement("Administer", administrators, (*CHANGES, *KEEPS)),
-            *_statement("Read", sorted({*sealers, *administrators}), READS),
+            *_beside(purpose, context, sealers, administrators, readers),
         )
     )
     policy.encode()
     return policy
+
+
+def closed(
+    *,
+    purpose: EnvelopePurpose,
+    context: str,
+    sealers: Sequence[str],
+    administrators: Sequence[str],
+    readers: Sequence[str] = (),
+) -> KeyPolicy:
+    """The policy of a key that opens to nobody yet, for one administrator or more: an image is measured with the ARN of
+    the key that it will use, so that the key comes first, and :func:`roll_out` opens it.
+
+    Raises KeyPolicyError as :func:`generate`.
+    """
+    _require_apart(administrators, sealers)
+    if not administrators:
+        raise KeyPolicyError("bad_principal", "a key that nobody could open", expected="an administrator", got="none")
+    return KeyPolicy(tuple(_beside(purpose, context, sealers, administrators, readers)))
+
+
+def _require_apart(administrators: Sequence[str], users: Sequence[str]) -> None:
+    if both := sorted({*administrators} & {*users}):
+        raise KeyPolicyError(
+            "same_principal", "administration and use belong to different roles", expected="two roles", got=both[0]
+        )
+
+
+def _beside(
+    purpose: EnvelopePurpose,
+    context: str,
+    sealers: Sequence[str],
+    administrators: Sequence[str],
+    readers: Sequence[str],
+) -> Iterator[Statement]:
+    """What a key's policy says beside what opens it."""
+    if not _CONTEXT.fullmatch(context):
+        raise KeyPolicyError(
+            "bad_context", "no name of a context", expected="1 to 64 of a-z 0-9 . _ -", got=ascii(context[:80])
+        )
+    yield from _statement("Seal", sealers, SEALS, _of_context(purpose, context))
+    yield from _statement("Administer", administrators, (*CHANGES, *KEEPS))
+    yield from _statement("Read", sorted({*readers, *sealers, *administrators}), READS)
 
 
 def opening(

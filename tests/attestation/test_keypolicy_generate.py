@@ -15,7 +15,7 @@ from attestation.envelope import EnvelopePurpose
 from attestation.keypolicy.attested import ReleasedTo
 from attestation.keypolicy.decision import Request, decide, encryption_context, recipient_context
 from attestation.keypolicy.document import MAX_POLICY, KeyPolicy, KeyPolicyError
-from attestation.keypolicy.generate import generate, locked, opening, roll_out
+from attestation.keypolicy.generate import closed, generate, locked, opening, roll_out
 from attestation.keypolicy.lint import lint
 from attestation.keypolicy.mutability import Locked, mutability
 from tests.key_policies import (
@@ -40,6 +40,7 @@ from tests.key_policies import (
 )
 from tests.key_policies import opening as opening_json
 
+READER = ADMIN.replace("admin", "reader")
 REGISTERS = st.binary(min_size=48, max_size=48).filter(any)
 INDEXES = {PROMPT: (0, 1, 2, 8, 16, 17), MODEL: (0, 1, 2, 8, 17)}
 
@@ -172,6 +173,29 @@ def test_releases_whose_names_come_to_the_same() -> None:
         each.sid for each in made([replace(RELEASES[0], name=name) for name in names], administrators=()).statements
     ]
     assert sids == ["Release 1 0", "Release 1 0 2", "Release 1 0 3", "Release", "Seal", "Read"]
+
+
+def test_a_key_that_opens_to_nobody_yet() -> None:
+    asked = {"purpose": PROMPT, "context": CONTEXT, "sealers": [SEALER], "administrators": [ADMIN]}
+    policy = closed(**asked, readers=[READER])  # type: ignore[arg-type]
+    assert sids(policy) == ["Seal", "Administer", "Read"]
+    registers = {index: min(values) for index, values in RELEASES[0].registers(PROMPT).items()}
+    for who in (PARENT, SEALER, ADMIN, READER):
+        assert not is_allowed(policy, "Decrypt", who, registers)
+    opened = roll_out(policy, opening(RELEASES, purpose=PROMPT, context=CONTEXT, users=[PARENT]), finish=True)
+    assert {*opened.statements} == {*made(readers=[READER]).statements}
+    for administrators, code in (([], "bad_principal"), ([SEALER], "same_principal")):
+        with pytest.raises(KeyPolicyError) as raised:
+            closed(**{**asked, "administrators": administrators})  # type: ignore[arg-type]
+        assert raised.value.code == code
+
+
+def test_readers_see_the_policy_and_no_more() -> None:
+    policy = made(readers=[READER])
+    assert is_allowed(policy, "GetKeyPolicy", READER)
+    assert not is_allowed(policy, "GetKeyPolicy", PARENT)
+    for action in ("Decrypt", "Encrypt", "PutKeyPolicy"):
+        assert not is_allowed(policy, action, READER)
 
 
 def test_without_administrators_nobody_can_change_it() -> None:

@@ -420,6 +420,30 @@ def number_of_keys(emulator: KmsEmulator) -> int:
         return len(client.list_keys(Limit=1000)["Keys"])
 
 
+def test_a_key_that_opens_to_nobody_yet_and_then_to_an_image(desk: Desk) -> None:
+    """An image is measured with the ARN of its key: the key comes first."""
+    roles = ("--sealer", CLIENT, "--reader", OTHER)
+    ran = desk("key", "create", "--closed", *FOR_PROMPTS, *roles, *BY_ADMIN)
+    assert ran.code == 0, ran.err
+    key = ran.out.strip()
+    assert desk.sids(key) == ["Seal", "Administer", "Read"]
+    desk.accept(OLD, key=key)
+    assert desk("key", "rotate-image", key).code == 2
+    assert desk("key", "rotate-image", key, "--user", PARENT).code == 0
+    assert len(desk.sids(key)) == 4
+    assert desk("policy", "lint", "--key", key, "--policy", "policy.toml").code == 0
+
+
+@pytest.mark.parametrize("missing", ["use", "context", "administrator"])
+def test_what_a_closed_key_needs(desk: Desk, missing: str) -> None:
+    options = {"use": ("--use", "prompt"), "context": ("--context", "production"), "administrator": BY_ADMIN}
+    given = [argument for name, arguments in options.items() if name != missing for argument in arguments]
+    ran = desk("key", "create", "--closed", *given)
+    assert (ran.code, f"--{missing}" in ran.err) == (2, True)
+    ran = desk("key", "create", "--closed", *FOR_PROMPTS, *ROLES, *BY_ADMIN)
+    assert (ran.code, "--user" in ran.err) == (2, True)
+
+
 def test_a_dry_run_makes_nothing(desk: Desk, emulator: KmsEmulator) -> None:
     before = number_of_keys(emulator)
     ran = desk("key", "create", *FOR_PROMPTS, *ROLES, *BY_ADMIN, "--dry-run")
