@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final, NoReturn, TypeVar
@@ -124,7 +124,7 @@ class Condition:
 @dataclass(frozen=True, slots=True)
 class Statement:
     """One statement. Of each pair one member is empty, and the other is what was written. Building one with neither or
-    both, or with a condition that stands there twice, raises ValueError.
+    both, or with a condition that stands there twice, in whatever case, raises ValueError.
     """
 
     sid: str | None
@@ -149,7 +149,9 @@ class Statement:
         for principals in (self.principals, self.not_principals):
             if EVERYONE in principals and len(principals) > 1:
                 raise ValueError('"*" as a principal stands alone')
-        if len({(condition.operator, condition.key) for condition in self.conditions}) < len(self.conditions):
+        operators = dict.fromkeys(condition.operator for condition in self.conditions)
+        keys = [(condition.operator.lower(), condition.key.lower()) for condition in self.conditions]
+        if len(set(keys)) < len(keys) or _twice(operators) is not None:
             raise ValueError("a condition on one key with one operator stands there twice")
 
     def _as_json(self) -> dict[str, Json]:
@@ -325,10 +327,30 @@ def _principals(value: Json, path: str) -> tuple[Principal, ...]:
 
 
 def _conditions(value: Json, path: str) -> Iterator[Condition]:
-    for operator, keys in _Fields(value, path).members.items():
+    for operator, keys in _spelled_once(value, path).items():
         where = f"{path}.{_text(operator, path)}"
-        for key, values in _Fields(keys, where).members.items():
+        for key, values in _spelled_once(keys, where).items():
             yield Condition(operator, _text(key, where), _texts(values, f"{where}.{key}", _scalar))
+
+
+def _spelled_once(value: Json, path: str) -> dict[str, Json]:
+    """The members of an object whose names differ by more than case. AWS compares the keys of conditions without
+    regard to case, and says nowhere whether of two spellings both count, or the last.
+    """
+    members = _Fields(value, path).members
+    if (twice := _twice(members)) is not None:
+        _refuse(path, "each name in one spelling", twice)
+    return members
+
+
+def _twice(names: Iterable[str]) -> str | None:
+    """A name that was there before in other letters, if there is one."""
+    found = set[str]()
+    for name in names:
+        if name.lower() in found:
+            return name
+        found.add(name.lower())
+    return None
 
 
 def _texts(value: Json, path: str, read: Callable[[Json, str], str] | None = None) -> tuple[str, ...]:

@@ -451,7 +451,7 @@ ELEMENTS = st.fixed_dictionaries(
                 ["StringEquals", "StringNotEquals", "ForAllValues:StringLike", "Null", "BoolIfExists", "X"]
             ),
             st.dictionaries(
-                st.sampled_from(["k", "K", "aws:PrincipalArn"]),
+                st.sampled_from(["K", "aws:PrincipalArn"]),
                 st.lists(st.sampled_from(["a", "true", "${x}", ROLE]), min_size=1, max_size=2),
                 min_size=1,
                 max_size=2,

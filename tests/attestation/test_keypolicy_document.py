@@ -238,6 +238,14 @@ MALFORMED = {
     "an action of another type": (changed(Action=[1]), "malformed_key_policy"),
     "a null action": (changed(Action=None), "malformed_key_policy"),
     "an empty condition": (changed(Condition={}), "malformed_key_policy"),
+    "a key in two spellings": (
+        changed(Condition={"StringEquals": {"kms:ViaService": "a", "KMS:viaservice": "b"}}),
+        "malformed_key_policy",
+    ),
+    "an operator in two spellings": (
+        changed(Condition={"StringEquals": {"a": "a"}, "stringEquals": {"b": "b"}}),
+        "malformed_key_policy",
+    ),
     "an operator without keys": (changed(Condition={"Bool": {}}), "malformed_key_policy"),
     "a condition without values": (changed(Condition={"Bool": {"k": []}}), "malformed_key_policy"),
     "a null value": (changed(Condition={"Bool": {"k": [None]}}), "malformed_key_policy"),
@@ -271,6 +279,10 @@ def test_statements_and_policies_cannot_be_built_wrong() -> None:
     condition = Condition("Bool", "k", ("true",))
     with pytest.raises(ValueError, match="twice"):
         Statement(None, Effect.ALLOW, (EVERYONE,), actions=("a",), resources=("*",), conditions=(condition, condition))
+    for respelled in (Condition("Bool", "K", ("true",)), Condition("bool", "k", ("true",)), Condition("BOOL", "l", ())):
+        both = condition, respelled
+        with pytest.raises(ValueError, match="twice"):
+            Statement(None, Effect.ALLOW, (EVERYONE,), actions=("a",), resources=("*",), conditions=both)
     with pytest.raises(ValueError, match="has statements"):
         KeyPolicy(())
     (statement,) = KeyPolicy.parse(changed()).statements
@@ -293,8 +305,9 @@ def policies(draw: st.DrawFn) -> str:
 
     kinds = st.sampled_from(["AWS", "Service", "Federated", "CanonicalUser"])
     principals = st.one_of(st.just("*"), st.dictionaries(kinds, one_or_more(TEXTS), min_size=1))
+    names = TEXTS.map(str.lower)
     conditions = st.dictionaries(
-        TEXTS, st.dictionaries(TEXTS, one_or_more(VALUES), min_size=1, max_size=3), min_size=1, max_size=3
+        names, st.dictionaries(names, one_or_more(VALUES), min_size=1, max_size=3), min_size=1, max_size=3
     )
     statements = [
         {

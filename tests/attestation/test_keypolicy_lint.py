@@ -202,7 +202,12 @@ CASES: dict[str, tuple[list[Facts], list[Facts]]] = {
         ]
         + [of(*BOTH, deny("kms:Decrypt", Condition={"StringNotEquals": {f"{RECIPIENT}PCR": "a"}}))],
         [
-            of(asking(more={EQUALS: {f"{RECIPIENT.upper()}IMAGESHA384": register(1, 0).hex()}})),
+            of(
+                asking(
+                    without=("ImageSha384",),
+                    more={EQUALS: {f"{RECIPIENT.upper()}IMAGESHA384": register(1, 0).hex()}},
+                )
+            ),
             of(asking(more={"StringEquals": {"kms:CallerAccount": ACCOUNT, "kms:RequestAlias": "alias/prompts"}})),
         ],
     ),
@@ -706,7 +711,9 @@ def conditions(draw: st.DrawFn) -> Json:
         values = [register(number, index).hex() for number in (1, 2, 3)]
         odd = ["00" * 48, values[0].upper(), "true", "*", "prompt", "model", CONTEXT, "${kms:KeySpec}"]
         chosen = draw(st.lists(st.sampled_from([*values, *values, *odd]), min_size=1, max_size=2, unique=True))
-        found.setdefault(draw(st.sampled_from(OPERATORS)), {})[key] = chosen
+        operator = draw(st.sampled_from(OPERATORS))
+        kept = {name: values for name, values in found.get(operator, {}).items() if name.lower() != key.lower()}
+        found[operator] = {**kept, key: chosen}  # no key in two spellings: that is no policy
     return {operator: keys for operator, keys in found.items() if keys}
 
 
