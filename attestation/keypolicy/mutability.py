@@ -8,7 +8,7 @@ from typing import Final, TypeAlias
 
 from attestation.keypolicy.actions import POWERS, PREFIX, Power, covered
 from attestation.keypolicy.answers import Grant, KeyMetadata
-from attestation.keypolicy.document import Effect, KeyPolicy, Principal, PrincipalKind, Statement
+from attestation.keypolicy.document import EVERYONE, Effect, KeyPolicy, Principal, PrincipalKind, Statement
 
 MADE_BY_KMS: Final = "AWS_KMS"
 """The origin of key material that never left KMS."""
@@ -70,17 +70,20 @@ def mutability(policy: KeyPolicy, metadata: KeyMetadata | None = None, grants: S
     A condition on a permission to change is not counted on. Without ``metadata`` the key is taken for one that can be
     copied into other regions, and be given other material.
     """
-    effective = frozenset(_effective(metadata)) - frozenset(_denied(policy))
+    possible = frozenset(_effective(metadata))
+    left = {is_aws: possible - _denied(policy, is_aws) for is_aws in (True, False)}
     changers = [
         Changer(name_of(principal), tuple(sorted(actions)), label(index, statement))
         for index, statement in enumerate(policy.statements)
-        if statement.effect is Effect.ALLOW and (actions := changing(statement, effective))
-        for principal in statement.principals or (Principal(PrincipalKind.EVERYONE, "*"),)
+        if statement.effect is Effect.ALLOW
+        for principal in statement.principals or (EVERYONE,)
+        if (actions := changing(statement, left[principal.kind is PrincipalKind.AWS]))
     ]
     changers += (
         Changer(grant.grantee_principal, (_CREATE_GRANT,), grant.grant_id)
         for grant in grants
-        if _CREATE_GRANT in effective and _CREATE_GRANT in (f"{PREFIX}{operation}" for operation in grant.operations)
+        if _CREATE_GRANT in left[grant.grantee_principal.startswith("arn:")]
+        and _CREATE_GRANT in (f"{PREFIX}{operation}" for operation in grant.operations)
     )
     return MutableBy(tuple(changers)) if changers else Locked()
 
@@ -123,10 +126,14 @@ def _effective(metadata: KeyMetadata | None) -> Iterator[str]:
         yield action
 
 
-def _denied(policy: KeyPolicy) -> Iterator[str]:
-    """What everybody is denied, whatever the circumstances."""
-    for statement in policy.statements:
-        is_total = is_everybody(statement) and "*" in statement.resources and not statement.conditions
-        if statement.effect is Effect.DENY and is_total and statement.actions:
-            known, _ = covered(statement)
-            yield from known
+def _denied(policy: KeyPolicy, is_aws: bool) -> frozenset[str]:
+    """What everybody is denied, whatever the circumstances: every principal of the kind AWS, or really everybody. A
+    Deny of ``{"AWS": "*"}`` may spare services and federations.
+    """
+    return frozenset(
+        action
+        for statement in policy.statements
+        if statement.effect is Effect.DENY and statement.actions and not statement.conditions
+        if "*" in statement.resources and (is_everybody(statement) if is_aws else EVERYONE in statement.principals)
+        for action in covered(statement)[0]
+    )

@@ -26,6 +26,7 @@ from tests.key_policies import (
 EXTERNAL = replace(METADATA, origin="EXTERNAL")
 MULTI_REGION = replace(METADATA, multi_region=True)
 READS = allow("kms:DescribeKey")
+SERVICE = {"Service": "dynamodb.amazonaws.com"}
 
 
 def test_a_generated_policy_is_changed_by_its_administrators() -> None:
@@ -47,6 +48,8 @@ def test_a_generated_policy_is_changed_by_its_administrators() -> None:
         [allow("kms:PutKeyPolicy"), deny("kms:*", Principal={"AWS": ["*"]})],
         [allow(Action=None, NotAction=["kms:PutKeyPolicy", "kms:CreateGrant", "kms:Re*", "kms:ImportKeyMaterial"])],
         [READS, deny("kms:PutKeyPolicy", Condition={"Bool": {"aws:SecureTransport": "false"}})],
+        [allow("kms:PutKeyPolicy", principal={"AWS": "*"}), deny("kms:PutKeyPolicy", Principal={"AWS": "*"})],
+        [allow("kms:PutKeyPolicy", principal=SERVICE), deny("kms:PutKeyPolicy")],
     ],
 )
 def test_locked(statements: list[Json]) -> None:
@@ -96,6 +99,32 @@ def test_mutable(statements: list[Json], principal: str, actions: list[str]) -> 
     assert [(each.principal, list(each.actions), each.statement) for each in found.changers] == [
         (principal, actions, "Statement[0]")
     ]
+
+
+@pytest.mark.parametrize(
+    ("principal", "names"),
+    [
+        (SERVICE, {"Service dynamodb.amazonaws.com"}),
+        ({"Federated": "cognito-identity.amazonaws.com"}, {"Federated cognito-identity.amazonaws.com"}),
+        ({"CanonicalUser": "79a5"}, {"CanonicalUser 79a5"}),
+        ({**SERVICE, "AWS": STRANGER}, {"Service dynamodb.amazonaws.com"}),
+        ("*", {"*"}),
+    ],
+)
+def test_a_deny_of_every_aws_principal_may_spare_others(principal: Json, names: set[str]) -> None:
+    allowed = allow("kms:CreateGrant", principal=principal)
+    found = mutability(parsed(allowed, deny("kms:CreateGrant", Principal={"AWS": "*"})), METADATA)
+    assert isinstance(found, MutableBy)
+    assert set(found.principals) == names
+    assert mutability(parsed(allowed, deny("kms:CreateGrant")), METADATA) == Locked()
+
+
+def test_a_deny_of_every_aws_principal_may_spare_a_service_with_a_grant() -> None:
+    denied = parsed(READS, deny("kms:CreateGrant", Principal={"AWS": "*"}))
+    given = grant("CreateGrant")
+    assert mutability(denied, METADATA, [given]) == Locked()
+    found = mutability(denied, METADATA, [replace(given, grantee_principal="dynamodb.amazonaws.com")])
+    assert found == MutableBy((Changer("dynamodb.amazonaws.com", ("kms:CreateGrant",), "grant-1"),))
 
 
 @pytest.mark.parametrize(
