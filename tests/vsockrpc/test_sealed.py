@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 from dataclasses import replace
 
 import pytest
@@ -259,21 +257,3 @@ def test_a_replay_is_refused_and_nothing_is_forgotten() -> None:
         with pytest.raises(SealedError) as caught:
             seen.add(tag)
         assert caught.value.code == code
-
-
-# --- Secrets ------------------------------------------------------------------------------------------------------
-
-
-def test_a_secret_shows_its_length_and_nothing_else() -> None:
-    secret = Secret(b"canary")
-    assert {str(secret), repr(secret), f"{secret}", f"{secret!s:>3}"} == {"Secret(6 bytes)"}
-    assert "canary" not in repr([secret])
-    with pytest.raises(TypeError):
-        pickle.dumps(secret)
-    with pytest.raises(TypeError):
-        hash(secret)
-    with pytest.raises(TypeError):
-        copy.copy(secret)
-    assert secret == Secret(b"canary")
-    assert secret != Secret(b"other")
-    assert secret != b"canary"
