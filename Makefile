@@ -2,10 +2,13 @@ PROMPT ?= Why is the sky blue? Answer in two sentences.
 export PROMPT
 PY := .venv/bin/python
 
-.PHONY: demo test setup lint types imports coverage unit properties fuzz mutants bench vectors clean
+.PHONY: demo demo-kms test setup lint types imports coverage unit properties fuzz mutants bench vectors clean
 
 demo: setup  ## One question through an emulated enclave, verified and sealed
 	@.venv/bin/strongroom run --prompt "$$PROMPT"
+
+demo-kms: setup  ## From no key to "only this image can decrypt": docs/kms.md, run as it stands against an emulated KMS
+	@scripts/demo-kms
 
 test: setup lint types imports unit  ## Every check and every test
 
