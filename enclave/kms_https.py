@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -56,7 +57,8 @@ class Attempt:
         """The attestation document's time."""
         self.credentials = credentials
         self.stream: TunnelStream | None = None
-        """What its thread blocks on."""
+        """What its thread blocks on, and nobody else's."""
+        self._lock = threading.Lock()
         self._deadline = time.monotonic() + seconds
         self._expired = False
 
@@ -73,14 +75,21 @@ class Attempt:
 
     def use(self, stream: TunnelStream) -> None:
         """On the thread: it blocks on ``stream`` from now. Raises KmsError ``kms_timeout`` when it must not."""
-        self.stream = stream
+        with self._lock:
+            self.stream = stream
         self.left()
+
+    def leave(self) -> None:
+        """On the thread: once this returns, nothing here ends the stream, and another attempt may use it."""
+        with self._lock:
+            self.stream = None
 
     def expire(self) -> None:
         """On the loop: whoever blocks goes on at once."""
-        self._expired = True
-        if self.stream is not None:
-            self.stream.abort(Fault("deadline_exceeded"))
+        with self._lock:
+            self._expired = True
+            if self.stream is not None:
+                self.stream.abort(Fault("deadline_exceeded"))
 
 
 ATTEMPT: ContextVar[Attempt] = ContextVar("attempt")
@@ -192,9 +201,19 @@ class _Connection(HTTPSConnection):
             self._stream.close()
             self._stream = None
 
+    @property
+    def has_stream(self) -> bool:
+        return self._stream is not None
+
 
 class _Pool(HTTPSConnectionPool):
     ConnectionCls = _Connection  # type: ignore[assignment]  # the arguments that it hands on are none of its concern
+
+    def _put_conn(self, conn: Any) -> None:
+        """urllib3 does this within the read that finds a body's end: from then on the stream is whoever's takes it."""
+        if conn is not None and conn.has_stream:
+            ATTEMPT.get().leave()
+        super()._put_conn(conn)
 
 
 def _common_validity(tls: ssl.SSLSocket) -> tuple[float, float]:
@@ -224,7 +243,7 @@ def _classified(attempt: Attempt) -> Iterator[None]:
             raise timed_out() from None
         raise _broken(attempt, type(error).__name__) from None
     finally:
-        attempt.stream = None
+        attempt.leave()
 
 
 def _broken(attempt: Attempt, how: str) -> KmsError:

@@ -20,6 +20,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 from hypothesis import given
 from hypothesis import strategies as st
+from urllib3 import HTTPSConnectionPool
 
 from attestation.commitment import Purpose, UserData
 from attestation.errors import StrongroomError
@@ -676,6 +677,43 @@ async def test_a_caller_who_leaves_frees_the_thread(world: World) -> None:
         with pytest.raises(asyncio.CancelledError):
             await leaving
         await until(lambda: kms._queued == 0)
+
+
+async def test_a_caller_who_leaves_ends_nobody_elses_request(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even when its connection was given back a moment ago, and is in use again."""
+    given_back, taken = threading.Event(), threading.Event()
+    to_leave, to_answer = threading.Event(), threading.Event()
+    give_back = HTTPSConnectionPool._put_conn
+
+    def give_back_and_wait(pool: HTTPSConnectionPool, connection: Any) -> None:
+        give_back(pool, connection)
+        if not given_back.is_set():
+            given_back.set()
+            to_leave.wait()
+
+    def wait(answer: Mapping[str, Any]) -> Mapping[str, Any]:
+        taken.set()
+        to_answer.wait()
+        return answer
+
+    monkeypatch.setattr(HTTPSConnectionPool, "_put_conn", give_back_and_wait)
+    async with world.kms(ONCE) as kms:
+        try:
+            leaving = asyncio.create_task(release(world, kms))
+            await until(given_back.is_set)
+            world.emulator.faults.inject(Alter(wait), times=1)
+            staying = asyncio.create_task(release(world, kms))
+            await until(taken.is_set)
+            leaving.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await leaving
+            await asyncio.sleep(0)  # the stream's pump would have been told by now
+            to_answer.set()
+            assert await staying == Secret(PLAINTEXT)
+            assert world.connections == 1
+        finally:
+            to_leave.set()
+            to_answer.set()
 
 
 async def test_the_end_ends_what_is_under_way(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
