@@ -99,7 +99,7 @@ class NameServer(asyncio.DatagramProtocol):
         record = dns.rrset.from_text(name + ".", ttl, "IN", kind, value)
         for rrset in section:
             if (rrset.name, rrset.rdtype) == (record.name, record.rdtype):
-                rrset.union_update(record)
+                rrset.union_update(record)  # type: ignore[no-untyped-call]
                 return
         section.append(record)
 

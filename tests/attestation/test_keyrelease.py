@@ -28,7 +28,17 @@ from attestation.keyrelease import KeyFacts, KeyRelease, judge_key, released_to
 from attestation.policy import AppraisalPolicy
 from attestation.reference import PcrSet, once_extended
 from attestation.release_signing import ReleaseError
-from attestation.rules import Forbid, Ignore, Measures, Release, Released, Require, SignedReleases, WrappedKeyFile
+from attestation.rules import (
+    Forbid,
+    Ignore,
+    Measures,
+    RegisterRule,
+    Release,
+    Released,
+    Require,
+    SignedReleases,
+    WrappedKeyFile,
+)
 from attestation.verifier import AttestationResult, authenticate, verify, verify_archived
 from tests.key_facts import FILE, HEADER, KEYS, PROMPTS_KEY, VERSION, all_facts, facts, key_policy, with_keys
 from tests.key_policies import (
@@ -381,7 +391,7 @@ def test_a_key_is_asked_for_what_may_run(policy: AppraisalPolicy) -> None:
         Release("without a model", IMAGES[1], (), (C,)),
         Release("without a configuration", replace(IMAGES[2], pcr8=b"\x08" * 48), (M,), ()),
     )
-    rules = {3: Ignore("any"), 4: Ignore("any"), 8: Forbid()}
+    rules: dict[int, RegisterRule] = {3: Ignore("any"), 4: Ignore("any"), 8: Forbid()}
     stated = replace(policy, releases=releases, model=Released(), configuration=Released(), pcrs=rules)
     named = with_keys(stated, MODEL, PROMPT)
     [for_prompts] = released_to(named, PROMPT)
