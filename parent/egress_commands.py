@@ -10,8 +10,15 @@ import sys
 import click
 
 from parent.egress import Allowed
-from parent.egress_service import CREDENTIAL_SOURCES, EgressSettings, Listening, report_defect, serve_egress
-from vsockrpc.address import parse_address
+from parent.egress_service import (
+    CREDENTIAL_SOURCES,
+    FIRST_ENCLAVE_CID,
+    EgressSettings,
+    Listening,
+    report_defect,
+    serve_egress,
+)
+from vsockrpc.address import VMADDR_CID_ANY, VsockAddress, parse_address
 from vsockrpc.errors import AddressError
 from vsockrpc.http_server import parse_listen
 
@@ -39,19 +46,36 @@ from vsockrpc.http_server import parse_listen
     help="imds: those of this EC2 instance's role. boto3: those of your AWS configuration, for development.",
 )
 @click.option("--profile", metavar="NAME", help="Of your AWS configuration, with --credentials boto3.")
+@click.option(
+    "--enclave-cid",
+    type=click.IntRange(FIRST_ENCLAVE_CID, VMADDR_CID_ANY - 1),
+    metavar="N",
+    help="With vsock: the CID of the enclave. Whoever else calls is refused.",
+)
 @click.option("--metrics", metavar="HOST:PORT", help="Where to serve /metrics; port 0 takes a free one.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line when ready.")
 def egress(
-    listening: str, allow: tuple[str, ...], credentials: str, profile: str | None, metrics: str | None, as_json: bool
+    listening: str,
+    allow: tuple[str, ...],
+    credentials: str,
+    profile: str | None,
+    enclave_cid: int | None,
+    metrics: str | None,
+    as_json: bool,
 ) -> None:
     """Connect an enclave to KMS, and give it AWS credentials when it asks.
 
     For hosts where the enclave was started by other means; `strongroom start` brings its own. The enclave reaches what
     is allowed here and nothing else. It ends TLS itself: this host conveys bytes that it cannot read.
 
+    Whoever can connect can ask for the credentials. At vsock that is every enclave and every process of this host,
+    unless --enclave-cid names the one that is meant; at a Unix socket, whoever may open its file; at TCP, which has to
+    be a loopback address, every process of this host. Give the role nothing but what an enclave may do.
+
     \b
     Example:
-      strongroom egress --listen vsock:any:7000 --allow kms.us-east-1.amazonaws.com:443 --credentials imds
+      strongroom egress --listen vsock:any:7000 --enclave-cid 16 --credentials imds \\
+          --allow kms.us-east-1.amazonaws.com:443
       strongroom egress --listen unix:egress.sock --allow kms.us-east-1.amazonaws.com:443=127.0.0.1:8443 \\
           --credentials boto3 --profile dev --metrics 127.0.0.1:9100
 
@@ -63,8 +87,10 @@ def egress(
         address = parse_address(listening)
     except AddressError as error:
         raise click.BadParameter(str(error), param_hint="--listen") from error
+    if enclave_cid is not None and not isinstance(address, VsockAddress):
+        raise click.UsageError("--enclave-cid goes with --listen vsock:...: nobody has a CID elsewhere")
     shown = None if metrics is None else parse_listen(metrics)
-    settings = EgressSettings([Allowed.parse(each) for each in allow], credentials, profile, shown)
+    settings = EgressSettings([Allowed.parse(each) for each in allow], credentials, profile, shown, enclave_cid)
 
     def ready(at: Listening) -> None:
         if as_json:

@@ -234,11 +234,13 @@ class IncomingCall(Stream):
     connection is lost; the caller's place is free again when it has stopped.
     """
 
-    def __init__(self, link: Link, number: int, method: str, meta: Meta) -> None:
+    def __init__(self, link: Link, number: int, method: str, meta: Meta, peer_cid: int | None) -> None:
         super().__init__(link)
         self._number = number
         self.method = method
         self.meta = meta
+        self.peer_cid = peer_cid
+        """Which VM calls, in the kernel's words; None where it does not call over vsock."""
         self._replied = False
         self._closed = False
 

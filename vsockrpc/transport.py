@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 from attestation.errors import StrongroomError
 from vsockrpc import frames
-from vsockrpc.address import Address
+from vsockrpc.address import Address, VsockAddress
 from vsockrpc.calls import Call, IncomingCall
 from vsockrpc.errors import ConnectionLost, Fault, LocalProtocolError
 from vsockrpc.events import CallCancelled, CallReceived, CallShed, Event
@@ -176,7 +176,7 @@ class Server:
     def _accept(self) -> None:
         for _ in range(_ACCEPT_BATCH):
             try:
-                sock, _ = self._listener.sock.accept()
+                sock, peer = self._listener.sock.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
@@ -189,7 +189,7 @@ class Server:
                 _turn_away(sock)
                 continue
             prepare(sock)
-            self._peers.add(_Peer(self, sock))
+            self._peers.add(_Peer(self, sock, peer[0] if isinstance(self._listener.address, VsockAddress) else None))
 
     def _resume(self) -> None:
         if not self._closing:
@@ -202,8 +202,9 @@ class Server:
 class _Peer:
     """The calls of one connection."""
 
-    def __init__(self, server: Server, sock: socket.socket) -> None:
+    def __init__(self, server: Server, sock: socket.socket, cid: int | None) -> None:
         self._server = server
+        self._cid = cid
         self._calls: dict[int, tuple[IncomingCall, asyncio.Task[None]]] = {}
         self._loop = asyncio.get_running_loop()
         self.link = Link(sock, Role.CALLEE, server.limits, self._on_event, self._on_lost)
@@ -237,7 +238,7 @@ class _Peer:
         elif len(server.running) >= server.limits.max_running:
             self._fault(number, Fault("too_many_calls"))
         else:
-            call = IncomingCall(self.link, number, event.method, event.meta)
+            call = IncomingCall(self.link, number, event.method, event.meta, self._cid)
             task = self._loop.create_task(_answer(handler, call), name=f"rpc {event.method}")
             self._calls[number] = call, task
             server.running.add(task)

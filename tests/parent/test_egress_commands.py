@@ -30,12 +30,13 @@ from parent.commands import egress_settings, pinned_manifest
 from parent.config import KmsAccess, LaunchConfigurationError
 from parent.credentials import from_instance_metadata
 from parent.egress import Allowed, AllowListError
-from parent.egress_service import EgressSettings, report_defect, serve_egress
+from parent.egress_service import EgressError, EgressSettings, report_defect, serve_egress
 from parent.launch.process import Launch, Supervisor
 from parent.registry import Registry
 from tests.gguf_files import tiny_model
 from tests.metadata import ACCESS_KEY, metadata_service
-from vsockrpc.address import TcpAddress, UnixAddress
+from tests.vsock import pretend_vsock
+from vsockrpc.address import VMADDR_CID_ANY, TcpAddress, UnixAddress, VsockAddress
 from vsockrpc.http_server import ListenError
 from vsockrpc.transport import Client, Fault, connect
 
@@ -172,6 +173,9 @@ async def test_the_command_says_where_it_listens(folder: Path) -> None:
         (["--listen", "unix:x", "--allow", "a:1", "--credentials", "imds", "--profile", "p"], 2, "--profile"),
         (["--listen", "unix:x", "--allow", "a:1", "--credentials", "none", "--metrics", "x"], 2, "bad_address"),
         (["--listen", "unix:/nonexistent/x", "--allow", "a:1", "--credentials", "none"], 4, "bad_address"),
+        (["--listen", "tcp:0.0.0.0:0", "--allow", "a:1", "--credentials", "boto3"], 2, "exposed_credentials"),
+        (["--listen", "unix:x", "--allow", "a:1", "--credentials", "none", "--enclave-cid", "16"], 2, "--enclave-cid"),
+        (["--listen", "vsock:any:1", "--allow", "a:1", "--credentials", "none", "--enclave-cid", "3"], 2, "4<=x"),
     ],
 )
 async def test_an_option_that_cannot_be_meant_is_said_so(options: list[str], code: int, word: str) -> None:
@@ -204,6 +208,64 @@ async def test_a_host_that_gives_no_credentials_says_so(folder: Path) -> None:
             await credentials(client)
     assert caught.value.code == "no_credentials"
     assert "--credentials" in caught.value.message
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "2001:db8::1", "kms.example"])
+@pytest.mark.parametrize("source", ["boto3", "imds"])
+async def test_credentials_are_not_served_to_other_machines(host: str, source: str) -> None:
+    settings = EgressSettings([Allowed.parse("kms.example:443")], source)
+    with pytest.raises(EgressError) as caught:
+        async with serve_egress(TcpAddress(host, 0), settings, on_error=report_defect):
+            pass
+    assert caught.value.code == "exposed_credentials"
+
+
+@pytest.mark.parametrize(("host", "source"), [("127.0.0.1", "boto3"), ("localhost", "boto3"), ("0.0.0.0", "none")])
+async def test_over_tcp_they_stay_on_this_machine(aws: None, host: str, source: str) -> None:
+    settings = EgressSettings([Allowed.parse("kms.example:443")], source, "dev")
+    async with serve_egress(TcpAddress(host, 0), settings, on_error=report_defect, warn=lambda text: None) as at:
+        assert isinstance(at.egress, TcpAddress)
+        async with connect(TcpAddress("127.0.0.1", at.egress.port)) as client:
+            if source == "none":
+                with pytest.raises(Fault):
+                    await credentials(client)
+            else:
+                assert (await credentials(client))["access_key"] == "AKIADEV"
+
+
+async def test_an_egress_of_one_enclave_serves_no_other(
+    folder: Path, aws: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = pretend_vsock(monkeypatch, folder, [16, 17, 3])
+    async with upper_case() as port:
+        allowed = [Allowed.parse(f"kms.example:443=127.0.0.1:{port}")]
+        settings = EgressSettings(allowed, "boto3", "dev", TcpAddress("127.0.0.1", 0), enclave_cid=16)
+        address = VsockAddress(VMADDR_CID_ANY, 7000)
+        async with serve_egress(address, settings, on_error=report_defect, warn=lambda text: None) as at:
+            async with connect(there) as enclave:
+                assert (await credentials(enclave))["access_key"] == "AKIADEV"
+                assert await said_to(enclave, "kms.example", 443, b"question") == b"QUESTION"
+            for _ in ("another enclave", "a process of the parent"):
+                async with connect(there) as stranger:
+                    with pytest.raises(Fault) as caught:
+                        await credentials(stranger)
+                    assert caught.value.code == "no_credentials"
+                    with pytest.raises(Fault) as caught:
+                        await said_to(stranger, "kms.example", 443, b"question")
+                    assert caught.value.code == "egress_refused"
+            async with httpx2.AsyncClient(trust_env=False) as http:
+                metrics = (await http.get(f"http://{str(at.metrics).removeprefix('tcp:')}/metrics")).text
+    assert "strongroom_egress_strangers_total 4.0" in metrics
+    assert 'strongroom_credentials_calls_total{result="given"} 1.0' in metrics
+
+
+async def test_without_a_cid_nobody_is_an_enclave(folder: Path, aws: None) -> None:
+    address = UnixAddress(str(folder / "egress.sock"))
+    settings = EgressSettings([Allowed.parse("kms.example:443")], "boto3", "dev", enclave_cid=16)
+    serving = serve_egress(address, settings, on_error=report_defect, warn=lambda text: None)
+    async with serving, connect(address) as client:
+        with pytest.raises(Fault):
+            await credentials(client)
 
 
 async def test_metrics_that_cannot_be_served_leave_nothing_behind(folder: Path) -> None:

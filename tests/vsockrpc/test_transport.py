@@ -8,10 +8,12 @@ import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from vsockrpc.address import Address
+from tests.vsock import pretend_vsock
+from vsockrpc.address import VMADDR_CID_ANY, Address, VsockAddress
 from vsockrpc.errors import LocalProtocolError
 from vsockrpc.transport import (
     Call,
@@ -54,6 +56,26 @@ async def echo(call: IncomingCall) -> None:
     body = await call.read(MIB)
     await call.reply({"method": call.method, "meta": dict(call.meta)})
     await call.send(body, end=True)
+
+
+async def test_a_handler_knows_the_vm_that_calls_over_vsock(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def tell(call: IncomingCall) -> None:
+        await call.reply({"cid": call.peer_cid})
+
+    there = pretend_vsock(monkeypatch, folder, [16, 4294967294])
+    async with serve(VsockAddress(VMADDR_CID_ANY, 5005), {"who": tell}, on_error=print, limits=LIMITS):
+        for cid in (16, 4294967294):
+            async with connect(there, limits=LIMITS) as client, client.call("who", {}) as call:
+                assert await call.reply() == {"cid": cid}
+
+
+async def test_elsewhere_nobody_has_a_cid(address: Address) -> None:
+    async def tell(call: IncomingCall) -> None:
+        await call.reply({"cid": call.peer_cid})
+
+    expected = 1 if isinstance(address, VsockAddress) else None
+    async with both(address, {"who": tell}) as (client, _), client.call("who", {}) as call:
+        assert await call.reply() == {"cid": expected}
 
 
 async def ask(client: Client, body: bytes = b"", method: str = "echo") -> bytes:
