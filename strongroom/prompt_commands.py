@@ -19,15 +19,17 @@ from strongroom.files import new_file, read_bounded, require_new, write_new
 from strongroom.kms_client import KmsClient
 from strongroom.options import err, json_option, key_option, load_policy, policy_option, require_key, url_option
 from strongroom.prompt_file import MAX_ANSWER, MAX_REPLY, Reply, open_answer, seal_prompt
-from strongroom.proxy_client import ClearFault, ProxyClient, Unreachable
+from strongroom.proxy_client import ClearFault, ProxyClient, bounded
 from strongroom.render import show_verdict, waiting, warn_of_labels
-from strongroom.session import Session
+from strongroom.session import SILENCE_SECONDS, Session
 from vsockrpc.messages import ChatMessage, Delta, Done
 from vsockrpc.sealed import Truncated
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 MAX_ENVELOPE = 9 << 20
 """Bytes: what a proxy takes."""
+ANSWER_SECONDS = 900.0
+"""Half as long again as an enclave takes for a request, unless its configuration says otherwise."""
 
 
 @click.group()
@@ -118,8 +120,17 @@ def _verify(url: str, policy: AppraisalPolicy) -> None:
 @click.argument("file", type=FILE)
 @url_option
 @click.option("--out", "target", type=FILE, required=True, help="Where the sealed answer goes.")
+@click.option(
+    "--timeout",
+    "seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=ANSWER_SECONDS,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long the answer may take as a whole.",
+)
 @json_option
-def submit(file: Path, url: str, target: Path, as_json: bool) -> None:
+def submit(file: Path, url: str, target: Path, seconds: float, as_json: bool) -> None:
     """Bring the envelope FILE to an enclave, and keep its sealed answer.
 
     This takes neither policy nor key: what is brought is ciphertext, and so is the answer.
@@ -132,7 +143,7 @@ def submit(file: Path, url: str, target: Path, as_json: bool) -> None:
     _require_prompt(envelope)
     require_new(target)
     with waiting(err, "waiting for the answer"):
-        size = asyncio.run(_submit(envelope, url, target))
+        size = asyncio.run(_submit(envelope, url, target, seconds))
     click.echo(json.dumps({"answer": str(target), "bytes": size}) if as_json else f"wrote {target}")
 
 
@@ -142,25 +153,28 @@ def _require_prompt(envelope: bytes) -> None:
     require_equal("wrong_purpose", "no prompt's envelope", EnvelopePurpose.PROMPT.value, header.purpose.value)
 
 
-async def _submit(envelope: bytes, url: str, target: Path) -> int:
-    """Bytes of the answer. Raises Unreachable, ClearFault; Truncated when it broke off."""
+async def _submit(envelope: bytes, url: str, target: Path, seconds: float) -> int:
+    """Bytes of the answer, which comes within ``seconds`` or not at all: its records cannot be told from forged ones
+    here, so that no number of them is progress. Raises Unreachable, ClearFault; Truncated when it broke off.
+    """
     size = 0
-    async with ProxyClient(url) as proxy:
+    async with ProxyClient(url, silence_seconds=SILENCE_SECONDS) as proxy:
         try:
-            async with proxy.envelope(envelope) as response, contextlib.aclosing(response.aiter_raw()) as chunks:
+            async with (
+                asyncio.timeout(seconds),
+                proxy.envelope(envelope) as response,
+                contextlib.aclosing(bounded(response, MAX_ANSWER)) as chunks,
+            ):
                 with new_file(target) as file:
                     async for chunk in chunks:
                         size += len(chunk)
-                        if size > MAX_ANSWER:
-                            raise Unreachable(
-                                "not_strongroom", "no answer is so long", expected=f"<= {MAX_ANSWER} bytes", got="more"
-                            )
                         file.write(chunk)
         except ClearFault as fault:
             raise ClearFault(fault.code, _FAULTS.get(fault.code, fault.message)) from fault
-        except httpx2.HTTPError as error:
+        except (httpx2.HTTPError, TimeoutError) as error:
             if size:
-                raise Truncated("the answer broke off: bring the envelope again, it is answered anew") from error
+                why = f"did not end within {seconds:g} s" if isinstance(error, TimeoutError) else "broke off"
+                raise Truncated(f"the answer {why}: bring the envelope again, it is answered anew") from error
             raise proxy.unreachable(error) from error
     return size
 

@@ -120,7 +120,9 @@ class ProxyClient:
 
     def unreachable(self, error: Exception) -> Unreachable:
         return Unreachable(
-            "unreachable", f"nobody answers at {self.url}: {error or type(error).__name__}", got=type(error).__name__
+            "unreachable",
+            f"nobody answers at {self.url}: {str(error) or type(error).__name__}",
+            got=type(error).__name__,
         )
 
 
@@ -158,13 +160,20 @@ FAULT_TEXTS = {
 }
 
 
+async def bounded(response: httpx2.Response, limit: int) -> AsyncGenerator[bytes]:
+    """The response's bytes as they come, at most ``limit`` of them. Raises Unreachable; the library's HTTPError."""
+    size = 0
+    async with contextlib.aclosing(response.aiter_raw()) as chunks:
+        async for chunk in chunks:
+            size += len(chunk)
+            if size > limit:
+                raise Unreachable("not_strongroom", "the answer is too large", expected=f"<= {limit} bytes", got="more")
+            yield chunk
+
+
 async def _read_bounded(response: httpx2.Response, limit: int) -> bytes:
-    data = bytearray()
-    async for chunk in response.aiter_raw():
-        data += chunk
-        if len(data) > limit:
-            raise Unreachable("not_strongroom", "the answer is too large", expected=f"<= {limit} bytes", got="more")
-    return bytes(data)
+    async with contextlib.aclosing(bounded(response, limit)) as chunks:
+        return b"".join([chunk async for chunk in chunks])
 
 
 def _host_of(url: str) -> str:

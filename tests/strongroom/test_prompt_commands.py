@@ -4,6 +4,7 @@ that really asks it.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import stat
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.types import Receive, Scope, Send
 
 from attestation.envelope import EnvelopeHeader
 from attestation.keypolicy.document import KeyPolicy
@@ -386,6 +388,32 @@ def test_an_answer_that_breaks_off(desk: Desk, street: KmsStreet, monkeypatch: p
     monkeypatch.setattr(street.hostile, "break_after", 100)
     monkeypatch.setattr("tests.house.SEALED_PATH", ENVELOPE_PATH)
     fails(brought(desk), 4, "truncated", "bring the envelope again")
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_an_answer_that_drips(desk: Desk, street: KmsStreet, monkeypatch: pytest.MonkeyPatch, begins: bool) -> None:
+    """A byte now and then is no silence, and no answer either."""
+    headers = [(b"content-type", ANSWER_TYPE.encode())]
+
+    async def drip(scope: Scope, receive: Receive, send: Send) -> None:
+        async def left() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+        leaving = asyncio.ensure_future(left())
+        if begins:
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+        while not leaving.done():
+            if begins:
+                await send({"type": "http.response.body", "body": b"x", "more_body": True})
+            await asyncio.sleep(0.001)
+
+    write_envelope(desk)
+    monkeypatch.setattr(street.hostile, "application", drip)
+    ran = brought(desk, "--timeout", "0.5")
+    error = "truncated" if "[truncated]" in ran.err and begins else "unreachable"
+    fails(ran, 4, error, "did not end within 0.5 s" if error == "truncated" else "TimeoutError")
+    assert brought(desk, "--timeout", "0").code == 2
 
 
 def test_a_proxy_forges_no_answer(desk: Desk, street: KmsStreet) -> None:
