@@ -1,8 +1,8 @@
-"""What an envelope says of itself, and to whom its body is granted. PROTOCOL.md section 6.4.
+"""What an envelope says of itself, and who may use its body. PROTOCOL.md section 6.4.
 
 An envelope holds an encrypted model, or a prompt that waits. Its header stands in clear: KMS and whoever has the key
 released judge it. Its records (:mod:`attestation.envelope_records`) open with that key alone, and the first of them
-begins with the grant: which models and configurations may use the body.
+begins with the terms of its use: which models and configurations may use the body.
 
 A header is what somebody claims. The encryption context that KMS compares is built by an enclave from its own
 configuration; of the header it takes the version alone, after :func:`require_header`.
@@ -48,8 +48,8 @@ it the threads wake each other too often, above it too few records fit between t
 PROMPT_RECORD: Final = 4_096
 """The same of a prompt: the unit that its content is padded to."""
 
-MAX_GRANT: Final = MIN_RECORD - LENGTH_SIZE
-"""Bytes of a grant's CBOR. So it fits into the first record, however small the records are."""
+MAX_TERMS: Final = MIN_RECORD - LENGTH_SIZE
+"""Bytes of the terms' CBOR. So they fit into the first record, however small the records are."""
 
 _VERSION = 1
 _CODE = "malformed_envelope"
@@ -212,8 +212,8 @@ def require_header(
 
 
 @dataclass(frozen=True, slots=True)
-class Grant:
-    """What may use an envelope's body. It stands inside, before the body, where nobody without the key can change it.
+class Terms:
+    """What may use an envelope's body. They stand inside, before the body, where nobody without the key changes them.
 
     Construction checks every bound and raises EnvelopeError with ``malformed_envelope``.
     """
@@ -228,55 +228,55 @@ class Grant:
     def __post_init__(self) -> None:
         if len(self.models) != 1 and (self.purpose is EnvelopePurpose.MODEL or not self.models):
             some = "exactly one" if self.purpose is EnvelopePurpose.MODEL else "one or more"
-            raise _malformed("the number of models in the grant", some, len(self.models))
+            raise _malformed("the number of models in the terms", some, len(self.models))
         if not self.configurations:
-            raise _malformed("the number of configurations in the grant", "one or more", 0)
+            raise _malformed("the number of configurations in the terms", "one or more", 0)
         for digest in (*self.models, *self.configurations):
             if len(digest) != DIGEST_SIZE:
-                raise _malformed("a digest in the grant", f"{DIGEST_SIZE} bytes", f"{len(digest)} bytes")
-        if (size := len(self.encode()) - LENGTH_SIZE) > MAX_GRANT:
-            raise _malformed("the length of the grant", f"1 to {MAX_GRANT} bytes", f"{size} bytes")
+                raise _malformed("a digest in the terms", f"{DIGEST_SIZE} bytes", f"{len(digest)} bytes")
+        if (size := len(self.encode()) - LENGTH_SIZE) > MAX_TERMS:
+            raise _malformed("the length of the terms", f"1 to {MAX_TERMS} bytes", f"{size} bytes")
 
     def encode(self) -> bytes:
-        """As it stands before the body, its length included."""
-        grant = {
+        """As they stand before the body, their length included."""
+        terms = {
             "v": _VERSION,
             "purpose": self.purpose.value,
             "models": list(self.models),
             "configurations": list(self.configurations),
         }
-        return _with_length(cbor2.dumps(grant, canonical=True))
+        return _with_length(cbor2.dumps(terms, canonical=True))
 
     @classmethod
-    def split(cls, content: bytes) -> tuple[Grant, int]:
-        """The grant at the beginning of the first record's content, and at which byte of that the body begins.
+    def split(cls, content: bytes) -> tuple[Terms, int]:
+        """The terms at the beginning of the first record's content, and at which byte of that the body begins.
 
         Raises EnvelopeError with ``malformed_envelope``.
         """
-        encoded = _behind_length(content, 0, MAX_GRANT, "the grant")
+        encoded = _behind_length(content, 0, MAX_TERMS, "the terms")
         if encoded is None:
-            raise _malformed("the first record", "a whole grant", f"{len(content)} bytes")
+            raise _malformed("the first record", "whole terms", f"{len(content)} bytes")
         try:
             value = cbor.decode(encoded, deterministic=True, code=_CODE)
-            record = cbor.Record(value, "grant", required=_GRANT_FIELDS, code=_CODE)
+            record = cbor.Record(value, "terms", required=_TERMS_FIELDS, code=_CODE)
             record.literal("v", _VERSION)
-            grant = cls(_purpose(record), _digests(record, "models"), _digests(record, "configurations"))
+            terms = cls(_purpose(record), _digests(record, "models"), _digests(record, "configurations"))
         except EvidenceError as error:
             raise EnvelopeError(_CODE, error.message, expected=error.expected, got=error.got) from error
-        return grant, LENGTH_SIZE + len(encoded)
+        return terms, LENGTH_SIZE + len(encoded)
 
     def require(self, *, purpose: EnvelopePurpose, model: bytes, configuration: bytes) -> None:
         """That ``model`` under ``configuration`` (digests, 48 bytes each) may use the body.
 
         Raises EnvelopeError with ``wrong_purpose``, ``wrong_model``, ``wrong_configuration``.
         """
-        said = "record 0 grants the body to another"
+        said = "record 0's terms allow another"
         require_equal("wrong_purpose", f"{said} purpose than the header names", purpose.value, self.purpose.value)
         _require_among("wrong_model", f"{said} model", self.models, model)
         _require_among("wrong_configuration", f"{said} configuration", self.configurations, configuration)
 
 
-_GRANT_FIELDS = frozenset(("v", "purpose", "models", "configurations"))
+_TERMS_FIELDS = frozenset(("v", "purpose", "models", "configurations"))
 
 
 def require_equal(code: str, message: str, expected: str, got: str) -> None:
@@ -285,9 +285,9 @@ def require_equal(code: str, message: str, expected: str, got: str) -> None:
         raise EnvelopeError(code, message, expected=expected, got=got)
 
 
-def _require_among(code: str, message: str, granted: tuple[bytes, ...], mine: bytes) -> None:
-    if mine not in granted:
-        expected = ", ".join(map(digest_text, granted))
+def _require_among(code: str, message: str, allowed: tuple[bytes, ...], mine: bytes) -> None:
+    if mine not in allowed:
+        expected = ", ".join(map(digest_text, allowed))
         raise EnvelopeError(code, message, expected=expected, got=digest_text(mine))
 
 

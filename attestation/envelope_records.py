@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from attestation.envelope import DATA_KEY_SIZE, EnvelopeError, EnvelopeHeader, Grant, require_equal
+from attestation.envelope import DATA_KEY_SIZE, EnvelopeError, EnvelopeHeader, Terms, require_equal
 from attestation.secret import Secret
 
 Piece: TypeAlias = bytes | memoryview
@@ -35,18 +35,18 @@ _MORE, _FINAL = 0, 1
 class Sealer:
     """Makes an envelope: what ``seal`` and at last ``finish`` give, in order, is all of it.
 
-    Raises EnvelopeError with ``wrong_purpose`` where header and grant differ, ``malformed_envelope`` for a data key
+    Raises EnvelopeError with ``wrong_purpose`` where header and terms differ, ``malformed_envelope`` for a data key
     that has not 32 bytes.
     """
 
-    def __init__(self, header: EnvelopeHeader, grant: Grant, data_key: Secret) -> None:
-        require_equal("wrong_purpose", "header and grant differ", header.purpose.value, grant.purpose.value)
+    def __init__(self, header: EnvelopeHeader, terms: Terms, data_key: Secret) -> None:
+        require_equal("wrong_purpose", "header and terms differ", header.purpose.value, terms.purpose.value)
         self._aead, self._aad = _aead(header, data_key)
         self._made: list[bytes] = [header.encode()]
         self._record = _Record(header.record)
         self._sealed = 0
         self._finished = False
-        self._take(grant.encode())
+        self._take(terms.encode())
 
     def seal(self, piece: Piece) -> list[bytes]:
         """Takes the next bytes of the body, and gives what of the envelope is complete by that. ValueError after
@@ -83,7 +83,8 @@ class Opener:
     """Opens an envelope's records as their bytes arrive, in whatever pieces, for one model under one configuration
     (digests, 48 bytes each).
 
-    What it gives is authentic and granted to them. That it is whole is known when ``finish`` returns, not before.
+    What it gives is authentic, and the envelope's terms allow them to use it. That it is whole is known when ``finish``
+    returns, not before.
 
     Raises EnvelopeError with ``malformed_envelope`` for a data key that has not 32 bytes.
     """
@@ -132,7 +133,7 @@ class Opener:
         try:
             if plaintext is None:
                 raise self._refusal(flag)
-            piece: Piece = plaintext if self.opened else self._granted(plaintext)
+            piece: Piece = plaintext if self.opened else self._behind_terms(plaintext)
         except EnvelopeError as error:
             self._end = error
             raise
@@ -164,9 +165,9 @@ class Opener:
             got="more",
         )  # fmt: skip
 
-    def _granted(self, content: bytes) -> memoryview:
-        grant, at = Grant.split(content)
-        grant.require(purpose=self._purpose, model=self._model, configuration=self._configuration)
+    def _behind_terms(self, content: bytes) -> memoryview:
+        terms, at = Terms.split(content)
+        terms.require(purpose=self._purpose, model=self._model, configuration=self._configuration)
         return memoryview(content)[at:]
 
 

@@ -67,7 +67,7 @@ class KeyRelease:
     mutability: Mutability
     """LOCKED, or who may change later what was judged now. The policy trusts them."""
     models: tuple[bytes, ...]
-    """Digests of the manifests that the policy accepts, 48 bytes each: for an envelope's grant."""
+    """Digests of the manifests that the policy accepts, 48 bytes each: for an envelope's terms."""
     configurations: tuple[bytes, ...]
     """The same of configurations, 48 bytes each."""
     labels: frozenset[Label]

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import median
 
-from attestation.envelope import MODEL_RECORD, EnvelopeHeader, EnvelopePurpose, Grant
+from attestation.envelope import MODEL_RECORD, EnvelopeHeader, EnvelopePurpose, Terms
 from attestation.envelope_records import Sealer
 from attestation.keypolicy.document import KeyArn
 from attestation.manifest import ModelManifest
@@ -78,7 +78,7 @@ def _write(folder: Path, size: int) -> None:
     manifest = ModelManifest.from_gguf(plain)
     (folder / "manifest").write_bytes(manifest.encode())
     header = EnvelopeHeader(EnvelopePurpose.MODEL, KEY.key, KEY.context, 1, b"wrapped", MODEL_RECORD)
-    sealer = Sealer(header, Grant(EnvelopePurpose.MODEL, (manifest.digest(),), (CONFIGURATION,)), DATA_KEY)
+    sealer = Sealer(header, Terms(EnvelopePurpose.MODEL, (manifest.digest(),), (CONFIGURATION,)), DATA_KEY)
     with (folder / "encrypted.gguf").open("wb") as file:
         file.writelines(sealer.seal(weights))
         file.write(sealer.finish())

@@ -20,7 +20,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from statistics import median
 
-from attestation.envelope import MODEL_RECORD, EnvelopeHeader, EnvelopePurpose, Grant
+from attestation.envelope import MODEL_RECORD, EnvelopeHeader, EnvelopePurpose, Terms
 from attestation.envelope_records import Opener, Sealer
 from attestation.keypolicy.document import KeyArn
 from attestation.secret import Secret
@@ -42,7 +42,7 @@ MIN_RATIO = 0.8
 KEY = KeyArn.parse("arn:aws:kms:us-east-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab")
 DATA_KEY = Secret(bytes(range(32)))
 MODEL, CONFIGURATION = bytes(48), b"c" * 48
-GRANT = Grant(EnvelopePurpose.MODEL, (MODEL,), (CONFIGURATION,))
+TERMS = Terms(EnvelopePurpose.MODEL, (MODEL,), (CONFIGURATION,))
 
 
 def rows(size: int = 1 << 30, runs: int = 5) -> list[Row]:
@@ -105,7 +105,7 @@ def _command(role: str, path: str, size: int) -> list[str]:
 def envelope(record: int, size: int) -> Iterator[bytes]:
     """An envelope of ``size`` bytes of model, in pieces of about a record."""
     header = EnvelopeHeader(EnvelopePurpose.MODEL, KEY, "bench", 1, b"wrapped", record)
-    sealer = Sealer(header, GRANT, DATA_KEY)
+    sealer = Sealer(header, TERMS, DATA_KEY)
     for _ in range(size // len(BLOCK)):
         yield from sealer.seal(BLOCK)
     yield sealer.finish()

@@ -1,7 +1,7 @@
 """What KMS releases to this boot: the data keys of envelopes, for the purposes that the measured configuration names.
 
 The configuration says which key, context and floor count. The encryption context is built from it; a header has only to
-agree. What an envelope grants is compared with this enclave's own model and configuration before a byte of its body is
+agree. An envelope's terms are compared with this enclave's own model and configuration before a byte of its body is
 used.
 """
 

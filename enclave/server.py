@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 from attestation.commitment import Evidence, Purpose, UserData
-from attestation.envelope import LENGTH_SIZE, MAX_GRANT, MAX_OPENING, PROMPT_RECORD
+from attestation.envelope import LENGTH_SIZE, MAX_OPENING, MAX_TERMS, PROMPT_RECORD
 from attestation.errors import StrongroomError
 from attestation.verifier import NONCE_SIZE
 from enclave.boot import Enclave
@@ -376,7 +376,7 @@ def longest_request(content: int) -> int:
 def longest_envelope(message: int) -> int:
     """Bytes of the envelope of a prompt whose message has so many bytes, at most: the content is padded to a power of
     two of records (PROTOCOL.md section 6.5)."""
-    content = LENGTH_SIZE + MAX_GRANT + SECRET_SIZE + LENGTH_SIZE + message
+    content = LENGTH_SIZE + MAX_TERMS + SECRET_SIZE + LENGTH_SIZE + message
     return MAX_OPENING + (1 << (-(-content // PROMPT_RECORD) - 1).bit_length()) * (PROMPT_RECORD + TAG_SIZE)
 
 

@@ -1,9 +1,9 @@
-"""An envelope as an enclave meets it: its header, what would be in a grant, and records from somebody who has the data
+"""An envelope as an enclave meets it: its header, what would be its terms, and records from somebody who has the data
 key or has not."""
 
 from __future__ import annotations
 
-from attestation.envelope import EnvelopeError, EnvelopeHeader, EnvelopePurpose, Grant
+from attestation.envelope import EnvelopeError, EnvelopeHeader, EnvelopePurpose, Terms
 from attestation.envelope_records import Opener, Sealer
 from attestation.keypolicy.document import KeyArn
 from attestation.secret import Secret
@@ -14,12 +14,12 @@ KEY = KeyArn.parse("arn:aws:kms:us-east-1:111122223333:key/1234abcd-12ab-34cd-56
 
 
 def one_input(data: bytes) -> None:
-    """The first byte chooses what the rest is: an envelope, or a grant."""
+    """The first byte chooses what the rest is: an envelope, or terms."""
     kind, rest = data[:1], data[1:]
     try:
-        if kind == b"g":
-            grant, at = Grant.split(rest)
-            assert grant.encode() == rest[:at], "two encodings of one grant"
+        if kind == b"t":
+            terms, at = Terms.split(rest)
+            assert terms.encode() == rest[:at], "two encodings of the same terms"
             return
         header, at = EnvelopeHeader.split(rest)
         assert header.encode() == rest[:at], "two encodings of one header"
@@ -35,7 +35,7 @@ def seeds() -> list[bytes]:
     found = []
     for purpose, size in ((EnvelopePurpose.MODEL, 5000), (EnvelopePurpose.PROMPT, 40)):
         header = EnvelopeHeader(purpose, KEY, "production", 3, b"wrapped", 4096, bytes(32))
-        grant = Grant(purpose, (MODEL,), (CONFIGURATION,))
-        sealer = Sealer(header, grant, DATA_KEY)
-        found += [b"e" + b"".join([*sealer.seal(bytes(size)), sealer.finish()]), b"g" + grant.encode()]
+        terms = Terms(purpose, (MODEL,), (CONFIGURATION,))
+        sealer = Sealer(header, terms, DATA_KEY)
+        found += [b"e" + b"".join([*sealer.seal(bytes(size)), sealer.finish()]), b"t" + terms.encode()]
     return found

@@ -29,7 +29,7 @@ RECORD = 4096
 MORE, FINAL = 0, 1
 
 
-# --- The header and the grant -----------------------------------------------------------------------------------------
+# --- The header and the terms -----------------------------------------------------------------------------------------
 
 
 def with_length(encoded: bytes) -> bytes:
@@ -63,7 +63,7 @@ def opening(value: Mapping[str, object]) -> bytes:
     return MAGIC + with_length(cbor2.dumps(value, canonical=True))
 
 
-def grant(purpose: str = "model", **changes: object) -> bytes:
+def terms(purpose: str = "model", **changes: object) -> bytes:
     value = {"v": 1, "purpose": purpose, "models": [MODEL], "configurations": [CONFIGURATION], **changes}
     return with_length(cbor2.dumps(value, canonical=True))
 
@@ -97,7 +97,7 @@ Vectors = Iterator[tuple[str, Vector]]
 def envelope() -> Mapping[str, bytes]:
     """The files of the folder: the same run gives the same bytes."""
     files: dict[str, bytes] = {}
-    for name, vector in (*_whole(), *_headers(), *_required(), *_grants(), *_records()):
+    for name, vector in (*_whole(), *_headers(), *_required(), *_terms(), *_records()):
         assert f"{name}.json" not in files
         files[f"{name}.json"] = (json.dumps(vector, indent=1, ensure_ascii=False) + "\n").encode()
     return files
@@ -120,9 +120,9 @@ def _body(size: int) -> bytes:
     return (bytes(range(256)) * (size // 256 + 1))[:size]
 
 
-def _accepted(about: str, purpose: str, granted: bytes, body: bytes) -> Vector:
+def _accepted(about: str, purpose: str, inside: bytes, body: bytes) -> Vector:
     before = opening(header(purpose))
-    return _vector("accepted", about, [before, *records(before, granted + body)], purpose) | {
+    return _vector("accepted", about, [before, *records(before, inside + body)], purpose) | {
         "aad": hashlib.sha384(before).hexdigest(),
         "record_key": record_key(before).hex(),
         "body": body.hex(),
@@ -130,16 +130,16 @@ def _accepted(about: str, purpose: str, granted: bytes, body: bytes) -> Vector:
 
 
 def _whole() -> Vectors:
-    mine = grant()
+    mine = terms()
     yield "model", _accepted("two full records and a short one", "model", mine, _body(2 * RECORD + 100))
     full = _body(2 * RECORD - len(mine))
     yield "full-last-record", _accepted("two records, both of them full", "model", mine, full)
     yield "one-byte-more", _accepted("the last record has one byte", "model", mine, full + b"x")
     yield "empty", _accepted("a body of no bytes", "model", mine, b"")
-    several = grant("prompt", models=[bytes(48), MODEL], configurations=[CONFIGURATION, bytes(48)])
+    several = terms("prompt", models=[bytes(48), MODEL], configurations=[CONFIGURATION, bytes(48)])
     yield "prompt", _accepted("two models, two configurations", "prompt", several, _body(RECORD - len(several)))
-    most = grant("prompt", models=[bytes(48)] * 78 + [MODEL])
-    yield "longest-grant", _accepted("as many digests as fit: 79 models, a configuration", "prompt", most, b"body")
+    most = terms("prompt", models=[bytes(48)] * 78 + [MODEL])
+    yield "longest-terms", _accepted("as many digests as fit: 79 models, a configuration", "prompt", most, b"body")
 
 
 def _headers() -> Vectors:
@@ -189,7 +189,7 @@ def _headers() -> Vectors:
 def _required() -> Vectors:
     """A good envelope, and an enclave that is configured to another."""
     before = opening(header())
-    parts = [before, *records(before, grant() + b"body")]
+    parts = [before, *records(before, terms() + b"body")]
     for expect, changes in (
         ("wrong_purpose", {"purpose": "prompt"}),
         ("wrong_key", {"key": OTHER_ARN}),
@@ -209,37 +209,37 @@ def _required() -> Vectors:
     yield "short-data-key", _vector("malformed_envelope", "31 bytes of data key", parts, data_key=DATA_KEY[1:].hex())
 
 
-def _grants() -> Vectors:
-    """Grants that only whoever has the data key can make."""
+def _terms() -> Vectors:
+    """Terms that only whoever has the data key can make."""
 
     def refused(name: str, about: str, content: bytes, purpose: str = "model") -> tuple[str, Vector]:
         before = opening(header(purpose))
         expect = "wrong_purpose" if name == "purpose" else "malformed_envelope"
-        return f"grant-{name}", _vector(expect, about, [before, *records(before, content)], purpose)
+        return f"terms-{name}", _vector(expect, about, [before, *records(before, content)], purpose)
 
-    yield refused("purpose", "a header of a model, a grant of a prompt", grant("prompt"))
-    yield refused("version", "version 2", grant(v=2))
-    yield refused("no-models", "a prompt for no model", grant("prompt", models=[]), "prompt")
-    yield refused("two-models", "a model that is two", grant(models=[MODEL, bytes(48)]))
-    yield refused("no-configurations", "for no configuration", grant(configurations=[]))
-    yield refused("digest-47", "a digest of 47 bytes", grant(models=[bytes(47)]))
-    yield refused("digest-text", "a digest in hexadecimal digits", grant(configurations=[CONFIGURATION.hex()]))
-    yield refused("models-map", "a map in place of an array", grant(models={}))
-    yield refused("unknown-purpose", "an unknown purpose", grant("adapter"))
-    yield refused("unknown-field", "a field of no meaning", grant(until=0))
-    yield refused("cut", "a grant that is longer than the record", grant()[:-1])
+    yield refused("purpose", "a header of a model, terms of a prompt", terms("prompt"))
+    yield refused("version", "version 2", terms(v=2))
+    yield refused("no-models", "a prompt for no model", terms("prompt", models=[]), "prompt")
+    yield refused("two-models", "a model that is two", terms(models=[MODEL, bytes(48)]))
+    yield refused("no-configurations", "for no configuration", terms(configurations=[]))
+    yield refused("digest-47", "a digest of 47 bytes", terms(models=[bytes(47)]))
+    yield refused("digest-text", "a digest in hexadecimal digits", terms(configurations=[CONFIGURATION.hex()]))
+    yield refused("models-map", "a map in place of an array", terms(models={}))
+    yield refused("unknown-purpose", "an unknown purpose", terms("adapter"))
+    yield refused("unknown-field", "a field of no meaning", terms(until=0))
+    yield refused("cut", "terms that are longer than the record", terms()[:-1])
     yield refused("short", "a content of three bytes", bytes(3))
-    yield refused("length-0", "a grant of no bytes", bytes(5))
-    yield refused("81-digests", "one more than fits", grant("prompt", models=[MODEL] * 80), "prompt")
-    yield refused("long", "4,093 bytes of grant", (4_093).to_bytes(4, "big") + bytes(4_093))
+    yield refused("length-0", "terms of no bytes", bytes(5))
+    yield refused("81-digests", "one more than fits", terms("prompt", models=[MODEL] * 80), "prompt")
+    yield refused("long", "4,093 bytes of terms", (4_093).to_bytes(4, "big") + bytes(4_093))
 
 
 def _records() -> Vectors:
     before = opening(header())
-    one, two, three = records(before, grant() + _body(2 * RECORD + 100))
+    one, two, three = records(before, terms() + _body(2 * RECORD + 100))
     salt = bytes(32)
     other_before = opening(header(salt=salt))
-    other = records(other_before, grant() + _body(2 * RECORD + 100), salt)
+    other = records(other_before, terms() + _body(2 * RECORD + 100), salt)
     newer = opening(header(version=4, context=context(version=4)))
 
     def refused(name: str, expect: str, about: str, *parts: bytes) -> tuple[str, Vector]:
@@ -258,10 +258,10 @@ def _records() -> Vectors:
     yield refused("of-another", "tampered_record", "one of another envelope", before, one, other[1], three)
     yield refused("other-header", "tampered_record", "another envelope's header", other_before, one, two, three)
     yield refused("newer-header", "tampered_record", "the header says version 4", newer, one, two, three)
-    full = records(before, grant() + _body(RECORD - len(grant())))
+    full = records(before, terms() + _body(RECORD - len(terms())))
     yield refused("after-final", "after_final", "a byte behind a full last record", before, *full, b"\x00")
     yield refused("joined", "after_final", "two envelopes' records", before, *full, *full)
     yield refused("more", "tampered_record", "a byte behind a short last record", before, one, two, three, b"\x00")
     empty = record(before, 1, FINAL, b"")
-    first = record(before, 0, MORE, grant() + _body(RECORD - len(grant())))
+    first = record(before, 0, MORE, terms() + _body(RECORD - len(terms())))
     yield refused("empty-last", "truncated_envelope", "a last record of no bytes", before, first, empty)

@@ -8,7 +8,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Final
 
-from attestation.envelope import EnvelopeHeader, EnvelopePurpose, Grant
+from attestation.envelope import EnvelopeHeader, EnvelopePurpose, Terms
 from attestation.envelope_records import Sealer
 from attestation.errors import StrongroomError
 from attestation.gguf import ModelError
@@ -45,8 +45,8 @@ def encrypt_model(
     envelope of a model can have, FileExistsError, OSError of ``destination``.
     """
     [weights] = manifest.files
-    grant = Grant(EnvelopePurpose.MODEL, (manifest.digest(),), tuple(configurations))
-    sealer = Sealer(header, grant, data_key)
+    terms = Terms(EnvelopePurpose.MODEL, (manifest.digest(),), tuple(configurations))
+    sealer = Sealer(header, terms, data_key)
     digest, done, piece = hashlib.sha384(), 0, memoryview(bytearray(_PIECE))
     with _opened(source) as file, new_file(destination) as target:
         # A file that grows is not read to its end, wherever that may be.

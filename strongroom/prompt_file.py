@@ -14,7 +14,7 @@ from typing import Final, Self
 
 from attestation import strict_json
 from attestation.cbor import Record
-from attestation.envelope import PROMPT_RECORD, EnvelopeHeader, EnvelopePurpose, Grant
+from attestation.envelope import PROMPT_RECORD, EnvelopeHeader, EnvelopePurpose, Terms
 from attestation.envelope_records import Sealer
 from attestation.errors import EvidenceError, StrongroomError
 from attestation.keyrelease import KeyRelease
@@ -98,11 +98,11 @@ def seal_prompt(release: KeyRelease, chat: ChatRequest, *, data_key: Secret, wra
         wrapped=wrapped,
         record=PROMPT_RECORD,
     )
-    grant = Grant(release.purpose, release.models, release.configurations)
+    terms = Terms(release.purpose, release.models, release.configurations)
     prompt = DeferredPrompt(new_reply_secret(), Request(secrets.token_bytes(REQUEST_ID_SIZE), chat))
-    body = prompt.encode(before=len(grant.encode()))
+    body = prompt.encode(before=len(terms.encode()))
     DeferredPrompt.decode(body, limit=MAX_MESSAGE_SIZE)
-    sealer = Sealer(header, grant, data_key)
+    sealer = Sealer(header, terms, data_key)
     records = sealer.seal(body)
     envelope = b"".join([*records, sealer.finish()])
     return envelope, Reply(prompt.reply_secret, envelope_digest(envelope))

@@ -15,7 +15,7 @@ from typing import Any
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from attestation.envelope import EnvelopeHeader, EnvelopePurpose, Grant, encryption_context
+from attestation.envelope import EnvelopeHeader, EnvelopePurpose, Terms, encryption_context
 from attestation.envelope_records import TAG_SIZE, Sealer
 from attestation.keypolicy.document import KeyArn
 from attestation.secret import Secret
@@ -110,12 +110,12 @@ class Sealing:
         return EnvelopeHeader(self.purpose, self.key, self.context, self.version, wrapped, self.record)
 
     def seal(self, body: bytes) -> bytes:
-        sealer = Sealer(self.header(), self.grant, Secret(self.data_key))
+        sealer = Sealer(self.header(), self.terms, Secret(self.data_key))
         return b"".join([*sealer.seal(body), sealer.finish()])
 
     @property
-    def grant(self) -> Grant:
-        return Grant(self.purpose, self.models, self.configurations)
+    def terms(self) -> Terms:
+        return Terms(self.purpose, self.models, self.configurations)
 
     def prompt(self, asked: str | Request | bytes, secret: Secret | None = None) -> tuple[bytes, Reply]:
         """The envelope of a prompt, and what opens its answer. Bytes stand for the whole body."""
@@ -123,7 +123,7 @@ class Sealing:
         if isinstance(asked, str):
             asked = question(asked)
         if isinstance(asked, Request):
-            asked = DeferredPrompt(secret, asked).encode(before=len(self.grant.encode()))
+            asked = DeferredPrompt(secret, asked).encode(before=len(self.terms.encode()))
         envelope = self.seal(asked)
         return envelope, Reply(secret, envelope_digest(envelope))
 

@@ -1,4 +1,4 @@
-"""Envelopes: what goes in comes out, whole and for whom it was granted, and whatever else happens to one has a code."""
+"""Envelopes: what goes in comes out, whole and for those its terms name, and whatever else happens to one has a code."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from hypothesis import strategies as st
 from attestation.envelope import (
     LENGTH_SIZE,
     MAGIC,
-    MAX_GRANT,
     MAX_OPENING,
     MAX_RECORD,
+    MAX_TERMS,
     MAX_VERSION,
     MAX_WRAPPED,
     MIN_RECORD,
     EnvelopeError,
     EnvelopeHeader,
     EnvelopePurpose,
-    Grant,
+    Terms,
     encryption_context,
     require_header,
 )
@@ -37,9 +37,9 @@ OTHER_KEY = KeyArn.parse("arn:aws:kms:us-east-1:111122223333:key/0987dcba-09fe-8
 MODEL, CONFIGURATION = b"m" * 48, b"c" * 48
 DATA_KEY = Secret(bytes(range(32)))
 HEADER = EnvelopeHeader(EnvelopePurpose.MODEL, KEY, "production", 3, b"wrapped", MIN_RECORD, bytes(32))
-GRANT = Grant(EnvelopePurpose.MODEL, (MODEL,), (CONFIGURATION,))
+TERMS = Terms(EnvelopePurpose.MODEL, (MODEL,), (CONFIGURATION,))
 SEALED_RECORD = MIN_RECORD + TAG_SIZE
-ROOM = MIN_RECORD - len(GRANT.encode())
+ROOM = MIN_RECORD - len(TERMS.encode())
 """Bytes of the body in a first record."""
 LONGEST = 3 * MIN_RECORD
 
@@ -49,9 +49,9 @@ def body(size: int) -> bytes:
     return (bytes(range(251)) * (size // 251 + 1))[:size]
 
 
-def sealed(content: bytes, header: EnvelopeHeader = HEADER, grant: Grant = GRANT, step: int = 1 << 20) -> bytes:
+def sealed(content: bytes, header: EnvelopeHeader = HEADER, terms: Terms = TERMS, step: int = 1 << 20) -> bytes:
     """A whole envelope, ``step`` bytes of its body at a time."""
-    sealer = Sealer(header, grant, DATA_KEY)
+    sealer = Sealer(header, terms, DATA_KEY)
     pieces = [content[start : start + step] for start in range(0, len(content), step)]
     return b"".join([made for piece in pieces for made in sealer.seal(piece)] + [sealer.finish()])
 
@@ -115,7 +115,7 @@ def test_every_record_is_full_but_the_last_and_that_has_at_least_a_byte(size: in
     _, *records = parts(sealed(body(size)))
     assert [len(record) for record in records[:-1]] == [SEALED_RECORD] * (len(records) - 1)
     assert TAG_SIZE < len(records[-1]) <= SEALED_RECORD
-    assert len(records) == -(-(len(GRANT.encode()) + size) // MIN_RECORD)
+    assert len(records) == -(-(len(TERMS.encode()) + size) // MIN_RECORD)
 
 
 def test_pieces_are_not_changed_by_what_follows() -> None:
@@ -131,9 +131,9 @@ def test_pieces_are_not_changed_by_what_follows() -> None:
 
 def test_a_prompt_for_several_models_and_configurations() -> None:
     header = replace(HEADER, purpose=EnvelopePurpose.PROMPT)
-    grant = Grant(EnvelopePurpose.PROMPT, (bytes(48), MODEL), (CONFIGURATION, bytes(48)))
-    _, *records = parts(sealed(b"why?", header, grant))
-    for model, configuration in product(grant.models, grant.configurations):
+    terms = Terms(EnvelopePurpose.PROMPT, (bytes(48), MODEL), (CONFIGURATION, bytes(48)))
+    _, *records = parts(sealed(b"why?", header, terms))
+    for model, configuration in product(terms.models, terms.configurations):
         reader = Opener(header, DATA_KEY, model=model, configuration=configuration)
         reader.feed(records[0])
         assert bytes(reader.finish()) == b"why?"
@@ -147,7 +147,7 @@ def test_two_envelopes_of_one_data_key_share_nothing() -> None:
 
 
 def test_nothing_follows_the_end() -> None:
-    sealer = Sealer(HEADER, GRANT, DATA_KEY)
+    sealer = Sealer(HEADER, TERMS, DATA_KEY)
     sealer.finish()
     with pytest.raises(ValueError, match="finished"):
         sealer.seal(b"more")
@@ -258,7 +258,7 @@ def test_another_data_key() -> None:
 
 @pytest.mark.parametrize("size", [0, 16, 31, 33])
 def test_a_data_key_of_another_size(size: int) -> None:
-    for make in (lambda key: Sealer(HEADER, GRANT, key), lambda key: opener(data_key=key)):
+    for make in (lambda key: Sealer(HEADER, TERMS, key), lambda key: opener(data_key=key)):
         with pytest.raises(EnvelopeError) as caught:
             make(Secret(bytes(size)))
         assert (caught.value.code, caught.value.got) == ("malformed_envelope", f"{size} bytes")
@@ -309,21 +309,21 @@ def test_another_envelope_than_one_is_configured_to_open(
 )
 def test_another_model_or_configuration_gets_nothing_of_the_body(code: str, change: dict[str, bytes]) -> None:
     _, *records = parts(sealed(body(2 * MIN_RECORD)))
-    granted: dict[str, bytes] = {"model": MODEL, "configuration": CONFIGURATION}
-    reader = Opener(HEADER, DATA_KEY, **(granted | change))
+    mine: dict[str, bytes] = {"model": MODEL, "configuration": CONFIGURATION}
+    reader = Opener(HEADER, DATA_KEY, **(mine | change))
     assert reader.feed(records[0]) == []
     with pytest.raises(EnvelopeError, match="record 0") as caught:
         reader.feed(records[1])
     assert caught.value.code == code
     [name] = change
-    assert caught.value.expected == f"sha384:{granted[name].hex()}"
+    assert caught.value.expected == f"sha384:{mine[name].hex()}"
     assert caught.value.got == f"sha384:{bytes(48).hex()}"
     assert reader.opened == 0
 
 
 def test_a_sealer_does_not_contradict_itself() -> None:
     with pytest.raises(EnvelopeError) as caught:
-        Sealer(HEADER, Grant(EnvelopePurpose.PROMPT, (MODEL,), (CONFIGURATION,)), DATA_KEY)
+        Sealer(HEADER, Terms(EnvelopePurpose.PROMPT, (MODEL,), (CONFIGURATION,)), DATA_KEY)
     assert (caught.value.code, caught.value.expected, caught.value.got) == ("wrong_purpose", "model", "prompt")
 
 
@@ -405,18 +405,18 @@ def test_any_bytes_are_a_header_or_a_typed_error(data: bytes) -> None:
             EnvelopeHeader.split(beginning)
 
 
-# --- The grant --------------------------------------------------------------------------------------------------------
+# --- The terms --------------------------------------------------------------------------------------------------------
 
 digests = st.lists(st.binary(min_size=48, max_size=48), min_size=1, max_size=40).map(tuple)
 
 
 @given(digests, digests, st.binary(max_size=20))
-def test_a_grant_is_read_as_it_was_written(
+def test_terms_are_read_as_they_were_written(
     models: tuple[bytes, ...], configurations: tuple[bytes, ...], behind: bytes
 ) -> None:
-    grant = Grant(EnvelopePurpose.PROMPT, models, configurations)
-    encoded = grant.encode()
-    assert Grant.split(encoded + behind) == (grant, len(encoded))
+    terms = Terms(EnvelopePurpose.PROMPT, models, configurations)
+    encoded = terms.encode()
+    assert Terms.split(encoded + behind) == (terms, len(encoded))
     assert cbor2.loads(encoded[LENGTH_SIZE:]) == {
         "v": 1,
         "purpose": "prompt",
@@ -425,11 +425,11 @@ def test_a_grant_is_read_as_it_was_written(
     }
 
 
-def test_the_longest_grant_fits_into_the_smallest_record() -> None:
-    def of(count: int) -> Grant:
-        return Grant(EnvelopePurpose.PROMPT, (MODEL,) * count, (CONFIGURATION,))
+def test_the_longest_terms_fit_into_the_smallest_record() -> None:
+    def of(count: int) -> Terms:
+        return Terms(EnvelopePurpose.PROMPT, (MODEL,) * count, (CONFIGURATION,))
 
-    assert len(of(79).encode()) <= MAX_GRANT + LENGTH_SIZE == MIN_RECORD
+    assert len(of(79).encode()) <= MAX_TERMS + LENGTH_SIZE == MIN_RECORD
     with pytest.raises(EnvelopeError, match="length"):
         of(80)
 
@@ -445,17 +445,17 @@ def test_the_longest_grant_fits_into_the_smallest_record() -> None:
         (EnvelopePurpose.MODEL, (MODEL,), (bytes(49),)),
     ],
 )
-def test_no_grant_is_to_nobody(
+def test_no_terms_allow_nobody(
     purpose: EnvelopePurpose, models: tuple[bytes, ...], configurations: tuple[bytes, ...]
 ) -> None:
     with pytest.raises(EnvelopeError) as caught:
-        Grant(purpose, models, configurations)
+        Terms(purpose, models, configurations)
     assert caught.value.code == "malformed_envelope"
 
 
 @given(st.binary(max_size=200))
-def test_any_bytes_are_a_grant_or_a_typed_error(data: bytes) -> None:
+def test_any_bytes_are_terms_or_a_typed_error(data: bytes) -> None:
     for content in (data, len(data).to_bytes(4, "big") + data):
         with pytest.raises(EnvelopeError) as caught:
-            Grant.split(content)
+            Terms.split(content)
         assert caught.value.code == "malformed_envelope"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from attestation.envelope import EnvelopeError, EnvelopeHeader, EnvelopePurpose, Grant, require_header
+from attestation.envelope import EnvelopeError, EnvelopeHeader, EnvelopePurpose, Terms, require_header
 from attestation.envelope_records import Opener, Sealer
 from attestation.keypolicy.document import KeyArn
 from attestation.secret import Secret
@@ -56,11 +56,11 @@ def test_vector(vector: dict[str, Any], step: int) -> None:
     assert caught.value.code == vector["expect"]
 
 
-OTHERS = {"prompt": ((bytes(48),), (bytes(48),)), "longest-grant": ((bytes(48),) * 78, ())}
-"""What else the grants of some vectors name: models before the vector's own, configurations behind it."""
+OTHERS = {"prompt": ((bytes(48),), (bytes(48),)), "longest-terms": ((bytes(48),) * 78, ())}
+"""What else the terms of some vectors name: models before the vector's own, configurations behind it."""
 
 
-@pytest.mark.parametrize("name", ["model", "full-last-record", "one-byte-more", "empty", "prompt", "longest-grant"])
+@pytest.mark.parametrize("name", ["model", "full-last-record", "one-byte-more", "empty", "prompt", "longest-terms"])
 def test_what_is_accepted_is_what_we_would_make(name: str) -> None:
     vector = json.loads((VECTORS / f"{name}.json").read_text())
     envelope = bytes.fromhex(vector["envelope"])
@@ -68,8 +68,8 @@ def test_what_is_accepted_is_what_we_would_make(name: str) -> None:
     assert header.aad.hex() == vector["aad"]
     model, configuration = bytes.fromhex(vector["model"]), bytes.fromhex(vector["configuration"])
     models, configurations = OTHERS.get(name, ((), ()))
-    grant = Grant(header.purpose, (*models, model), (configuration, *configurations))
-    sealer = Sealer(header, grant, Secret(bytes.fromhex(vector["data_key"])))
+    terms = Terms(header.purpose, (*models, model), (configuration, *configurations))
+    sealer = Sealer(header, terms, Secret(bytes.fromhex(vector["data_key"])))
     made = b"".join(sealer.seal(bytes.fromhex(vector["body"]))) + sealer.finish()
     assert made == envelope
 

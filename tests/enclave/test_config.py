@@ -351,7 +351,7 @@ def test_an_emulators_authority_is_a_certificate(root: object) -> None:
         ("minimum_version", 0),
         ("minimum_version", 1 << 32),
         ("minimum_version", None),
-        ("grant", "x"),
+        ("terms", "x"),
     ],
 )
 def test_what_is_wrong_with_a_wrapped_key_is_named(table: str, field: str, value: object) -> None:

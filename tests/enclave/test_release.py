@@ -22,7 +22,7 @@ from tests.sealing import CONTEXT, FLOOR, MODEL, MODEL_KEY, OTHER_KEY, PROMPT, L
 
 MANIFEST, CONFIGURATION, OTHERS = b"\x10" * 48, b"\x11" * 48, b"\x12" * 48
 BODY = bytes(range(256)) * 64
-"""With the grant, five records."""
+"""With the terms, five records."""
 WRAPPED = WrappedKey(MODEL_KEY, CONTEXT, FLOOR)
 
 
@@ -98,11 +98,11 @@ async def test_memory_that_is_used_again_does_not_change_what_was_given(kms: Loc
     assert b"".join([*known, reading.finish()]) == BODY
 
 
-async def test_an_envelope_of_nothing_but_a_grant(kms: LocalKms, sealing: Sealing) -> None:
+async def test_an_envelope_of_nothing_but_terms(kms: LocalKms, sealing: Sealing) -> None:
     assert await opened(reader(kms), [sealing.seal(b"")]) == b""
 
 
-async def test_one_of_several_that_are_granted(kms: LocalKms, sealing: Sealing) -> None:
+async def test_one_of_several_that_are_allowed(kms: LocalKms, sealing: Sealing) -> None:
     prompt = sealing.but(purpose=PROMPT, models=(OTHERS, MANIFEST), configurations=(OTHERS, CONFIGURATION))
     assert await opened(reader(kms, purpose=PROMPT), [prompt.seal(BODY)]) == BODY
 
@@ -250,7 +250,7 @@ async def test_a_data_key_of_another_size(kms: LocalKms, sealing: Sealing, size:
     ("changed", "code"),
     [({"models": (OTHERS,)}, "wrong_model"), ({"configurations": (OTHERS, b"\x13" * 48)}, "wrong_configuration")],
 )
-async def test_a_grant_to_somebody_else_gives_nothing_of_the_body(
+async def test_terms_that_allow_somebody_else_give_nothing_of_the_body(
     kms: LocalKms, sealing: Sealing, changed: dict[str, Any], code: str
 ) -> None:
     header, records = split_records(sealing.but(**changed).seal(BODY))
@@ -304,6 +304,6 @@ async def test_cut_within_the_header(kms: LocalKms, sealing: Sealing, size: int)
 
 async def test_nothing_follows_the_final_record(kms: LocalKms, sealing: Sealing) -> None:
     assert (await refusal(reader(kms), sealing.seal(BODY) + b"\x00")).code == "tampered_record"
-    filled = sealing.seal(BODY[: -len(sealing.grant.encode())])  # the last record is as long as the others
+    filled = sealing.seal(BODY[: -len(sealing.terms.encode())])  # the last record is as long as the others
     error = await refusal(reader(kms), filled + b"\x00")
     assert (error.code, error.expected) == ("after_final", "the end after record 3")

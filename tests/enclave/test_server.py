@@ -19,7 +19,7 @@ from typing import Any
 import cbor2
 import pytest
 
-from attestation.envelope import MAX_GRANT, EnvelopeHeader, encryption_context
+from attestation.envelope import MAX_TERMS, EnvelopeHeader, encryption_context
 from attestation.secret import Secret
 from attestation.verifier import AttestationResult, verify
 from enclave.boot import Enclave
@@ -1036,8 +1036,8 @@ async def test_kms_is_not_asked_for_somebody_elses_envelope(sender: Sender, chan
 
 
 @pytest.mark.parametrize("changed", [{"models": (bytes(48),)}, {"configurations": (bytes(48),)}])
-async def test_an_envelope_granted_to_another_enclave(sender: Sender, changed: dict[str, Any]) -> None:
-    """KMS has released its key; the enclave itself compares what the grant says."""
+async def test_an_envelope_whose_terms_allow_another_enclave(sender: Sender, changed: dict[str, Any]) -> None:
+    """KMS has released its key; the enclave itself compares what the terms say."""
     envelope, _ = sender.sealing.but(**changed).prompt("hello")
     assert await sender.fault(envelope) == "not_released"
     assert len(sender.kms.asked) == 1
@@ -1212,8 +1212,8 @@ async def test_a_prompt_as_large_as_is_configured(tmp_path: Path) -> None:
     """Whatever else stands in its envelope: the bound is the message's."""
     async with sending(tmp_path, WITH_PROMPTS.replace("[kms]", "[limits]\nrequest_bytes = 8188\n[kms]")) as sender:
         room = largest(8188)
-        grant = (*(bytes([number]) * 48 for number in range(70)), sender.house.configuration.digest)
-        for configurations in ((sender.house.configuration.digest,), grant):
+        many = (*(bytes([number]) * 48 for number in range(70)), sender.house.configuration.digest)
+        for configurations in ((sender.house.configuration.digest,), many):
             sealing = sender.sealing.but(configurations=configurations)
             envelope, reply = sealing.prompt("x" * room)
             with pytest.raises(RequestFailed) as caught:
@@ -1237,7 +1237,7 @@ def test_the_longest_envelope_holds_whatever_a_sender_makes_of_it(size: int) -> 
     kms = LocalKms()
     many = tuple(number.to_bytes(48, "big") for number in range(80))
     sealing = Sealing(kms.wrap, PROMPT, PROMPTS_KEY, (bytes(48),), many[:78])
-    assert len(sealing.grant.encode()) > MAX_GRANT - 100
+    assert len(sealing.terms.encode()) > MAX_TERMS - 100
     envelope, _ = sealing.prompt("x" * largest(size))
     assert len(envelope) <= longest_envelope(size)
     assert longest_envelope(size) < 9 << 20, "more than a proxy takes"

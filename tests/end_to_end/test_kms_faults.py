@@ -459,7 +459,7 @@ async def test_a_prompts_wrapped_key_out_of_its_place(home: KmsHouse) -> None:
 
 
 async def test_a_prompt_for_another_enclave_under_the_same_key(home: KmsHouse) -> None:
-    """KMS releases to each of them; the grant does not."""
+    """KMS releases to each of them; the terms name another."""
     for changed in ({"models": (bytes(48),)}, {"configurations": (bytes(48),)}):
         envelope, _ = home.sealing().but(**changed).prompt("hello")
         assert await fault(home, envelope) == "not_released"

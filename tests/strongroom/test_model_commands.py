@@ -100,7 +100,7 @@ async def test_two_encryptions_share_nothing(desk: Desk) -> None:
 
 
 async def test_an_enclave_of_another_configuration_does_not_boot_from_it(desk: Desk, tmp_path: Path) -> None:
-    """KMS would release the key, were its policy wider; the grant is not."""
+    """KMS would release the key, were its policy wider; the terms name another."""
     other = replace(desk.home.policy, configuration=Require((b"\x77" * 48,)))
     desk.home.open_keys(other)
     (tmp_path / "other").mkdir()

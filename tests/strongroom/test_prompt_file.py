@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attestation.envelope import EnvelopeHeader, EnvelopePurpose, Grant, encryption_context
+from attestation.envelope import EnvelopeHeader, EnvelopePurpose, Terms, encryption_context
 from attestation.envelope_records import Opener
 from attestation.errors import StrongroomError
 from attestation.keypolicy.document import KeyArn
@@ -74,12 +74,12 @@ def test_what_is_sealed_says_what_the_verdict_says() -> None:
     assert prompt.request.body == ASKED
     assert prompt.reply_secret == reply.secret
     assert len(prompt.request.id) == 16
-    grant = Grant(EnvelopePurpose.PROMPT, (MODEL,), (CONFIGURATION,))
-    assert len(grant.encode()) + len(body) == BUCKET
+    terms = Terms(EnvelopePurpose.PROMPT, (MODEL,), (CONFIGURATION,))
+    assert len(terms.encode()) + len(body) == BUCKET
 
 
 @pytest.mark.parametrize(("model", "configuration"), [(bytes(48), CONFIGURATION), (MODEL, bytes(48))])
-def test_it_is_granted_to_what_the_policy_accepts_alone(model: bytes, configuration: bytes) -> None:
+def test_its_terms_allow_what_the_policy_accepts_alone(model: bytes, configuration: bytes) -> None:
     envelope, _ = seal_prompt(released(), ASKED, data_key=DATA_KEY, wrapped=b"wrapped")
     header, start = EnvelopeHeader.split(envelope)
     opener = Opener(header, DATA_KEY, model=model, configuration=configuration)
