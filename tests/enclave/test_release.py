@@ -179,7 +179,7 @@ def test_any_bytes_are_a_typed_refusal(data: bytes) -> None:
     assert kms.asked == []
 
 
-async def test_a_header_that_never_ends_is_knownup(kms: LocalKms) -> None:
+async def test_a_header_that_never_ends_is_given_up(kms: LocalKms) -> None:
     """However it drips: no more is held than a header may have."""
     reading = reader(kms)
     beginning = MAGIC + MAX_HEADER.to_bytes(LENGTH_SIZE, "big")
