@@ -26,7 +26,7 @@ from enclave.identity import Identity
 from enclave.log import EventLog, Halted, KeyOffered, Phase, PhaseReached, WeightsReceived
 from enclave.model import SealedModel, receive_model
 from enclave.nsm import Nsm
-from enclave.release import KeyRelease, KeyService
+from enclave.release import GuardedKms, KeyRelease, KeyService
 
 RNG_CURRENT = Path("/sys/class/misc/hw_random/rng_current")
 KERNEL_POOL = Path("/dev/urandom")
@@ -73,6 +73,8 @@ class Enclave:
         self._make_kms = make_kms or _kms_over_the_tunnel
         self._rng_current = rng_current
         self._kms: KeyManagement | None = None
+        self._anybodys_kms: GuardedKms | None = None
+        """The same, for prompts."""
         self._model: SealedModel | None = None
         self._identity: Identity | None = None
         self._engine: Engine | None = None
@@ -93,7 +95,9 @@ class Enclave:
         settings = self.configuration.kms
         if settings is None or settings.prompts is None:
             return None
-        return self._release(EnvelopePurpose.PROMPT, settings.prompts, self.model.manifest.digest())
+        assert self._anybodys_kms is not None, "KMS is open before the model is there"
+        model = self.model.manifest.digest()
+        return self._release(self._anybodys_kms, EnvelopePurpose.PROMPT, settings.prompts, model)
 
     @property
     def engine(self) -> Engine:
@@ -163,9 +167,10 @@ class Enclave:
         configuration = self.configuration
         release = None
         if configuration.kms is not None:
-            await self._open_kms(configuration.kms)
+            kms = await self._open_kms(configuration.kms)
             if configuration.kms.model is not None:
-                release = self._release(EnvelopePurpose.MODEL, configuration.kms.model, configuration.manifest)
+                wrapped = configuration.kms.model
+                release = self._release(kms, EnvelopePurpose.MODEL, wrapped, configuration.manifest)
         self._model = await receive_model(
             configuration.model_store,
             configuration.manifest,
@@ -175,15 +180,16 @@ class Enclave:
         )
         await self._commit(PCR_MODEL, self._model.manifest.digest())
 
-    async def _open_kms(self, settings: KmsSettings) -> None:
+    async def _open_kms(self, settings: KmsSettings) -> KeyManagement:
         """The recipient key is made here, behind the check of entropy; and KMS's randomness is mixed with the pool's
         before any other key is made."""
         self._kms = await asyncio.to_thread(self._make_kms, settings, self.nsm)
+        self._anybodys_kms = GuardedKms(self._kms)
         self._mix((await self._kms.generate_random(RANDOM_SIZE)).expose())
+        return self._kms
 
-    def _release(self, purpose: EnvelopePurpose, wrapped: WrappedKey, model: bytes) -> KeyRelease:
-        assert self._kms is not None, "KMS is open from CONFIGURED on"
-        return KeyRelease(self._kms, purpose, wrapped, model=model, configuration=self.configuration.digest)
+    def _release(self, kms: KeyService, purpose: EnvelopePurpose, wrapped: WrappedKey, model: bytes) -> KeyRelease:
+        return KeyRelease(kms, purpose, wrapped, model=model, configuration=self.configuration.digest)
 
     async def make_identity(self) -> None:
         self._identity = Identity(

@@ -7,8 +7,11 @@ used.
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
+import json
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Final, Protocol
 
 from attestation.envelope import (
     MAX_OPENING,
@@ -23,6 +26,17 @@ from attestation.envelope_records import Opener, Piece
 from attestation.keypolicy.document import KeyArn
 from attestation.secret import Secret
 from enclave.config import WrappedKey
+from enclave.kms_errors import KmsError
+
+AT_KMS: Final = 8
+"""Prompts whose keys KMS is asked for at once."""
+WAITING: Final = 64
+"""Prompts that wait for their turn, beside those; more are refused."""
+REFUSALS: Final = 4096
+"""Refusals that are remembered, 32 bytes and a code each."""
+
+_FOR_GOOD: Final = ("kms_wrong_context", "kms_wrong_key")
+"""What KMS says of the wrapped key itself: no policy, state or time changes it."""
 
 
 class KeyService(Protocol):
@@ -31,6 +45,59 @@ class KeyService(Protocol):
     async def decrypt(self, wrapped: bytes, *, key: KeyArn, context: Mapping[str, str]) -> Secret:
         """The plaintext of a KMS ciphertext, released to this enclave. Raises KmsError."""
         ...
+
+
+class GuardedKms:
+    """KMS for what anybody may bring. Whether a wrapped key is one only KMS can tell, and each question takes a
+    document of the NSM, which Evidence needs too: so they are bounded, and none is asked again that was answered for
+    good.
+
+    A question that has begun keeps its place to its end, so that whoever leaves early gets no second one.
+    """
+
+    def __init__(self, kms: KeyService) -> None:
+        self._kms = kms
+        self._turns = asyncio.Semaphore(AT_KMS)
+        self._waiting = 0
+        self._asking: set[asyncio.Task[Secret]] = set()
+        self._refused: dict[bytes, str] = {}
+
+    async def decrypt(self, wrapped: bytes, *, key: KeyArn, context: Mapping[str, str]) -> Secret:
+        """As KMS's own. Raises KmsError, also ``overloaded``."""
+        question = hashlib.sha256(json.dumps([key.text, sorted(context.items())]).encode() + wrapped).digest()
+        self._require_open(question)
+        if self._waiting + len(self._asking) >= AT_KMS + WAITING:
+            raise KmsError("overloaded", "too many prompts wait for their keys")
+        self._waiting += 1
+        try:
+            await self._turns.acquire()
+        finally:
+            self._waiting -= 1
+        asking = asyncio.get_running_loop().create_task(self._ask(question, wrapped, key, context))
+        self._asking.add(asking)
+        asking.add_done_callback(self._asked)
+        return await asyncio.shield(asking)
+
+    async def _ask(self, question: bytes, wrapped: bytes, key: KeyArn, context: Mapping[str, str]) -> Secret:
+        self._require_open(question)  # another may have asked the same in the meantime
+        try:
+            return await self._kms.decrypt(wrapped, key=key, context=context)
+        except KmsError as error:
+            if error.code in _FOR_GOOD:
+                self._refused[question] = error.code
+                if len(self._refused) > REFUSALS:
+                    del self._refused[next(iter(self._refused))]
+            raise
+
+    def _asked(self, asking: asyncio.Task[Secret]) -> None:
+        self._asking.discard(asking)
+        self._turns.release()
+        if not asking.cancelled():
+            asking.exception()  # retrieved: nobody need be waiting
+
+    def _require_open(self, question: bytes) -> None:
+        if question in self._refused:
+            raise KmsError(self._refused[question], "KMS has refused this wrapped key before")
 
 
 class KeyRelease:

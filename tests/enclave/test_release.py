@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from attestation.envelope import LENGTH_SIZE, MAGIC, MAX_HEADER, MAX_OPENING, EnvelopeError, encryption_context
 from attestation.errors import StrongroomError
+from enclave import release
 from enclave.config import WrappedKey
 from enclave.kms_errors import KmsError
-from enclave.release import EnvelopeReader, KeyRelease
+from enclave.release import AT_KMS, WAITING, EnvelopeReader, GuardedKms, KeyRelease
 from tests.sealing import CONTEXT, FLOOR, MODEL, MODEL_KEY, OTHER_KEY, PROMPT, LocalKms, Sealing, split_records
 
 MANIFEST, CONFIGURATION, OTHERS = b"\x10" * 48, b"\x11" * 48, b"\x12" * 48
@@ -241,6 +242,103 @@ async def test_a_data_key_of_another_size(kms: LocalKms, sealing: Sealing, size:
     other = sealing.but(data_key=bytes(size)).header().encode()
     error = await refusal(reader(kms), other + b"".join(records))
     assert (error.code, error.expected, error.got) == ("malformed_envelope", "32 bytes", f"{size} bytes")
+
+
+# --- What anybody may bring -------------------------------------------------------------------------------------------
+
+
+WORTHLESS = bytes(100)
+
+
+async def asked(guarded: GuardedKms, wrapped: bytes = WORTHLESS, version: int = FLOOR) -> str:
+    """The code of the refusal."""
+    with pytest.raises(KmsError) as caught:
+        await guarded.decrypt(wrapped, key=MODEL_KEY, context=encryption_context(PROMPT, CONTEXT, version))
+    return caught.value.code
+
+
+async def turns(count: int = 10) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("code", ["kms_wrong_context", "kms_wrong_key"])
+async def test_kms_is_asked_once_for_what_it_refuses_for_good(kms: LocalKms, code: str) -> None:
+    guarded = GuardedKms(kms)
+    kms.error = KmsError(code, "no")
+    assert [await asked(guarded) for _ in range(3)] == [code] * 3
+    assert len(kms.asked) == 1
+    await asked(guarded, version=FLOOR + 1)
+    await asked(guarded, bytes(99))
+    assert len(kms.asked) == 3
+
+
+@pytest.mark.parametrize("code", ["kms_denied", "kms_unusable_key", "kms_unreachable", "kms_throttled", "overloaded"])
+async def test_kms_is_asked_again_where_it_may_say_something_else(kms: LocalKms, code: str) -> None:
+    guarded = GuardedKms(kms)
+    kms.error = KmsError(code, "not now")
+    assert [await asked(guarded) for _ in range(3)] == [code] * 3
+    assert len(kms.asked) == 3
+
+
+async def test_refusals_are_forgotten_before_they_are_too_many(kms: LocalKms, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(release, "REFUSALS", 2)
+    guarded = GuardedKms(kms)
+    for size in (1, 2, 3, 3, 2):
+        await asked(guarded, bytes(size))
+    assert len(kms.asked) == 3
+    await asked(guarded, bytes(1))
+    assert len(kms.asked) == 4
+
+
+async def test_many_questions_at_once_are_refused(kms: LocalKms) -> None:
+    guarded, kms.held = GuardedKms(kms), asyncio.Event()
+    asking = [asyncio.create_task(asked(guarded, bytes(1 + size))) for size in range(AT_KMS + WAITING)]
+    await turns()
+    assert len(kms.asked) == AT_KMS
+    assert await asked(guarded, bytes(5000)) == "overloaded"
+    kms.held.set()
+    assert set(await asyncio.gather(*asking)) == {"kms_wrong_context"}
+    assert len(kms.asked) == AT_KMS + WAITING
+    assert await asked(guarded, bytes(5000)) == "kms_wrong_context"
+
+
+async def test_whoever_waited_is_told_what_kms_said_of_the_same(kms: LocalKms) -> None:
+    guarded, kms.held = GuardedKms(kms), asyncio.Event()
+    asking = [asyncio.create_task(asked(guarded)) for _ in range(AT_KMS + WAITING)]
+    await turns()
+    kms.held.set()
+    assert set(await asyncio.gather(*asking)) == {"kms_wrong_context"}
+    assert len(kms.asked) == AT_KMS
+
+
+async def test_leaving_early_gives_no_second_place(kms: LocalKms) -> None:
+    guarded, kms.held = GuardedKms(kms), asyncio.Event()
+    leaving = [asyncio.create_task(asked(guarded, bytes(1 + size))) for size in range(AT_KMS + 1)]
+    await turns()
+    for task in leaving:
+        task.cancel()
+    await asyncio.gather(*leaving, return_exceptions=True)
+    staying = asyncio.create_task(asked(guarded, bytes(5000)))
+    await turns()
+    assert len(kms.asked) == AT_KMS, "those whom nobody waits for"
+    kms.held.set()
+    assert await staying == "kms_wrong_context"
+    assert len(kms.asked) == AT_KMS + 1, "who left before their turn is not asked for"
+    assert await asked(guarded, bytes(1)) == "kms_wrong_context"
+    assert len(kms.asked) == AT_KMS + 1, "what was said to nobody is remembered too"
+
+
+async def test_an_end_in_the_middle_of_a_question(kms: LocalKms) -> None:
+    guarded, kms.held = GuardedKms(kms), asyncio.Event()
+    asking = asyncio.create_task(asked(guarded))
+    await turns()
+    for task in guarded._asking:
+        task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    kms.held.set()
+    assert await asked(guarded) == "kms_wrong_context"
 
 
 # --- Who may use the body ---------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from enclave.kms_errors import KmsError
 from enclave.log import EventLog, Phase, Totals
 from enclave.nsm import Nsm, NsmError, NsmErrorCode, NsmUnavailable, Transport
 from enclave.pacing import PacedAnswer
+from enclave.release import AT_KMS, WAITING
 from enclave.server import EVIDENCE_QUEUE, BoundedWorker, Server, longest_envelope, longest_request
 from strongroom.prompt_file import Reply, open_answer
 from strongroom.session import RequestFailed
@@ -1074,12 +1075,35 @@ async def test_a_key_that_kms_does_not_release(sender: Sender, code: str, fault:
     counted = {"kms_refused": 1} if fault == "not_released" else {"kms_failed": 1}
     assert sender.totals == Totals(requests=1, refused=1, **counted)
     sender.kms.error = None
+    if code in ("kms_wrong_context", "kms_wrong_key"):
+        assert await sender.fault(envelope) == "not_released"
+        assert len(sender.kms.asked) == 1, "nothing changes what KMS has said"
+        return
     assert text_of(answers_to(await sender.bring(envelope), reply)) == "hello"
 
 
 def test_every_error_of_kms_is_in_this_table() -> None:
     assert KmsError.__doc__ is not None
     assert set(UNRELEASED) == set(re.findall(r"``(\w+)``", KmsError.__doc__))
+
+
+async def test_worthless_envelopes_crowd_out_no_evidence(sender: Sender) -> None:
+    """Anybody can write a header that fits; only KMS knows that the wrapped key in it is none."""
+    sender.kms.held = asyncio.Event()
+    worthless, _ = sender.sealing.but(wrapped_by=OTHER_KEY).prompt("hello")
+    async with asyncio.TaskGroup() as group:
+        flood = [group.create_task(sender.fault(worthless)) for _ in range(AT_KMS + WAITING)]
+        guarded = sender.house.enclave._anybodys_kms
+        while guarded is None or guarded._waiting < WAITING:  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0)
+        envelope, reply = sender.sealing.prompt("hello")
+        assert await sender.fault(envelope) == "overloaded"
+        await sender.verified()
+        assert len(sender.kms.asked) == AT_KMS
+        sender.kms.held.set()
+    assert {task.result() for task in flood} == {"not_released"}
+    assert len(sender.kms.asked) == AT_KMS, "whoever waited was told what KMS had said of the same by then"
+    assert text_of(answers_to(await sender.bring(envelope), reply)) == "hello"
 
 
 async def test_an_nsm_without_a_document_for_kms(sender: Sender) -> None:
