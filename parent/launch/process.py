@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from parent.egress_service import EgressSettings
 
 FIRST_PAUSE_SECONDS = 0.1
+FIRST_KMS_PAUSE_SECONDS = 1.0
+"""Before a boot is tried again that halted because KMS was away; each further pause is twice as long."""
+PASSING_HALTS = frozenset(("kms_unreachable", "kms_timeout", "kms_throttled", "kms_failed"))
+"""Why a boot may halt that another one may not."""
 MAX_FRUITLESS_BOOTS = 5
 """Boots in a row that end before they serve."""
 STOP_SECONDS = 10
@@ -148,14 +152,18 @@ class Supervisor:
             yield
 
     async def _keep_running(self, measured: PcrSet) -> dict[str, str | None]:
-        """Boots again whenever something dies. Returns why a boot halted: doing the same again would not help then."""
+        """Boots again whenever something dies, and when KMS was away. Returns why a boot halted: doing the same again
+        would not help then, or has not helped.
+        """
         fruitless = 0
         while True:
             halted = await self._one_boot(measured)
-            if halted is not None:
+            if halted is not None and halted["code"] not in PASSING_HALTS:
                 return halted
             fruitless = 0 if self._state.phase == "SERVING" else fruitless + 1
             if fruitless == MAX_FRUITLESS_BOOTS:
+                if halted is not None:
+                    return halted
                 raise LaunchError(
                     "does_not_come_up",
                     f"the enclave died {fruitless} times before it served; {self._instance.log} may say why",
@@ -163,7 +171,8 @@ class Supervisor:
                 )
             self._state.restarts += 1
             self._enter("RESTARTING")
-            await asyncio.sleep(FIRST_PAUSE_SECONDS * 2**fruitless)
+            first = FIRST_PAUSE_SECONDS if halted is None else FIRST_KMS_PAUSE_SECONDS
+            await asyncio.sleep(first * 2**fruitless)
             await self._require_same(measured)
 
     async def _measure(self) -> PcrSet:

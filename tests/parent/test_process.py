@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import errno
 import importlib.util
 import os
@@ -13,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+import parent.launch.process
 from attestation.manifest import ModelManifest
 from attestation.reference import PcrSet
+from emulator.pki import ensure_development_root
 from parent.launch.process import MAX_FRUITLESS_BOOTS, Launch, Supervisor, bytecode_cache
 from parent.registry import Instance, Registry, State
 from strongroom.prepare import Settings, enclave_toml
@@ -68,6 +71,46 @@ def test_an_enclave_that_cannot_listen_ends_at_once(launch: Launch) -> None:
     assert state.error is not None
     assert state.error["code"] == "enclave_unusable"
     assert "no socket is in the way" in str(state.error["message"])
+    assert phases.count("STARTING") == 1
+
+
+KMS = """
+[kms]
+region = "eu-west-1"
+endpoint = "127.0.0.1:1"
+egress = "unix:egress.sock"
+trust = "EMULATED"
+root = "{root}"
+"""
+
+
+@pytest.fixture
+def with_kms(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> Launch:
+    """A boot that asks a KMS where nobody is."""
+    root = base64.b64encode(ensure_development_root().certificate_der).decode()
+    with launch.instance.configuration.open("a") as file:
+        file.write(KMS.format(root=root))
+    monkeypatch.setattr(parent.launch.process, "FIRST_KMS_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(parent.launch.process, "MAX_FRUITLESS_BOOTS", 2)
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    return launch
+
+
+def test_a_kms_that_is_away_is_tried_again_and_then_said(with_kms: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "example")
+    state, phases = supervise(with_kms)
+    assert state.error is not None
+    assert (state.phase, state.error["code"]) == ("FAILED", "kms_unreachable")
+    assert phases.count("STARTING") == 2
+
+
+def test_a_host_without_credentials_is_said_at_once(with_kms: Launch) -> None:
+    state, phases = supervise(with_kms)
+    assert state.error is not None
+    assert (state.phase, state.error["code"]) == ("FAILED", "kms_no_credentials")
     assert phases.count("STARTING") == 1
 
 
