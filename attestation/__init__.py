@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from attestation.checks import Check, Label, Status
     from attestation.commitment import Commitment, Entropy
     from attestation.document import MAX_FIELD, AttestationDocument
-    from attestation.envelope import EnvelopeHeader, EnvelopePurpose
+    from attestation.envelope import EnvelopeError, EnvelopeHeader, EnvelopePurpose
     from attestation.errors import AppraisalError, EvidenceError, PolicyError, StrongroomError
     from attestation.gguf import ModelError
+    from attestation.keypolicy.document import KeyArn, KeyPolicyError
     from attestation.keyrelease import KeyFacts, KeyRelease, judge_key
     from attestation.manifest import ManifestFile, ModelManifest
     from attestation.policy import AppraisalPolicy
@@ -76,9 +77,10 @@ else:
         "checks": "Check Label Status",
         "commitment": "Commitment Entropy",
         "document": "AttestationDocument MAX_FIELD",
-        "envelope": "EnvelopeHeader EnvelopePurpose",
+        "envelope": "EnvelopeError EnvelopeHeader EnvelopePurpose",
         "errors": "AppraisalError EvidenceError PolicyError StrongroomError",
         "gguf": "ModelError",
+        "keypolicy.document": "KeyArn KeyPolicyError",
         "keyrelease": "KeyFacts KeyRelease judge_key",
         "manifest": "ManifestFile ModelManifest",
         "policy": "AppraisalPolicy",
@@ -130,6 +132,7 @@ __all__ = [
     "DocumentBinding",
     "DocumentResult",
     "Entropy",
+    "EnvelopeError",
     "EnvelopeHeader",
     "EnvelopePurpose",
     "EvidenceError",
@@ -140,7 +143,9 @@ __all__ = [
     "HeadError",
     "HeadMemory",
     "Ignore",
+    "KeyArn",
     "KeyFacts",
+    "KeyPolicyError",
     "KeyRelease",
     "KeyRule",
     "Label",

@@ -23,8 +23,11 @@ class GrantConstraints:
     """
 
     encryption_context_equals: Mapping[str, str] | None = None
+    """A request's encryption context must be this."""
     encryption_context_subset: Mapping[str, str] | None = None
+    """A request's encryption context must have these pairs, and may have more."""
     source_arn: str | None = None
+    """The request must come on behalf of this resource: ``aws:SourceArn``."""
 
     def __post_init__(self) -> None:
         for name in ("encryption_context_equals", "encryption_context_subset"):
@@ -34,16 +37,22 @@ class GrantConstraints:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """One grant on a key: permission beside the key policy, which no condition of an Allow in that policy limits."""
+    """One grant on a key: permission beside the key policy, which no condition of an Allow in that policy limits
+    (API reference, GrantListEntry).
+    """
 
     grant_id: str
+    """By which it is revoked."""
     grantee_principal: str
     """An ARN, or the name of an AWS service."""
     retiring_principal: str | None
+    """The same, for who may end it. None: nobody is named."""
     operations: tuple[str, ...]
     """Names of operations, without ``kms:``."""
     constraints: GrantConstraints
+    """What a request must have for it to count."""
     name: str | None = None
+    """Given by whoever made it, for people. None: it has none."""
 
     @classmethod
     def from_api(cls, entry: Mapping[str, object]) -> Grant:
@@ -70,18 +79,24 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class KeyMetadata:
-    """What DescribeKey says of a key. Words are KMS's own, such as ``Enabled`` and ``ENCRYPT_DECRYPT``."""
+    """What DescribeKey says of a key, in KMS's own words (API reference, KeyMetadata)."""
 
     arn: KeyArn
+    """Which key it is."""
     enabled: bool
+    """Whether it can be used; ``state`` says the same in one of its words."""
     state: str
+    """``Enabled``, ``Disabled``, ``PendingDeletion`` and so on."""
     usage: str
+    """``ENCRYPT_DECRYPT`` for a key that data keys are wrapped under."""
     spec: str
+    """The kind of key material: ``SYMMETRIC_DEFAULT`` is AES-256-GCM."""
     origin: str
     """Where the key material is from; ``AWS_KMS`` never left KMS."""
     manager: str
     """``CUSTOMER``, or ``AWS`` for keys whose policy nobody can change."""
     multi_region: bool
+    """Whether other regions may have a key with the same key material."""
     primary: KeyArn | None = None
     """Of a multi-Region key."""
     replicas: tuple[KeyArn, ...] = ()

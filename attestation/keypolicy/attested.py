@@ -198,7 +198,7 @@ class Gap:
     """By how much what is asked falls short of one release: the nearest."""
 
     missing: tuple[int, ...]
-    """Registers that are not asked for."""
+    """Registers that are not asked for, by number, 0 to 31."""
     foreign: Registers
     """Values that are accepted and are not the release's."""
     is_mixed: bool

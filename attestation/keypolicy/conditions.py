@@ -62,13 +62,14 @@ class Clause:
     element: str
     """``Principal``, ``Action``, ``Condition`` and so on."""
     truth: Truth
+    """Whether it holds."""
     expected: tuple[str, ...]
     """The alternatives, as written."""
     got: tuple[str, ...] | None
     """What the request has; None where it has nothing of the kind."""
     operator: str | None = None
     key: str | None = None
-    """Both of a condition."""
+    """Of a condition, as is its ``operator``; None for other parts."""
     remark: str | None = None
     """What expected and got do not show."""
 
@@ -226,8 +227,11 @@ class Operator:
     compares: str
     """The operator without quantifier, IfExists and negation: ``StringEquals`` for ``StringNotEqualsIfExists``."""
     is_negated: bool = False
+    """It holds for a value that equals none of the alternatives."""
     if_exists: bool = False
+    """It holds also for a request that does not have the key: ``IfExists``."""
     quantifier: Quantifier | None = None
+    """Of a multivalued key; None for a key of one value."""
 
     @classmethod
     def parse(cls, text: str) -> Operator:

@@ -94,6 +94,7 @@ class Request:
     action: str
     """``kms:Decrypt`` and so on. ReEncrypt asks for two: ``kms:ReEncryptFrom`` and ``kms:ReEncryptTo``."""
     resource: KeyArn
+    """The key that is to be used."""
     context: Context
     """Its condition keys. Who asks is known anyway, as ``aws:PrincipalArn``, ``aws:PrincipalAccount`` and
     ``kms:CallerAccount``, where no other value is given for them."""
@@ -120,6 +121,7 @@ class Considered:
     """One statement or grant, held against the request."""
 
     rule: Statement | Grant
+    """What was held against it."""
     name: str
     """Where it stands in the policy, with its Sid; or the grant's id."""
     clauses: tuple[Clause, ...]
@@ -143,6 +145,7 @@ class Decision:
     """What KMS would answer."""
 
     allowed: bool
+    """False: KMS would answer ``AccessDeniedException``."""
     by: Statement | Grant | None
     """The statement that denies, or else what allows. None: nothing allows it, so that it is denied."""
     considered: tuple[Considered, ...]

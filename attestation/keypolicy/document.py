@@ -38,7 +38,8 @@ _CODE: Final = "malformed_key_policy"
 class KeyPolicyError(StrongroomError):
     """A key's ARN, policy, grant or metadata that cannot be judged, or a request that nobody could make. Codes:
     ``bad_key_arn``, ``policy_too_large``, ``malformed_key_policy``, ``unknown_element``, ``unknown_operator``,
-    ``malformed_key_answer``, ``bad_principal`` and ``bad_action``.
+    ``malformed_key_answer``, ``bad_principal`` and ``bad_action``; of policies that are made here ``same_principal``,
+    ``bad_context``, ``no_release``, ``unpinned_register`` and ``unlockable_policy``.
     """
 
     exit_code = 2
@@ -53,6 +54,7 @@ class KeyArn:
     partition: str
     """``aws``, ``aws-cn``, ``aws-us-gov`` and so on."""
     region: str
+    """``us-east-1`` and so on."""
     account: str
     """12 digits."""
     key_id: str
@@ -106,7 +108,9 @@ class Principal:
     """
 
     kind: PrincipalKind
+    """Under which of them ``value`` stands in the policy."""
     value: str
+    """As written: an ARN, 12 digits of an account, the name of a service, ``*``."""
 
 
 EVERYONE: Final = Principal(PrincipalKind.EVERYONE, "*")
@@ -114,27 +118,39 @@ EVERYONE: Final = Principal(PrincipalKind.EVERYONE, "*")
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """One key of one operator, as written. Its values are alternatives; numbers and booleans are the texts of JSON."""
+    """One key of one operator (IAM User Guide, "IAM JSON policy elements: Condition")."""
 
     operator: str
+    """``StringEquals`` and so on, as written: with its quantifier and ``IfExists``. IAM may have none such."""
     key: str
+    """The condition key, as written; compared without regard to case."""
     values: tuple[str, ...]
+    """Alternatives, one or more, as written; numbers and booleans are the texts of JSON."""
 
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """One statement. Of each pair one member is empty, and the other is what was written. Building one with neither or
-    both, or with a condition that stands there twice, in whatever case, raises ValueError.
+    """One statement (IAM User Guide, "IAM JSON policy elements reference"). Of each pair one member is empty, and the
+    other is what was written. Building one with neither or both, or with a condition that stands there twice, in
+    whatever case, raises ValueError.
     """
 
     sid: str | None
+    """Its name, for people. None: it has none."""
     effect: Effect
+    """What it does to a request that every other part of it matches."""
     principals: tuple[Principal, ...] = ()
+    """Whom it is about."""
     not_principals: tuple[Principal, ...] = ()
+    """It is about everybody but these."""
     actions: tuple[str, ...] = ()
+    """What they do: ``kms:Decrypt`` and so on, with ``*`` and ``?``; compared without regard to case."""
     not_actions: tuple[str, ...] = ()
+    """It is about every action but these."""
     resources: tuple[str, ...] = ()
+    """On what they do it: ``*``, which in a key policy is the key itself, or patterns of ARNs."""
     not_resources: tuple[str, ...] = ()
+    """It is about everything but these."""
     conditions: tuple[Condition, ...] = ()
     """All of them must hold."""
 
@@ -177,9 +193,11 @@ class KeyPolicy:
     """The policy of one key. Building one without a statement, or of an unknown version, raises ValueError."""
 
     statements: tuple[Statement, ...]
+    """One or more, in the order of the policy."""
     version: str = VERSIONS[0]
     """Of the policy language, one of VERSIONS."""
     id: str | None = None
+    """The policy's name, for people. None: it has none."""
 
     def __post_init__(self) -> None:
         if not self.statements or self.version not in VERSIONS:

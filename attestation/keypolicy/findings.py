@@ -26,6 +26,7 @@ class Rule:
     """One thing that a key policy should not have."""
 
     severity: Severity
+    """What follows where it is broken."""
     means: str
     """What it is, in a few words."""
     fix: str

@@ -21,7 +21,7 @@ from attestation.anchors import AWS_NITRO_G1
 from attestation.checks import KEY_STEPS, STEPS, Check, Label, Status
 from attestation.envelope import EnvelopePurpose
 from attestation.errors import AppraisalError, EvidenceError, PolicyError
-from attestation.keypolicy.attested import ReleasedTo
+from attestation.keypolicy.attested import ReleasedTo, required
 from attestation.keypolicy.document import KeyArn
 from attestation.keypolicy.mutability import Locked, MutableBy
 from attestation.keyrelease import KeyFacts, KeyRelease, judge_key, released_to
@@ -405,6 +405,18 @@ def test_a_key_is_asked_for_what_may_run(policy: AppraisalPolicy) -> None:
         17: (once_extended(C), once_extended(M)),
     }
     assert for_model.pcrs == {index: values for index, values in for_prompts.pcrs.items() if index != 16}
+
+
+def test_what_a_key_is_held_to_is_pinned(two: AppraisalPolicy) -> None:
+    """Else the linter would refuse the releases in place of judging the key: a verdict is no place for that."""
+    for purpose in Purpose:
+        for policy in (two, replace(two, model=Require((M, C)), configuration=Require((C,)))):
+            for release in released_to(policy, purpose):
+                assert {*required(purpose)} <= release.registers(purpose).keys()
+    with pytest.raises(PolicyError, match="released to named digests"):
+        replace(two, model=Ignore("any"))
+    with pytest.raises(PolicyError, match="released to named digests"):
+        replace(two, configuration=Ignore("any"))
 
 
 def test_a_signers_register_is_asked_for(policy: AppraisalPolicy) -> None:
