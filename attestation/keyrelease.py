@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Final, NoReturn, final
 
 from attestation.checklist import Checklist
@@ -99,17 +99,17 @@ class KeyRelease:
 def judge_key(policy: AppraisalPolicy, purpose: EnvelopePurpose, facts: KeyFacts, *, at: datetime) -> KeyRelease:
     """Steps 16 to 21 for the policy's key of ``purpose``, without Evidence of an enclave, ``at`` (with a time zone).
 
-    Of signed releases it is asked here that they have not expired: where there is Evidence, step 11 does so. The
-    wrapped key in use is not judged: a new one is about to be made.
+    Of signed releases it is asked here that they are issued and have not expired: where there is Evidence, step 11 does
+    so. The wrapped key in use is not judged: a new one is about to be made.
 
-    Raises PolicyError ``missing_field`` when the policy names no such key, ReleaseError ``expired_release``, and
-    AppraisalError with every check.
+    Raises PolicyError ``missing_field`` when the policy names no such key, ReleaseError ``expired_release`` and
+    ``unissued_release``, and AppraisalError with every check.
     """
     rule = policy.kms.get(purpose)
     if rule is None:
         raise PolicyError("missing_field", "the policy names no key for this", field=f"kms.{purpose.table}", got="none")
     if isinstance(policy.releases, SignedReleases):
-        policy.releases.history.require_current(at)
+        policy.releases.history.require_in_force(at, leeway=timedelta(seconds=policy.leeway_seconds))
     checklist = Checklist(KEY_STEPS, *((Label.EMULATED,) if policy.anchor.is_emulated else ()))
     judgement = _Judgement(checklist, purpose, rule)
     mutable = judgement.key(policy, facts)

@@ -50,7 +50,7 @@ class ReleaseError(StrongroomError):
     """Reference values that nothing vouches for, or no longer: none of them may be believed.
 
     Codes: ``malformed_key``, ``malformed_release``, ``wrong_key``, ``bad_release_signature``, ``broken_history``,
-    ``wrong_name``, ``rolled_back``, ``expired_release``.
+    ``wrong_name``, ``rolled_back``, ``expired_release``, ``unissued_release``.
     """
 
     exit_code: ClassVar[int] = 3

@@ -257,6 +257,20 @@ class ReleaseHistory:
                 got=time_text(at),
             )
 
+    def require_in_force(self, at: datetime, *, leeway: timedelta) -> None:
+        """As :meth:`require_current`, and ReleaseError ``unissued_release`` when what is vouched for is from the future
+        by more than ``leeway``.
+        """
+        self.require_current(at)
+        issued = self.current.issued
+        if _utc(at) + leeway < issued:
+            raise ReleaseError(
+                "unissued_release",
+                "the signed releases are from the future; is the clock right?",
+                expected=f"{time_text(issued)} or later",
+                got=time_text(_utc(at)),
+            )
+
 
 def append(
     history: bytes,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -155,7 +155,7 @@ def expected(
     """By the options, and by what the appraisal policy says of this key.
 
     Raises click.UsageError for what is missing or contradictory; PolicyError ``wrong_key`` where the policy names
-    another key; KeyPolicyError ``unpinned_register``; ReleaseError for signed releases that have expired; and as
+    another key; KeyPolicyError ``unpinned_register``; ReleaseError for signed releases that are not in force; and as
     :func:`load_policy`.
     """
     purpose = None if use is None else EnvelopePurpose(use)
@@ -163,7 +163,8 @@ def expected(
         return Expected(None, None, purpose, context, tuple(administrators))
     accepted = load_policy(policy)
     if isinstance(accepted.releases, SignedReleases):
-        accepted.releases.history.require_current(datetime.now(UTC))
+        leeway = timedelta(seconds=accepted.leeway_seconds)
+        accepted.releases.history.require_in_force(datetime.now(UTC), leeway=leeway)
     purpose = purpose or _purpose_in(accepted, key)
     rule = accepted.kms.get(purpose)
     if rule is not None and key is not None:

@@ -551,7 +551,7 @@ def test_a_key_that_the_policy_does_not_name(policy: AppraisalPolicy) -> None:
     assert (caught.value.code, caught.value.field) == ("missing_field", "kms.model")
 
 
-def test_nothing_is_sealed_to_releases_that_have_expired(policy: AppraisalPolicy) -> None:
+def test_nothing_is_sealed_to_releases_that_are_not_in_force(policy: AppraisalPolicy) -> None:
     signed = replace(
         policy,
         releases=SignedReleases("releases.jsonl", 1, verified(history_of([ONE]))),
@@ -565,6 +565,11 @@ def test_nothing_is_sealed_to_releases_that_have_expired(policy: AppraisalPolicy
     with pytest.raises(ReleaseError) as caught:
         judge_key(named, PROMPT, facts(named, PROMPT), at=expires)
     assert caught.value.code == "expired_release"
+    earliest = ISSUED - timedelta(seconds=named.leeway_seconds)
+    judge_key(named, PROMPT, facts(named, PROMPT), at=earliest)
+    with pytest.raises(ReleaseError) as caught:
+        judge_key(named, PROMPT, facts(named, PROMPT), at=earliest - timedelta(seconds=1))
+    assert caught.value.code == "unissued_release"
 
 
 # --- Only judge_key makes one -------------------------------------------------------------------------------------

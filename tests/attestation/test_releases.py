@@ -94,6 +94,18 @@ def test_an_expiry() -> None:
         history.require_current(EXPIRES.replace(tzinfo=None))
 
 
+def test_a_statement_from_the_future() -> None:
+    history, leeway = verified(history_of([ONE])), timedelta(seconds=120)
+    history.require_in_force(ISSUED - leeway, leeway=leeway)
+    for early in (ISSUED - leeway - timedelta(seconds=1), ISSUED - timedelta(days=300)):
+        with pytest.raises(ReleaseError) as caught:
+            history.require_in_force(early, leeway=leeway)
+        assert (caught.value.code, caught.value.exit_code) == ("unissued_release", 3)
+    with pytest.raises(ReleaseError) as caught:
+        history.require_in_force(EXPIRES, leeway=leeway)
+    assert caught.value.code == "expired_release"
+
+
 def test_only_verifying_makes_a_history() -> None:
     history = verified(THREE)
     with pytest.raises(TypeError):
