@@ -42,6 +42,12 @@ FOR_EVER: Final = (
 )
 ONCE_MORE: Final = "Once more: this cannot be undone. No administrator, and no account's root user, can take it back."
 
+UNLISTED_GRANTS: Final = (
+    "Grants that were made in the last minutes may not be listed yet, and a lock ends none: judge the key again in 5"
+    " minutes, with `strongroom kms policy lint --key`."
+)
+"""KMS API Reference, CreateGrant: "usually less than five minutes" until a grant is known throughout KMS."""
+
 key_argument = click.argument("key", type=Arn(), metavar="ARN")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be done, and change nothing.")
 
@@ -216,6 +222,8 @@ def lock(
     disable or delete the key may still do so. What AWS Support may do for an account whose key nobody manages is beyond
     any key policy: to trust KMS is to trust AWS with that.
 
+    A grant that was made in the last minutes may not be listed yet, and goes on: judge the key again after 5 minutes.
+
     It cannot be undone: it is done only when the key policy has no error, and after you have typed the key's id.
 
     \b
@@ -245,6 +253,8 @@ def lock(
                 _confirm(key)
 
         _change(client, wanted, facts, after, agree=agree, for_ever=True, dry_run=dry_run, as_json=as_json)
+        if not (dry_run or as_json):
+            err.print(Text(UNLISTED_GRANTS, "yellow"), soft_wrap=True)
 
 
 def _confirm(key: KeyArn) -> None:

@@ -586,6 +586,7 @@ def test_a_lock_is_for_ever_and_says_so_twice(desk: Desk, key: str, emulator: Km
     ran = lock(desk, key, typed=KeyArn.parse(key).key_id)
     assert ran.code == 0
     assert ran.err.lower().count("cannot be undone") == 2
+    assert "judge the key again in 5 minutes" in " ".join(ran.err.split())
     assert ran.out.endswith(f"changed the policy of {key}: LOCKED\n")
     assert '-        "kms:PutKeyPolicy",' in ran.out
     for name in ("root", "assumed-role/admin/me", "assumed-role/parent/i-1"):
@@ -607,6 +608,7 @@ def test_a_dry_run_locks_nothing(desk: Desk, key: str) -> None:
     assert ran.code == 0
     assert ran.out.endswith("nothing was changed: --dry-run\n")
     assert "LOCKED" in ran.err
+    assert "5 minutes" not in ran.err
     assert "kms:PutKeyPolicy" in desk.policy_of(key).encode()
 
 
