@@ -301,6 +301,7 @@ def _change(
             Policy=after.encode(),
             BypassPolicyLockoutSafetyCheck=for_ever,
         )
+        err.print(Text(f"KMS has the new policy of {arn.text}"), soft_wrap=True)
         facts = _kept(client, arn, after)
         judged = wanted.judge(facts.policy, facts)
     if as_json:

@@ -11,10 +11,14 @@ import click
 import pytest
 
 from attestation.bundle import Bundle
+from attestation.envelope import EnvelopeHeader
 from strongroom.cli import strongroom as front_door
 from strongroom.release_file import write_key
+from tests.kms_house import ADMINISTRATOR, SEALER, WEIGHTS, Desk, KmsStreet, kms_street
+from tests.kms_world import ROLE
 from tests.pki import forge
 from tests.release_files import ED25519, NAME
+from tests.sealing import CONTEXT, PROMPT
 from tests.terminal import Ran, Street, Terminal
 
 FULL = Path("/dev/full")
@@ -59,6 +63,25 @@ SPEAKING: dict[tuple[str, ...], tuple[str, ...]] = {
 }
 """What gives each command something to say. The others run processes of their own."""
 
+BY_KMS: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("kms", "key", "create"): (
+        *("--closed", "--use", "prompt", "--context", CONTEXT),
+        *("--sealer", SEALER, "--administrator", ADMINISTRATOR),
+    ),
+    ("kms", "key", "lock"): ("KEY", "--policy", "POLICY", "--yes-i-know-it-cannot-be-undone"),
+    ("kms", "key", "rotate-image"): ("KEY", "--policy", "POLICY", "--user", f"{ROLE}-2"),
+    ("kms", "policy", "check"): (
+        *("--document", "bundle.json", "--anchor", "root.der"),
+        *("--key", "KEY", "--principal", ROLE),
+    ),
+    ("kms", "policy", "lint"): ("--key", "KEY", "--policy", "POLICY"),
+    ("model", "encrypt"): ("tiny.gguf", "--policy", "POLICY", "--out", "tiny.sealed"),
+    ("prompt", "open"): ("a.sealed", "--reply", "q.sealed.reply"),
+    ("prompt", "seal"): ("hello", "--policy", "POLICY", "--out", "new.sealed"),
+    ("prompt", "submit"): ("q.sealed", "--url", "URL", "--out", "new.sealed"),
+}
+"""The same for commands that need KMS, or an enclave that has asked it."""
+
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strongroom: Terminal) -> Path:
@@ -84,6 +107,25 @@ def full(monkeypatch: pytest.MonkeyPatch, strongroom: Terminal) -> Callable[...,
     return run
 
 
+@pytest.fixture(scope="module")
+def kms(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KmsStreet]:
+    with kms_street(tmp_path_factory.mktemp("kms")) as opened:
+        opened.home.behind.write_policy()
+        yield opened
+
+
+@pytest.fixture
+def desk(folder: Path, kms: KmsStreet, strongroom: Terminal, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
+    """An administrator's, with a model, and a prompt that was sealed and answered."""
+    envelope, reply = kms.home.sealing(PROMPT).prompt("hello")
+    (folder / "tiny.gguf").write_bytes(WEIGHTS)
+    (folder / "q.sealed").write_bytes(envelope)
+    (folder / "q.sealed.reply").write_bytes(reply.encode())
+    (folder / "a.sealed").write_bytes(kms.do(kms.home.bring(envelope)))
+    yield Desk(kms.home, strongroom, monkeypatch)
+    kms.home.open_keys()
+
+
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_an_error_that_cannot_be_told(full: Callable[..., Ran], command: tuple[str, ...]) -> None:
     ran = full(*command, "--json", "--nonsense")
@@ -100,8 +142,74 @@ def test_an_answer_that_cannot_be_told(
     assert ran.err.splitlines()[-1] == "strongroom: the output cannot be written: No space left on device"
 
 
+@pytest.fixture
+def by_kms(desk: Desk, kms: KmsStreet, full: Callable[..., Ran]) -> Callable[..., Ran]:
+    """A command of BY_KMS, with nowhere to write to."""
+    policy = str(kms.home.behind.directory / "policy.toml")
+    places = {"URL": kms.url, "POLICY": policy, "KEY": kms.home.keys[PROMPT].text}
+
+    def run(*command: str, options: tuple[str, ...] = ("--json",)) -> Ran:
+        desk.become(f"assumed-role/{'administrator' if command[:2] == ('kms', 'key') else 'sealer'}/me")
+        return full(*command, *(places.get(each, each) for each in BY_KMS[command]), *options)
+
+    return run
+
+
+@pytest.mark.parametrize("options", [("--json",), ()], ids=["json", "people"])
+@pytest.mark.parametrize("command", BY_KMS, ids=" ".join)
+def test_an_answer_about_keys_that_cannot_be_told(
+    by_kms: Callable[..., Ran], command: tuple[str, ...], options: tuple[str, ...]
+) -> None:
+    ran = by_kms(*command, options=options)
+    assert ran.code == 4, ran.err
+    assert ran.err.splitlines()[-1] == "strongroom: the output cannot be written: No space left on device"
+
+
+def test_a_key_policy_that_cannot_be_told(folder: Path, full: Callable[..., Ran]) -> None:
+    options = ("--use", "model", "--context", CONTEXT, "--user", ROLE, "--policy", "policy.toml")
+    ran = full("kms", "policy", "generate", *options)
+    assert ran.code == 4
+    assert ran.err.splitlines()[-1] == "strongroom: the output cannot be written: No space left on device"
+
+
+def test_a_key_is_told_before_anything_can_fail(
+    by_kms: Callable[..., Ran], desk: Desk, strongroom: Terminal, kms: KmsStreet
+) -> None:
+    """Who makes it must know of it: it costs money until somebody deletes it."""
+    ran = by_kms("kms", "key", "create")
+    [made] = [line.removeprefix("made ") for line in ran.err.splitlines() if line.startswith("made ")]
+    assert strongroom("kms", "policy", "lint", "--key", made, "--administrator", ADMINISTRATOR).code == 0
+
+
+@pytest.mark.parametrize("command", [("kms", "key", "lock"), ("kms", "key", "rotate-image")], ids=" ".join)
+def test_a_change_is_told_before_anything_can_fail(
+    by_kms: Callable[..., Ran], desk: Desk, kms: KmsStreet, command: tuple[str, ...]
+) -> None:
+    ran = by_kms(*command)
+    assert "PutKeyPolicy" in desk.asked
+    assert f"KMS has the new policy of {kms.home.keys[PROMPT].text}" in ran.err.splitlines()
+
+
+@pytest.mark.parametrize("command", [("kms", "key", "lock"), ("kms", "key", "rotate-image")], ids=" ".join)
+def test_a_change_that_nobody_could_see_is_none(
+    by_kms: Callable[..., Ran], desk: Desk, command: tuple[str, ...]
+) -> None:
+    assert by_kms(*command, options=()).code == 4
+    assert "PutKeyPolicy" not in desk.asked
+
+
+def test_what_was_sealed_stays(by_kms: Callable[..., Ran]) -> None:
+    by_kms("prompt", "seal")
+    by_kms("model", "encrypt")
+    assert Path("new.sealed.reply").exists()
+    assert Path("tiny.sealed.manifest").exists()
+    for file in ("new.sealed", "tiny.sealed"):
+        EnvelopeHeader.split(Path(file).read_bytes())
+
+
 def test_every_command_speaks_here_but_those_with_processes_of_their_own() -> None:
-    assert set(COMMANDS) - set(SPEAKING) == {("run",), ("init",), ("start",), ("stop",), ("serve",), ("proxy",)}
+    servers = {("run",), ("init",), ("start",), ("stop",), ("serve",), ("proxy",), ("egress",), ("emulate", "kms")}
+    assert set(COMMANDS) - set(SPEAKING) - set(BY_KMS) == servers
 
 
 def test_a_refusal_that_nobody_could_read_is_no_verdict(
