@@ -112,6 +112,7 @@ async def divided(house: KmsHouse, turns: int, calls: int = 5) -> list[Row]:
                 taken = median([await step() for _ in range(calls)])
                 if turn >= 0:  # the first connects
                     measured[name].append(taken)
+    measured = _calm(measured)
     typical = {name: median(taken) for name, taken in measured.items()}
     (plain, *_, release), added = typical, _added(measured)
     found = [
@@ -140,6 +141,13 @@ async def divided(house: KmsHouse, turns: int, calls: int = 5) -> list[Row]:
             )
         )
     return [*found, *await _handshakes(house, turns)]
+
+
+def _calm(measured: Mapping[str, list[float]]) -> dict[str, list[float]]:
+    """The half of the turns in which boto3's ``decrypt``, whatever ours did, took the shortest."""
+    peer = next(iter(measured.values()))
+    turns = sorted(range(len(peer)), key=peer.__getitem__)[: (len(peer) + 1) // 2]
+    return {name: [taken[turn] for turn in turns] for name, taken in measured.items()}
 
 
 def _added(measured: Mapping[str, list[float]]) -> Callable[[str, str], float]:
