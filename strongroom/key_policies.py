@@ -138,12 +138,10 @@ class Judged:
         return tuple(finding for finding in self.findings if finding.severity is Severity.ERROR)
 
     def require_none(self, what: str) -> None:
-        """Raises KeyChangeError ``refused_key_policy`` when there is an error in ``what``."""
+        """Raises KeyChangeError ``refused_key_policy``, which says ``what``, when there is an error."""
         if self.errors:
             rules = ", ".join(dict.fromkeys(finding.rule for finding in self.errors))
-            raise KeyChangeError(
-                "refused_key_policy", f"{what}; nothing was changed", expected="a key policy without errors", got=rules
-            )
+            raise KeyChangeError("refused_key_policy", what, expected="a key policy without errors", got=rules)
 
     def as_json(self) -> dict[str, object]:
         return {"mutability": str(self.mutability), "findings": [finding.as_json() for finding in self.findings]}

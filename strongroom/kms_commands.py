@@ -96,7 +96,7 @@ def generate(
     made = generated(wanted, users=users, sealers=sealers, readers=readers, administrators=administrators)
     judged = wanted.judge(made)
     show_findings(err, judged.findings)
-    judged.require_none("the appraisal policy does not trust these administrators")
+    judged.require_none("the appraisal policy does not trust these administrators; nothing was written")
     click.echo(made.encode())
 
 

@@ -103,7 +103,7 @@ def create(
     made = generated(wanted, users=users, sealers=sealers, readers=readers, administrators=administrators)
     judged = wanted.judge(made)
     show_findings(err, judged.findings)
-    judged.require_none("the appraisal policy does not trust these administrators")
+    judged.require_none("the appraisal policy does not trust these administrators; nothing was made")
     if dry_run:
         click.echo(json.dumps({"key": None, "key_policy": json.loads(made.encode())}) if as_json else made.encode())
         err.print("nothing was made: --dry-run")
@@ -125,7 +125,7 @@ def create(
         err.print(Text(f"made {arn.text}"), soft_wrap=True)
         facts = _kept(client, arn, made)
     report = wanted.judge(facts.policy, facts)
-    report.require_none(f"KMS keeps another key than was asked for: {arn.text}")
+    report.require_none(f"KMS made another key than was asked for: {arn.text}")
     click.echo(json.dumps({"key": arn.text, **report.as_json()}) if as_json else arn.text)
 
 
@@ -289,7 +289,7 @@ def _change(
     if not as_json:
         show_difference(out, facts.policy, after)
         show_judgement(err, arn.text, judged)
-    judged.require_none(f"the key policy would have errors{hint}")
+    judged.require_none(f"the key policy would have errors, nothing was changed{hint}")
     is_change = after != facts.policy
     changes = is_change and not dry_run
     if changes:

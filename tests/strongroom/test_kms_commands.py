@@ -491,6 +491,7 @@ def test_a_kms_that_makes_another_kind_of_key(desk: Desk, emulator: KmsEmulator)
     assert (ran.code, ran.out) == (1, "")
     assert "made arn:aws:kms:" in ran.err
     assert "foreign_material" in ran.err
+    assert "nothing was" not in ran.err
 
 
 # --- key rotate-image ---------------------------------------------------------------------------------------------
