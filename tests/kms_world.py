@@ -10,6 +10,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ import cbor2
 from attestation.chain import Anchor
 from attestation.keypolicy.document import KeyArn
 from attestation.secret import Secret
+from emulator.https import HttpAnswer, HttpRequest, HttpsServer
 from emulator.kms_endpoint import KmsEmulator, kms_emulator
 from emulator.kms_keys import encrypt
 from emulator.nsm import SoftwareNsm, boot_registers, new_module_id
 from emulator.pki import DevelopmentRoot
 from emulator.sigv4 import Principal
+from emulator.tls import TlsAuthority
 from enclave.config import KmsSettings
 from enclave.kms import Kms, Patience
 from enclave.nsm import Nsm
@@ -173,6 +176,25 @@ class World:
         arn = key or self.key
         named = self.emulator.kms.keys.find(arn.text, account=arn.account, region=arn.region)
         return encrypt(named.key, plaintext, context)
+
+
+class Impostor:
+    """A server in KMS's place, under its name but by another authority, which gives the same answer to everybody."""
+
+    def __init__(self) -> None:
+        self.authority = TlsAuthority.generate(datetime.now(UTC))
+        self.answer = HttpAnswer(HTTPStatus.OK)
+        self.asked: list[HttpRequest] = []
+        context = self.authority.server_context([HOST], datetime.now(UTC))
+        self._server = HttpsServer(("127.0.0.1", 0), context, self._answer)
+        self.endpoint = Endpoint("127.0.0.1", self._server.port)
+
+    def _answer(self, request: HttpRequest) -> HttpAnswer:
+        self.asked.append(request)
+        return self.answer
+
+    def close(self) -> None:
+        self._server.close()
 
 
 def issued(principal: Principal, *, expires: datetime | None = None) -> Issued:

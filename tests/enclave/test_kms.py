@@ -27,7 +27,7 @@ from attestation.errors import StrongroomError
 from attestation.keypolicy.document import KeyArn
 from attestation.secret import Secret
 from emulator.cms import ContentForm, envelop
-from emulator.https import Cut, HttpAnswer, HttpRequest, HttpsServer
+from emulator.https import Cut, HttpAnswer
 from emulator.kms_faults import (
     GARBAGE,
     INTERNAL,
@@ -40,7 +40,6 @@ from emulator.kms_faults import (
     Refuse,
     another_key,
 )
-from emulator.tls import TlsAuthority
 from enclave import kms as kms_module
 from enclave.config import KmsSettings
 from enclave.kms import Kms, KmsError, Patience, _Document
@@ -51,7 +50,7 @@ from parent.credentials import Issued, NoCredentials
 from parent.egress import Endpoint
 from tests.attested import IMAGE, software_nsm
 from tests.kms_clients import policy, statement
-from tests.kms_world import CONTEXT, HOST, ONCE, ROLE, World, issued, kms_world, lasting, released_to
+from tests.kms_world import CONTEXT, HOST, ONCE, ROLE, Impostor, World, issued, kms_world, lasting, released_to
 from vsockrpc.address import TcpAddress, UnixAddress
 from vsockrpc.transport import Fault, IncomingCall
 
@@ -296,30 +295,15 @@ async def test_sizes_are_those_that_were_asked_for(world: World) -> None:
             assert (await refused(kms.generate_data_key(world.key, CONTEXT))).code == "kms_malformed"
 
 
-class Impostor:
-    """A server with KMS's certificate and answers of our own."""
-
-    def __init__(self) -> None:
-        self.authority = TlsAuthority.generate(datetime.now(UTC))
-        self.answer = HttpAnswer(HTTPStatus.OK)
-        self.asked: list[HttpRequest] = []
-        context = self.authority.server_context([HOST], datetime.now(UTC))
-        self.server = HttpsServer(("127.0.0.1", 0), context, self._answer)
-
-    def _answer(self, request: HttpRequest) -> HttpAnswer:
-        self.asked.append(request)
-        return self.answer
-
-
 @pytest.fixture
 async def impostor(tmp_path: Path) -> AsyncIterator[tuple[Impostor, Kms]]:
     there = Impostor()
     async with kms_world(tmp_path, egress=False) as world:
-        world.target = Endpoint("127.0.0.1", there.server.port)
+        world.target = there.endpoint
         await world.start_egress()
         async with world.kms(authority=there.authority.root_der) as kms:
             yield there, kms
-    there.server.close()
+    there.close()
 
 
 BODIES = {

@@ -25,9 +25,8 @@ from attestation.envelope import EnvelopeHeader, encryption_context
 from attestation.reference import ZERO_PCR, once_extended
 from attestation.rules import Require
 from attestation.secret import Secret
-from emulator.https import Cut, HttpAnswer, HttpRequest, HttpsServer
+from emulator.https import Cut
 from emulator.kms_faults import GARBAGE, INTERNAL, THROTTLED, WITH_PLAINTEXT, Delay, another_key
-from emulator.tls import TlsAuthority
 from enclave.cms import CmsError, open_enveloped
 from enclave.kms import Patience
 from enclave.kms_errors import KmsError
@@ -36,7 +35,7 @@ from parent.egress import Endpoint
 from tests.canaries import where
 from tests.kms_clients import kms_client, refused
 from tests.kms_house import WEIGHTS_CANARY, KmsHouse, kms_house, served_kms_house, text_of
-from tests.kms_world import HOST, ONCE, QUICK, issued
+from tests.kms_world import HOST, ONCE, QUICK, Impostor, issued
 from tests.sealing import FLOOR, MODEL, PROMPT
 from vsockrpc.address import UnixAddress
 from vsockrpc.transport import Fault, connect
@@ -316,27 +315,18 @@ async def test_an_nsm_whose_clock_is_hours_off_gets_nothing(home: KmsHouse, hour
 # --- Whoever stands between -------------------------------------------------------------------------------------------
 
 
-class Impostor:
-    """On the parent, at the end of the tunnel: TLS by another authority, or under another name."""
-
-    def __init__(self, authority: TlsAuthority, name: str) -> None:
-        self.asked: list[HttpRequest] = []
-        context = authority.server_context([name], datetime.now(UTC))
-        self.server = HttpsServer(("127.0.0.1", 0), context, self._answer)
-
-    def _answer(self, request: HttpRequest) -> HttpAnswer:
-        raise AssertionError("a request has reached whoever is not KMS")
-
-
 @contextlib.asynccontextmanager
-async def impostor(home: KmsHouse) -> AsyncIterator[Impostor]:
-    there = Impostor(TlsAuthority.generate(datetime.now(UTC)), HOST)
-    home.world.target = Endpoint("127.0.0.1", there.server.port)
+async def impostor(home: KmsHouse) -> AsyncIterator[None]:
+    """On the parent, at the end of the tunnel: TLS by another authority, to which no request may come."""
+    there = Impostor()
+    home.world.target = there.endpoint
     await home.world.restart_egress()
     try:
-        yield there
+        yield
     finally:
-        there.server.close()
+        there.close()
+    assert home.world.connections > 0, "it was at the end of the tunnel"
+    assert there.asked == []
 
 
 async def test_a_man_in_the_middle_on_the_parent(tmp_path: Path) -> None:
