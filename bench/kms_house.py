@@ -12,7 +12,7 @@ import os
 import ssl
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,10 @@ class KmsHouse:
     root_file: str
     credentials: dict[str, dict[str, str]]
     """By role, as in a credentials file."""
-    key_arn: str
-    wrapped_base64: str
+    times: str
+    """Where the KMS writes down how long its parts take."""
+    key_arn: str = ""
+    wrapped_base64: str = ""
 
     @property
     def key(self) -> KeyArn:
@@ -106,7 +108,8 @@ def kms_house(*, latency_ms: int = 0) -> Iterator[KmsHouse]:
         roles = ["--role", ENCLAVE, "--role", PLAIN]
         emulated = running.enter_context(
             command(
-                *("emulate", "kms", "--json", "--name", HOST, "--latency-ms", str(latency_ms), *files, *roles),
+                *(f"{folder}/times", "kms", "--json", "--name", HOST, "--latency-ms", str(latency_ms), *files, *roles),
+                program="bench.kms_emulator",
                 environment=environment,
             )
         )
@@ -125,9 +128,9 @@ def kms_house(*, latency_ms: int = 0) -> Iterator[KmsHouse]:
         profiles = configparser.ConfigParser()
         profiles.read(f"{folder}/aws/credentials")
         credentials = {name: dict(profiles[name]) for name in profiles.sections()}
-        house = KmsHouse(nsm["address"], egress["listening"], port, emulated["root"], credentials, "", "")
+        house = KmsHouse(nsm["address"], egress["listening"], port, emulated["root"], credentials, f"{folder}/times")
         key, wrapped = _sealed(house, emulated["profiles"])
-        yield KmsHouse(nsm["address"], egress["listening"], port, emulated["root"], credentials, key, wrapped)
+        yield replace(house, key_arn=key, wrapped_base64=wrapped)
 
 
 def _sealed(house: KmsHouse, profiles: dict[str, str]) -> tuple[str, str]:
