@@ -2,7 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from attestation.errors import StrongroomError
+
+KMS_CODES: Final = frozenset(
+    (
+        "kms_unreachable",
+        "kms_timeout",
+        "kms_throttled",
+        "kms_failed",
+        "kms_tls",
+        "kms_no_credentials",
+        "kms_expired_credentials",
+        "kms_denied",
+        "kms_unusable_key",
+        "kms_wrong_context",
+        "kms_refused",
+        "kms_plaintext",
+        "kms_wrong_key",
+        "kms_malformed",
+    )
+)
+"""Every code of a :class:`KmsError` but ``overloaded``, which is nothing that KMS said."""
 
 
 class KmsError(StrongroomError):

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import ClassVar, TypeAlias
 
+from enclave.kms_errors import KMS_CODES
+
 TOTALS_INTERVAL_SECONDS = 60
 
 
@@ -125,12 +127,13 @@ class Totals:
     """Exceptions that no code raised on purpose, in requests or beside them."""
     engine_restarts: int = 0
     """Engine processes that ended while requests were served."""
-    kms_refused: int = 0
-    """Envelopes whose key KMS does not release to this enclave: its policy, its state or the envelope stand against it.
-    """
-    kms_failed: int = 0
-    """Envelopes for which no usable answer of KMS's came: the parent's egress, its credentials or KMS are the matter.
-    """
+    kms: dict[str, int] = field(default_factory=dict)
+    """Envelopes whose key did not come, by why: of :data:`~enclave.kms_errors.KMS_CODES` those that occurred."""
+
+    def count_kms(self, code: str) -> None:
+        """A key did not come. A code that is not KMS's is not counted: nothing else becomes a name in an event."""
+        if code in KMS_CODES:
+            self.kms[code] = self.kms.get(code, 0) + 1
 
 
 Event: TypeAlias = (

@@ -229,10 +229,8 @@ class Server:
         except TimeoutError as error:
             raise Fault("unavailable", "the envelope did not arrive in time") from error
         except StrongroomError as error:
-            if error.code in _REFUSED_BY_KMS:
-                self._log.totals.kms_refused += 1
-            elif isinstance(error, KmsError):
-                self._log.totals.kms_failed += 1
+            if isinstance(error, KmsError):
+                self._log.totals.count_kms(error.code)
             raise Fault(_fault_of(error), "the envelope was not opened") from error
         request: Request | Exception
         try:

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from enclave import log
+from enclave.kms_errors import KMS_CODES
 from enclave.log import (
     EngineLost,
     EngineStarted,
@@ -54,7 +55,7 @@ EXAMPLES: dict[type, Event] = {
         KeyOffered("00" * 16),
         NsmFailed("InternalError"),
         InternalError("ValueError"),
-        Totals(1, 2, 3, 4, 5, 6, 7, 8),
+        Totals(1, 2, 3, 4, 5, 6, 7, 8, {"kms_denied": 9}),
     )
 }
 
@@ -71,7 +72,7 @@ def test_a_field_is_a_number_a_flag_or_of_a_fixed_set(kind: type) -> None:
     assert is_dataclass(kind)
     hints = get_type_hints(kind)
     for field in fields(kind):
-        if hints[field.name] not in (int, bool, Phase):
+        if hints[field.name] not in (int, bool, Phase, dict[str, int]):
             assert (kind, field.name) in TEXTS, f"{kind.__name__}.{field.name} could carry a text"
             assert hints[field.name] in (str, str | None)
 
@@ -81,7 +82,19 @@ def test_there_is_no_text_that_the_catalogue_does_not_have() -> None:
 
 
 def test_what_concerns_requests_are_counts_alone() -> None:
-    assert {hint for name, hint in get_type_hints(Totals).items() if name != "event"} == {int}
+    hints = {name: hint for name, hint in get_type_hints(Totals).items() if name != "event"}
+    assert hints.pop("kms") == dict[str, int]
+    assert set(hints.values()) == {int}
+    assert [
+        (kind, name) for kind in EXAMPLES for name, hint in get_type_hints(kind).items() if "dict" in str(hint)
+    ] == [(Totals, "kms")]
+
+
+def test_why_keys_did_not_come_is_counted_under_codes_of_a_closed_list() -> None:
+    totals = Totals()
+    for code in (*KMS_CODES, "kms_denied", "overloaded", "what KMS said", ""):
+        totals.count_kms(code)
+    assert totals.kms == dict.fromkeys(KMS_CODES, 1) | {"kms_denied": 2}
 
 
 @pytest.mark.parametrize("event", EXAMPLES.values(), ids=lambda event: event.event)
@@ -196,6 +209,9 @@ def test_whoever_follows_gets_a_subsequence_that_ends_with_the_last(capacity: in
 async def test_an_interval_without_a_request_is_written_too() -> None:
     written = EventLog()
     written.totals.requests += 2
+    written.totals.count_kms("kms_no_credentials")
     written.close_interval()
     written.close_interval()
-    assert [json.loads(line)["requests"] for line in await everything(written)] == [2, 0]
+    read = [json.loads(line) for line in await everything(written)]
+    assert [totals["requests"] for totals in read] == [2, 0]
+    assert [totals["kms"] for totals in read] == [{"kms_no_credentials": 1}, {}]

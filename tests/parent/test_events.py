@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attestation.manifest import ModelManifest
+from enclave.kms_errors import KMS_CODES
 from enclave.log import Event, EventLog, Halted, KeyOffered, Phase, PhaseReached, Totals, WeightsReceived
 from parent.events import MAX_LINE, PHASES, EventError, EventReader, parse_event
 from parent.launch.process import Launch, Supervisor
@@ -40,6 +41,7 @@ async def test_every_event_of_an_enclave_is_one() -> None:
         WeightsReceived(1, 2),
         KeyOffered("00"),
         Totals(),
+        Totals(kms=dict.fromkeys(KMS_CODES, 10**9)),
     ]
     for event in events:
         log.write(event)
