@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from enclave.config import EnclaveConfiguration
+from vsockrpc.address import VsockAddress
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 SECONDS = 240
 
@@ -42,6 +45,8 @@ def _run(folder: Path) -> None:
         "wrote answer.sealed",
         "allowed by Statement",
         "denied: a model's key for a prompt",
+        "wrote next/model.sealed",
+        "held against next/policy.toml",
         "no errors, no warnings; LOCKED",
     ):
         assert words in said, (words, said[-4000:])
@@ -53,6 +58,30 @@ def test_every_command_of_the_page_is_shown() -> None:
     """The page's indented lines are the commands, and nothing else is indented so."""
     lines = re.findall(r"^    (.+)$", (REPOSITORY / "docs" / "kms.md").read_text(), re.MULTILINE)
     first = {line.split()[0] for line in lines}
-    assert first <= {"mkdir", "strongroom", "until", ".", "export", "kill", "AWS_PROFILE=sealer"} | {
-        word for word in first if word.startswith(("--", "ROLES=", "MODEL="))
+    assert first <= {"mkdir", "strongroom", "until", ".", "export", "kill", "sed"} | {
+        word for word in first if word.startswith(("--", "ROLES=", "MODEL=", "AWS_PROFILE="))
     }
+
+
+def test_the_configuration_by_hand_is_one_that_an_enclave_takes() -> None:
+    page = (REPOSITORY / "docs" / "kms.md").read_text()
+    blocks = re.findall(r"^```toml\n(.+?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 1
+    digest = "sha384:" + "11" * 48
+    top = f"""
+version = 1
+[rpc]
+listen = "vsock:any:5000"
+[nsm]
+address = "device:/dev/nsm"
+entropy = "nsm-hwrng"
+[model]
+store = "vsock:3:6000"
+manifest = "{digest}"
+"""
+    kms = EnclaveConfiguration.parse((top + blocks[0]).encode()).kms
+    assert kms is not None
+    assert kms.egress == VsockAddress(3, 7000)
+    assert kms.authority is None
+    assert kms.model is not None
+    assert kms.prompts is not None
