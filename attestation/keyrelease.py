@@ -171,7 +171,11 @@ def released_to(policy: AppraisalPolicy, purpose: EnvelopePurpose) -> Iterator[R
             yield ReleasedTo(release.name, registers)
 
 
-_STEPS: Final = {"wrong_key": 16, "foreign_material": 16, "multi_region": 17, "unseen_copy": 17, "grant_opens": 19}
+_STEPS: Final = {
+    **dict.fromkeys(("not_enabled", "wrong_key", "foreign_material"), 16),
+    **dict.fromkeys(("multi_region", "unseen_copy"), 17),
+    "grant_opens": 19,
+}
 """The linter's findings by the step that they fail; all others that are errors fail 18."""
 
 _FIT: Final = "Enabled, ENCRYPT_DECRYPT, SYMMETRIC_DEFAULT, origin AWS_KMS, managed by CUSTOMER"

@@ -138,9 +138,11 @@ class Judged:
         return tuple(finding for finding in self.findings if finding.severity is Severity.ERROR)
 
     def require_none(self, what: str) -> None:
-        """Raises KeyChangeError ``refused_key_policy``, which says ``what``, when there is an error."""
-        if self.errors:
-            rules = ", ".join(dict.fromkeys(finding.rule for finding in self.errors))
+        """Raises KeyChangeError ``refused_key_policy``, which says ``what``, when there is an error. That the key is
+        not in use is none of its policy: a key may be disabled just until its policy has been changed.
+        """
+        rules = ", ".join(dict.fromkeys(finding.rule for finding in self.errors if finding.rule != "not_enabled"))
+        if rules:
             raise KeyChangeError("refused_key_policy", what, expected="a key policy without errors", got=rules)
 
     def as_json(self) -> dict[str, object]:

@@ -1,8 +1,8 @@
 """What can be wrong with the policy of a key: the rules of :mod:`attestation.keypolicy.lint`, and what one finds.
 
-Each rule has a stable code. Its severity says what follows from it. ERROR: the key can be opened by something that is
-no accepted release, now or later, or nobody can tell. WARNING: it cannot, and the policy is weaker or less useful than
-it looks. NOTE: something to know.
+Each rule has a stable code. Its severity says what follows from it. ERROR: no verdict accepts the key, since it can be
+opened by something that is no accepted release, now or later, or nobody can tell, or since it is not in use. WARNING:
+neither is so, and the policy is weaker or less useful than it looks. NOTE: something to know.
 """
 
 from __future__ import annotations
@@ -196,6 +196,10 @@ RULES: Final = MappingProxyType(
             "a grant opens the key, and no grant can ask for attestation", "revoke or retire the grant"
         ),
         # The key itself.
+        "not_enabled": _error(
+            "the key is not in use, so that nothing can be sealed to it or opened",
+            "enable the key, or name another one",
+        ),
         "wrong_key": _error(
             "not a symmetric key for encryption that the account manages itself",
             "make a key with `strongroom kms key create`",
@@ -208,7 +212,7 @@ RULES: Final = MappingProxyType(
             "a copy of the key in another region has a policy that was not judged",
             "judge each copy's policy, or use a key of one region",
         ),
-        "multi_region": _warning(
+        "multi_region": _error(
             "copies of the key can be in several regions, each with a policy of its own", "use a key of one region"
         ),
         # Weak, and not open.

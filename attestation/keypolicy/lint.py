@@ -398,6 +398,8 @@ def _grants(grants: Sequence[Grant]) -> Iterator[Finding]:
 
 
 def _key(metadata: KeyMetadata, copies: Collection[KeyArn]) -> Iterator[Finding]:
+    if not metadata.enabled or metadata.state != "Enabled":
+        yield Finding("not_enabled", None, f"state {metadata.state}, {'' if metadata.enabled else 'not '}enabled")
     kind = (metadata.usage, metadata.spec, metadata.manager)
     if kind != ("ENCRYPT_DECRYPT", "SYMMETRIC_DEFAULT", "CUSTOMER"):
         yield Finding("wrong_key", None, f"usage {kind[0]}, spec {kind[1]}, managed by {kind[2]}")

@@ -406,7 +406,15 @@ CASES: dict[str, tuple[list[Facts], list[Facts]]] = {
         ],
         [Facts(metadata=mrk(replicas=(COPY,)), copies=[COPY]), Facts(metadata=mrk(primary=None))],
     ),
-    "multi_region": ([Facts(metadata=mrk())], [Facts()]),
+    "multi_region": ([Facts(metadata=mrk()), Facts(metadata=mrk(), copies=[COPY])], [Facts(), Facts(metadata=None)]),
+    "not_enabled": (
+        [
+            Facts(metadata=replace(METADATA, enabled=False)),
+            Facts(metadata=replace(METADATA, state="Disabled")),
+            Facts(metadata=replace(METADATA, enabled=False, state="PendingDeletion")),
+        ],
+        [Facts(), Facts(metadata=None)],
+    ),
     "case_sensitive": (
         [
             of(asking(without=("PCR1",), more={"StringEquals": {f"{RECIPIENT}PCR1": register(1, 1).hex()}})),

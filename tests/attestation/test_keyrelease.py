@@ -23,6 +23,8 @@ from attestation.envelope import EnvelopePurpose
 from attestation.errors import AppraisalError, EvidenceError, PolicyError
 from attestation.keypolicy.attested import ReleasedTo, required
 from attestation.keypolicy.document import KeyArn
+from attestation.keypolicy.findings import Severity
+from attestation.keypolicy.lint import lint
 from attestation.keypolicy.mutability import Locked, MutableBy
 from attestation.keyrelease import KeyFacts, KeyRelease, judge_key, released_to
 from attestation.policy import AppraisalPolicy
@@ -200,6 +202,34 @@ def test_each_alone_refuses(policy: AppraisalPolicy, expected: tuple[int, str], 
     assert failed.expected != failed.got
     assert Status.NOT_REACHED not in {check.status for check in error.checks}
     assert _failed(_verify(with_keys(policy, purpose), all_facts(with_keys(policy, purpose))).checks) == []
+
+
+@pytest.mark.parametrize("purpose", Purpose)
+@pytest.mark.parametrize(
+    "said",
+    [{}, *(said for (step, _), cases in CASES.items() if step <= 19 for _, _, said in cases)],
+    ids=str,
+)
+def test_the_linter_and_the_verdict_agree(policy: AppraisalPolicy, purpose: Purpose, said: dict[str, Any]) -> None:
+    """What the linter passes passes steps 16 to 19, and the reverse; who may change the key is step 20."""
+    named = with_keys(policy, purpose)
+    rule, known = named.kms[purpose], facts(named, purpose, **{**said, "arn": KEYS[purpose]})
+    found = lint(
+        known.policy,
+        releases=tuple(released_to(named, purpose)),
+        purpose=purpose,
+        context=rule.context,
+        administrators=rule.administrators,
+        metadata=known.metadata,
+        grants=known.grants,
+    )
+    errors = {each.rule for each in found if each.severity is Severity.ERROR} - {"untrusted_administrator"}
+    try:
+        checks = judge_key(named, purpose, known, at=forge.NOW).checks
+    except AppraisalError as error:
+        checks = error.checks
+    refused = {step for step, _ in _failed(checks)} & {16, 17, 18, 19}
+    assert bool(errors) == bool(refused), (errors, refused)
 
 
 def test_the_codes_are_those_of_the_protocol() -> None:

@@ -299,6 +299,18 @@ def test_the_copies_of_a_key_are_judged_too(desk: Desk, emulator: KmsEmulator) -
         assert all("multi_region" in each and "unseen_copy" not in each for each in found.values())
 
 
+def test_a_disabled_key_is_found_and_its_policy_can_be_changed(desk: Desk, key: str, emulator: KmsEmulator) -> None:
+    """To disable a key, close it to a release and enable it again is what one does about a bad release."""
+    with kms_client(emulator, emulator.principal("assumed-role/admin/me")) as client:
+        client.disable_key(KeyId=key)
+    ran = desk("policy", "lint", "--key", key, "--policy", "policy.toml", "--json")
+    assert (ran.code, rules(ran)) == (1, {key: {"not_enabled", "changeable", "can_destroy"}})
+    desk.accept(NEW, key=key)
+    ran = desk("key", "rotate-image", key, "--finish")
+    assert ran.code == 0, ran.err
+    assert "not_enabled" in ran.err
+
+
 def test_another_key_than_the_policy_names(desk: Desk, key: str, emulator: KmsEmulator) -> None:
     other = emulator.create_key(DEFAULT)
     ran = desk("policy", "lint", "--key", other, "--policy", "policy.toml", "--use", "prompt")
