@@ -16,17 +16,12 @@ from attestation import strict_toml
 from attestation.commitment import Entropy
 from attestation.envelope import CONTEXT_NAME, MAX_VERSION
 from attestation.errors import PolicyError, StrongroomError
-from attestation.keypolicy.document import KeyArn, KeyPolicyError
+from attestation.keypolicy.document import KeyArn, KeyPolicyError, is_kms_host
 from attestation.reference import DIGEST_SIZE, configuration_digest
 from attestation.strict_toml import Table, wrong_value
 from vsockrpc.address import Address, TcpAddress, parse_address
 from vsockrpc.errors import AddressError
 
-KMS_HOST = (
-    r"kms(-fips)?\.{region}\.(amazonaws\.com(\.cn)?|api\.aws)"
-    r"|vpce-[a-z0-9-]+\.kms\.{region}\.vpce\.amazonaws\.com(\.cn)?"
-)
-"""Host names of AWS's endpoints of KMS, and of VPC endpoints (AWS General Reference, KMS endpoints; VPC guide)."""
 MAX_CERTIFICATE_TEXT = 4096
 """Characters of a certificate in base64."""
 MAX_ROTATIONS = 8
@@ -220,7 +215,7 @@ def _endpoint(table: Table, region: str, *, is_amazons: bool) -> TcpAddress:
     if address.port == 0 or address.host != address.host.lower() or address.host.endswith("."):
         raise wrong_value(table.field("endpoint"), "HOST:PORT, the host in lower case", ascii(text))
     # Amazon's authorities issue for every customer's name as well: they vouch for a name, and this is KMS's.
-    if is_amazons and not re.fullmatch(KMS_HOST.format(region=re.escape(region)), address.host):
+    if is_amazons and not is_kms_host(address.host, region):
         raise wrong_value(table.field("endpoint"), f"a host name of KMS in {region}", ascii(text))
     return address
 

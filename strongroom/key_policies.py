@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from attestation.keypolicy.mutability import Mutability, mutability
 from attestation.keyrelease import KeyFacts, released_to
 from attestation.policy import AppraisalPolicy
 from attestation.rules import KeyRule, SignedReleases
+from strongroom.kms_client import KmsClient
 from strongroom.options import load_policy, require_key
 from strongroom.reference_options import ANY_FILE
 from strongroom.render import printable, wrapped
@@ -232,6 +234,19 @@ def generated(
         readers=readers,
         administrators=administrators,
     )
+
+
+# --- Ask ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def asking(console: Console, region: str | None, purpose: str) -> Iterator[KmsClient]:
+    """A client of KMS, as :class:`KmsClient`; says where it asks when that is not AWS's own."""
+    with KmsClient(region, purpose=purpose) as client:
+        if not client.is_amazons:
+            text = f"asking {printable(client.endpoint)}, which is not AWS's own KMS"
+            console.print(Text(text, "yellow"), soft_wrap=True)
+        yield client
 
 
 # --- Show ---------------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """KMS, asked with this machine's own credentials: what it says of a key, and the data keys that it wraps.
 
-Credentials and endpoint are boto3's business (its environment variables and files); the region is the key's. boto3 is
-imported here alone, and only when a client is made: the ``kms`` extra. Nothing that KMS answers is about another key
-than the one that was asked for.
+Credentials and endpoint are boto3's business (its environment variables and files), except that a policy whose anchor
+is AWS's is about AWS's own KMS; the region is the key's. In ``strongroom`` boto3 is imported here alone, and only when
+a client is made: the ``kms`` extra. Nothing that KMS answers is about another key than the one that was asked for.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
+from urllib.parse import urlsplit
 
 from attestation.envelope import DATA_KEY_SIZE, MAX_WRAPPED
 from attestation.errors import StrongroomError
 from attestation.keypolicy.answers import Grant, KeyMetadata
-from attestation.keypolicy.document import KeyArn, KeyPolicy, KeyPolicyError
+from attestation.keypolicy.document import KeyArn, KeyPolicy, KeyPolicyError, is_kms_host
 from attestation.keyrelease import KeyFacts
 from attestation.policy import AppraisalPolicy
 from attestation.secret import Secret
@@ -30,13 +31,13 @@ MAX_GRANTS: Final = 1_000
 MAX_PAGES: Final = 100
 """Answers in which they may come."""
 
-EXIT_CODES: Final = {"wrong_kms_key": 3, "bad_kms_answer": 3}
+EXIT_CODES: Final = {"wrong_kms_key": 3, "bad_kms_answer": 3, "foreign_kms": 3}
 """Of errors that are not just that KMS does not do what it was asked for."""
 
 
 class KmsError(StrongroomError):
-    """KMS did not do what it was asked for. Codes: ``kms_refused``, ``kms_unavailable`` (4); ``wrong_kms_key`` and
-    ``bad_kms_answer``, which nobody should trust (3).
+    """KMS did not do what it was asked for. Codes: ``kms_refused``, ``kms_unavailable`` (4); ``wrong_kms_key``,
+    ``bad_kms_answer`` and ``foreign_kms``, which nobody should trust (3).
     """
 
     @property
@@ -47,10 +48,14 @@ class KmsError(StrongroomError):
 class KmsClient:
     """KMS in one region. To be closed, or used with ``with``."""
 
-    def __init__(self, region: str | None, *, purpose: str = "asking KMS") -> None:
-        """``region`` None: the one that boto3 is configured for.
+    def __init__(
+        self, region: str | None, *, purpose: str = "asking KMS", policy: AppraisalPolicy | None = None
+    ) -> None:
+        """``region`` None: the one that boto3 is configured for. With ``policy``, what KMS says is for a verdict under
+        it: unless the policy's enclaves are EMULATED, and every verdict says so, AWS's own KMS alone is asked.
 
-        Raises MissingExtra without boto3, in the words of ``purpose``; KmsError when boto3 is configured badly.
+        Raises MissingExtra without boto3, in the words of ``purpose``; KmsError ``kms_unavailable`` when boto3 is
+        configured badly, and ``foreign_kms``, before anything is asked.
         """
         require(purpose, ("kms",))
         import boto3.session
@@ -66,10 +71,32 @@ class KmsClient:
             self._client: Any = boto3.session.Session(region_name=region).client("kms", config=config)
         except (BotoCoreError, ValueError) as error:  # a profile that is not there; an endpoint that is no URL
             raise _unavailable(error) from error
-        endpoint: str = self._client.meta.endpoint_url
-        if not endpoint.startswith("https://"):
+        self.endpoint: str = self._client.meta.endpoint_url
+        """A URL."""
+        try:
+            self._require_endpoint(policy)
+        except KmsError:
             self.close()
-            raise KmsError("kms_unavailable", "KMS is asked over TLS alone", expected="https://", got=endpoint[:200])
+            raise
+
+    @property
+    def is_amazons(self) -> bool:
+        """Whether the endpoint has one of AWS's own names, for which TLS vouches."""
+        return is_kms_host(urlsplit(self.endpoint).hostname or "", self._client.meta.region_name)
+
+    def _require_endpoint(self, policy: AppraisalPolicy | None) -> None:
+        if not self.endpoint.startswith("https://"):
+            raise KmsError(
+                "kms_unavailable", "KMS is asked over TLS alone", expected="https://", got=self.endpoint[:200]
+            )
+        if policy is not None and not policy.anchor.is_emulated and not self.is_amazons:
+            raise KmsError(
+                "foreign_kms",
+                "the policy is about AWS's enclaves, and boto3 is configured for a KMS that is not AWS's own: look at"
+                " AWS_ENDPOINT_URL_KMS, AWS_ENDPOINT_URL and endpoint_url in its files",
+                expected=f"an endpoint of AWS's KMS in {self._client.meta.region_name}",
+                got=self.endpoint[:200],
+            )
 
     def close(self) -> None:
         self._client.close()
@@ -153,13 +180,14 @@ class KmsClient:
 
 
 def ask_of_keys(policy: AppraisalPolicy) -> dict[KeyArn, KeyFacts]:
-    """What KMS says now of every key that ``policy`` names. Raises KmsError; MissingExtra."""
-    return {key: ask_of_key(key) for key in dict.fromkeys(rule.key for rule in policy.kms.values())}
+    """What KMS says now of every key that ``policy`` names. Raises KmsError, ``foreign_kms`` before anything is asked
+    where it is not the policy's; MissingExtra.
+    """
+    return {key: _ask_of_key(key, policy) for key in dict.fromkeys(rule.key for rule in policy.kms.values())}
 
 
-def ask_of_key(key: KeyArn) -> KeyFacts:
-    """What KMS says now of ``key``. Raises as :func:`ask_of_keys`."""
-    with KmsClient(key.region, purpose="a policy that names a KMS key") as client:
+def _ask_of_key(key: KeyArn, policy: AppraisalPolicy) -> KeyFacts:
+    with KmsClient(key.region, purpose="a policy that names a KMS key", policy=policy) as client:
         return client.facts(key)
 
 

@@ -19,11 +19,13 @@ from attestation.document import MAX_CERTIFICATE, AttestationDocument
 from attestation.keypolicy.answers import Grant
 from attestation.keypolicy.decision import Decision, Request, decide, encryption_context, recipient_context
 from attestation.keypolicy.document import MAX_POLICY, KeyArn, KeyPolicy, KeyPolicyError
+from attestation.keyrelease import KeyFacts
 from attestation.verifier import authenticate
 from strongroom.files import read_bounded, read_evidence
 from strongroom.key_policies import (
     Expected,
     Judged,
+    asking,
     expected,
     generated,
     optional_policy_option,
@@ -32,7 +34,6 @@ from strongroom.key_policies import (
     show_judgement,
     use_options,
 )
-from strongroom.kms_client import ask_of_key
 from strongroom.kms_key_commands import key as key_group
 from strongroom.kms_options import Arn
 from strongroom.options import err, json_option, out, policy_option
@@ -151,12 +152,17 @@ def lint(
 
 
 def _judged_with_copies(key: KeyArn, wanted: Expected) -> list[tuple[str, Judged]]:
-    facts = ask_of_key(key)
+    facts = _facts_of(key)
     metadata = facts.metadata
     others = {each for each in (metadata.primary, *metadata.replicas) if each is not None} - {key}
     copies = sorted(others, key=lambda each: each.text)
-    everything = [(key, facts), *((each, ask_of_key(each)) for each in copies)]
+    everything = [(key, facts), *((each, _facts_of(each)) for each in copies)]
     return [(each.text, wanted.judge(known.policy, known, [key, *copies])) for each, known in everything]
+
+
+def _facts_of(key: KeyArn) -> KeyFacts:
+    with asking(err, key.region, "judging a KMS key") as client:
+        return client.facts(key)
 
 
 # --- check --------------------------------------------------------------------------------------------------------
@@ -206,7 +212,7 @@ def check(
     if policy_file is not None:
         key_policy, key = read_policy(policy_file), key or _some_key_of(principal)
     elif key is not None:
-        facts = ask_of_key(key)
+        facts = _facts_of(key)
         key_policy, grants = facts.policy, facts.grants
     else:
         raise click.UsageError("name --policy-file, or --key")

@@ -20,6 +20,7 @@ from attestation.keyrelease import KeyFacts
 from strongroom.key_policies import (
     Expected,
     KeyChangeError,
+    asking,
     difference,
     expected,
     generated,
@@ -108,7 +109,7 @@ def create(
         click.echo(json.dumps({"key": None, "key_policy": json.loads(made.encode())}) if as_json else made.encode())
         err.print("nothing was made: --dry-run")
         return
-    with KmsClient(region, purpose="making a KMS key") as client:
+    with asking(err, region, "making a KMS key") as client:
         answer = client.ask(
             "create_key",
             Policy=made.encode(),
@@ -166,7 +167,7 @@ def rotate_image(
     Exit codes: 0 done, or nothing to do; 1 the key policy would have errors, and was not changed; 4 KMS refused.
     """
     wanted = expected(policy, use=use, context=context, administrators=administrators, key=key)
-    with KmsClient(key.region, purpose="changing a KMS key") as client:
+    with asking(err, key.region, "changing a KMS key") as client:
         facts = client.facts(key)
         assert wanted.releases is not None
         assert wanted.purpose is not None
@@ -234,7 +235,7 @@ def lock(
     Exit codes: 0 locked; 1 the key policy has errors, or somebody could still change it; 4 KMS refused.
     """
     wanted = expected(policy, use=use, context=context, administrators=administrators, key=key)
-    with KmsClient(key.region, purpose="locking a KMS key") as client:
+    with asking(err, key.region, "locking a KMS key") as client:
         facts = client.facts(key)
         after = locked(facts.policy)
         left = mutability(after, facts.metadata, facts.grants)

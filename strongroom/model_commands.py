@@ -81,7 +81,10 @@ def encrypt(file: Path, policy: Path, key: str | None, target: Path, version: in
             expected=" or ".join(map(digest_text, accepted.accepted_models)),
             got=digest_text(manifest.digest()),
         )
-    with KmsClient(rule.key.region, purpose="encrypting a model") as client, waiting(err, "asking KMS"):
+    with (
+        KmsClient(rule.key.region, purpose="encrypting a model", policy=accepted) as client,
+        waiting(err, "asking KMS"),
+    ):
         release = judge_key(accepted, EnvelopePurpose.MODEL, client.facts(rule.key), at=datetime.now(UTC))
         data_key, wrapped = client.generate_data_key(
             rule.key, encryption_context(EnvelopePurpose.MODEL, rule.context, version)

@@ -88,7 +88,10 @@ def seal(
     rule = require_key(accepted, EnvelopePurpose.PROMPT, key)
     if url is not None:
         _verify(url, accepted)
-    with KmsClient(rule.key.region, purpose="sealing a prompt") as client, waiting(err, "asking KMS"):
+    with (
+        KmsClient(rule.key.region, purpose="sealing a prompt", policy=accepted) as client,
+        waiting(err, "asking KMS"),
+    ):
         release = judge_key(accepted, EnvelopePurpose.PROMPT, client.facts(rule.key), at=datetime.now(UTC))
         context = encryption_context(EnvelopePurpose.PROMPT, rule.context, rule.minimum_version)
         data_key, wrapped = client.generate_data_key(rule.key, context)

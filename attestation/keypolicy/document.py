@@ -32,6 +32,10 @@ _CHARACTERS: Final = re.compile(r"[\t\n\r\x20-\xff]*")
 _KEY_ARN: Final = re.compile(
     r"arn:aws(?:-[a-z]{1,8}){0,3}:kms:(?:[a-z]{1,16}-){2,3}[0-9]{1,2}:[0-9]{12}:key/[A-Za-z0-9-]{1,128}"
 )
+_KMS_HOST: Final = (
+    r"kms(-fips)?\.{region}\.(amazonaws\.com(\.cn)?|api\.aws)"
+    r"|vpce-[a-z0-9-]+\.kms\.{region}\.vpce\.amazonaws\.com(\.cn)?"
+)
 _CODE: Final = "malformed_key_policy"
 
 
@@ -77,6 +81,13 @@ class KeyArn:
     @property
     def text(self) -> str:
         return f"arn:{self.partition}:kms:{self.region}:{self.account}:key/{self.key_id}"
+
+
+def is_kms_host(host: str, region: str) -> bool:
+    """Whether ``host``, in lower case, is the name of an endpoint of AWS's KMS in ``region``, a VPC endpoint's included
+    (AWS General Reference, KMS endpoints; VPC guide).
+    """
+    return re.fullmatch(_KMS_HOST.format(region=re.escape(region)), host) is not None
 
 
 def _not_an_arn(text: str) -> KeyPolicyError:

@@ -21,6 +21,7 @@ from attestation.keypolicy.document import (
     Principal,
     PrincipalKind,
     Statement,
+    is_kms_host,
 )
 
 KEY = "arn:aws:kms:us-east-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab"
@@ -474,3 +475,28 @@ def test_metadata_that_cannot_be_judged(answer: dict[str, object], code: str) ->
     with pytest.raises(KeyPolicyError) as refused:
         KeyMetadata.from_api(answer)
     assert refused.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("host", "is_kms"),
+    [
+        ("kms.us-east-1.amazonaws.com", True),
+        ("kms-fips.us-east-1.amazonaws.com", True),
+        ("kms.us-east-1.amazonaws.com.cn", True),
+        ("kms.us-east-1.api.aws", True),
+        ("vpce-0a1b-2c3d.kms.us-east-1.vpce.amazonaws.com", True),
+        ("kms.eu-central-1.amazonaws.com", False),
+        ("kms.us-east-1.amazonaws.com.example", False),
+        ("kms.us-east-1.amazonaws.com\n", False),
+        ("kms.us-east-1.amazonaws.com.", False),
+        ("kms.usxeast-1.amazonaws.com", False),
+        ("kmsxus-east-1.amazonaws.com", False),
+        ("s3.us-east-1.amazonaws.com", False),
+        ("vpce-1.example.kms.us-east-1.vpce.amazonaws.com", False),
+        ("127.0.0.1", False),
+        ("", False),
+    ],
+)
+def test_the_hosts_of_kms(host: str, is_kms: bool) -> None:
+    assert is_kms_host(host, "us-east-1") is is_kms
+    assert not is_kms_host(host, "us.east.1")

@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 
+from attestation.anchors import AWS_NITRO_G1
 from attestation.envelope import encryption_context
 from attestation.keypolicy.document import KeyArn
 from attestation.keypolicy.mutability import Locked, MutableBy, mutability
+from attestation.keyrelease import KeyFacts
+from attestation.policy import AppraisalPolicy
 from emulator.kms_endpoint import KmsEmulator, kms_emulator
 from emulator.kms_faults import Alter, Fault, Refuse, another_key
 from strongroom import kms_client
-from strongroom.kms_client import MAX_GRANTS, MAX_PAGES, KmsClient, KmsError, ask_of_key, ask_of_keys
+from strongroom.kms_client import MAX_GRANTS, MAX_PAGES, KmsClient, KmsError, ask_of_keys
 from tests.attested import policy_for
 from tests.key_facts import key_policy, with_keys
 from tests.key_policies import CONTEXT, MODEL, PROMPT, RELEASES, STRANGER
@@ -56,6 +59,11 @@ def refused(code: str, exit_code: int, *, text: str = "") -> Iterator[None]:
     error = caught.value
     assert (error.code, error.exit_code) == (code, exit_code), error
     assert text in str(error)
+
+
+def ask_of_key(key: KeyArn) -> KeyFacts:
+    with KmsClient(key.region) as client:
+        return client.facts(key)
 
 
 # --- Facts --------------------------------------------------------------------------------------------------------
@@ -269,3 +277,68 @@ def test_a_data_key_that_is_not_what_was_asked_for(kms: KmsEmulator, key: KeyArn
     kms.faults.inject(fault, operation="GenerateDataKey")
     with KmsClient(key.region) as client, refused(code, 3):
         client.generate_data_key(key, CONTEXT_OF_PROMPTS)
+
+
+# --- AWS's own, where the policy is about AWS -------------------------------------------------------------------------
+
+
+def of_aws(key: KeyArn) -> AppraisalPolicy:
+    """A policy with AWS's anchor, which names ``key``."""
+    return replace(with_keys(policy_for(b"\x10" * 48, b"\x11" * 48), PROMPT, key=key), anchor=AWS_NITRO_G1)
+
+
+@pytest.mark.parametrize("variable", ["AWS_ENDPOINT_URL_KMS", "AWS_ENDPOINT_URL"])
+def test_an_emulator_says_nothing_about_aws_keys(
+    kms: KmsEmulator, key: KeyArn, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.delenv("AWS_ENDPOINT_URL_KMS")
+    monkeypatch.setenv(variable, kms.endpoint)
+    monkeypatch.setattr(KmsClient, "ask", None)
+    with refused("foreign_kms", 3, text=kms.endpoint):
+        ask_of_keys(of_aws(key))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://kms.eu-central-1.amazonaws.com",
+        "https://kms.us-east-1.amazonaws.com.example",
+        "https://kms.us-east-1.amazonaws.com@example.com",
+        "https://s3.us-east-1.amazonaws.com",
+        "https://kms-us-east-1.amazonaws.com",
+        "http://kms.us-east-1.amazonaws.com",
+    ],
+)
+def test_endpoints_that_are_not_kms_own(key: KeyArn, monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_KMS", url)
+    with refused("foreign_kms" if url.startswith("https") else "kms_unavailable", 3 if url.startswith("https") else 4):
+        KmsClient(key.region, policy=of_aws(key))
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "host"),
+    [
+        ("AWS_DEFAULT_REGION", "eu-central-1", "kms.us-east-1.amazonaws.com"),
+        ("AWS_USE_FIPS_ENDPOINT", "true", "kms-fips.us-east-1.amazonaws.com"),
+        ("AWS_USE_DUALSTACK_ENDPOINT", "true", "kms.us-east-1.api.aws"),
+        ("AWS_ENDPOINT_URL_KMS", "https://KMS.us-east-1.amazonaws.com:443/", "KMS.us-east-1.amazonaws.com"),
+        (
+            "AWS_ENDPOINT_URL_KMS",
+            "https://vpce-0a1b-2c3d.kms.us-east-1.vpce.amazonaws.com",
+            "vpce-0a1b-2c3d.kms.us-east-1.vpce.amazonaws.com",
+        ),
+    ],
+)
+def test_endpoints_of_aws(
+    kms: KmsEmulator, key: KeyArn, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, host: str
+) -> None:
+    monkeypatch.delenv("AWS_ENDPOINT_URL_KMS")
+    monkeypatch.setenv(variable, value)
+    with KmsClient(key.region, policy=of_aws(key)) as client:
+        assert client.is_amazons
+        assert host in client.endpoint
+
+
+def test_an_emulated_policy_is_judged_by_any_kms(kms: KmsEmulator, key: KeyArn) -> None:
+    with KmsClient(key.region, policy=policy_for(b"\x10" * 48, b"\x11" * 48)) as client:
+        assert not client.is_amazons

@@ -299,6 +299,16 @@ def test_the_copies_of_a_key_are_judged_too(desk: Desk, emulator: KmsEmulator) -
         assert all("multi_region" in each and "unseen_copy" not in each for each in found.values())
 
 
+@pytest.mark.parametrize(
+    "command",
+    [("policy", "lint", "--key"), ("policy", "lint", "--json", "--key"), ("key", "rotate-image", "--dry-run")],
+)
+def test_a_kms_that_is_not_aws_own_is_named(desk: Desk, key: str, emulator: KmsEmulator, command: Any) -> None:
+    ran = desk(*command, key, "--policy", "policy.toml")
+    assert ran.code == 0, ran.err
+    assert ran.err.startswith(f"asking {emulator.endpoint}, which is not AWS's own KMS\n")
+
+
 def test_a_disabled_key_is_found_and_its_policy_can_be_changed(desk: Desk, key: str, emulator: KmsEmulator) -> None:
     """To disable a key, close it to a release and enable it again is what one does about a bad release."""
     with kms_client(emulator, emulator.principal("assumed-role/admin/me")) as client:

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
+from attestation.anchors import AWS_NITRO_G1
 from attestation.envelope import MODEL_RECORD, EnvelopeHeader
 from attestation.keypolicy.document import KeyPolicy
 from attestation.manifest import ModelManifest
+from attestation.policy_writer import write_policy as policy_text
 from attestation.reference import digest_text
 from attestation.rules import Require
 from strongroom import model_commands
@@ -219,3 +221,12 @@ async def test_a_manifest_that_cannot_be_written_takes_the_model_back(
 async def test_help_has_an_example(desk: Desk) -> None:
     assert "strongroom model encrypt " in desk("model", "encrypt", "--help").out
     assert "strongroom model encrypt " in desk("model", "--help").out
+
+
+async def test_a_policy_of_aws_and_a_kms_that_is_not_aws_own(
+    desk: Desk, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    policy = tmp_path_factory.mktemp("policy") / "policy.toml"
+    policy.write_text(policy_text(replace(desk.home.policy, anchor=AWS_NITRO_G1)))
+    refused(encrypted(desk, "--policy", policy), 3, "foreign_kms")
+    assert desk.asked == []

@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 from starlette.types import Receive, Scope, Send
 
+from attestation.anchors import AWS_NITRO_G1
 from attestation.envelope import EnvelopeHeader
 from attestation.keypolicy.document import KeyPolicy
+from attestation.policy_writer import write_policy as policy_text
 from attestation.rules import Require
 from emulator.kms_faults import THROTTLED
 from strongroom import prompt_commands
@@ -218,6 +220,13 @@ def test_somebody_elses_credentials(desk: Desk) -> None:
 def test_kms_that_is_away(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_KMS", "https://127.0.0.1:1")
     refused(sealed(desk), 4, "kms_unavailable")
+
+
+def test_a_policy_of_aws_and_a_kms_that_is_not_aws_own(desk: Desk, tmp_path_factory: pytest.TempPathFactory) -> None:
+    policy = tmp_path_factory.mktemp("policy") / "policy.toml"
+    policy.write_text(policy_text(replace(desk.home.policy, anchor=AWS_NITRO_G1)))
+    refused(sealed(desk, "hello", "--policy", str(policy)), 3, "foreign_kms")
+    assert desk.asked == []
 
 
 def test_errors_for_programs(desk: Desk) -> None:
