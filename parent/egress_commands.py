@@ -70,7 +70,8 @@ def egress(
 
     Whoever can connect can ask for the credentials. At vsock that is every enclave and every process of this host,
     unless --enclave-cid names the one that is meant; at a Unix socket, whoever may open its file; at TCP, which has to
-    be a loopback address, every process of this host. Give the role nothing but what an enclave may do.
+    be a loopback address unless --credentials is none, every process of this host. Give the role nothing but what an
+    enclave may do.
 
     \b
     Example:
