@@ -14,6 +14,7 @@ from bench import Row
 from bench.kms_house import CONTEXT, PLAINTEXT, KmsHouse
 from bench.turns import since
 from enclave.kms import Kms
+from enclave.release import GuardedKms
 
 TOGETHER, MAX_RATIO = 8, 2.0
 """So many releases at once may take less than so many times as long as one."""
@@ -25,16 +26,18 @@ Burst = Callable[[int], Awaitable[float]]
 
 @contextlib.asynccontextmanager
 async def _both(house: KmsHouse) -> AsyncIterator[tuple[Burst, Burst]]:
-    """So many releases, and so many plain decrypts on threads, at once: the milliseconds until all are there."""
+    """So many releases as prompts have them, and so many plain decrypts on threads, at once: the milliseconds until all
+    are there."""
     plain = house.plain_client()
     kms = await asyncio.to_thread(Kms, house.settings(), house.nsm())
     threads = ThreadPoolExecutor(max(MORE_TOGETHER))
     loop = asyncio.get_running_loop()
     named = house.request()
+    guarded = GuardedKms(kms)
 
     async def releases(count: int) -> float:
         begun = time.perf_counter()
-        waiting = (kms.decrypt(house.wrapped, key=house.key, context=CONTEXT) for _ in range(count))
+        waiting = (guarded.decrypt(house.wrapped, key=house.key, context=CONTEXT) for _ in range(count))
         released = await asyncio.gather(*waiting)
         taken = since(begun)
         assert released == [Secret(PLAINTEXT)] * count

@@ -25,9 +25,9 @@ from attestation import cbor
 from attestation.commitment import Purpose, UserData
 from attestation.cose import COSE_SIGN1_TAG, CoseSign1
 from attestation.document import AttestationDocument
+from attestation.envelope import DATA_KEY_SIZE, MAX_WRAPPED
 from attestation.errors import EvidenceError
 from attestation.keypolicy.document import KeyArn
-from attestation.reference import PCR_CONFIGURATION, PCR_MODEL, ZERO_PCR
 from attestation.secret import Secret
 from attestation.verifier import NONCE_SIZE
 from enclave.anchors import amazon_roots
@@ -37,20 +37,19 @@ from enclave.kms_client import KmsClient
 from enclave.kms_errors import KmsError
 from enclave.kms_https import Attempt, Credentials, KmsPool, timed_out
 from enclave.nsm import Nsm
+from enclave.release import AT_KMS
 from enclave.tunnel import Tunnel, TunnelStream
 from vsockrpc.transport import ConnectionLost, Fault
 
 __all__ = ["Kms", "KmsError", "Patience"]
 
-THREADS = 32
-"""Requests that wait for KMS at once."""
-WAITING = 256
-"""Requests that wait for a thread, beside those that have one; more are refused."""
-MAX_WRAPPED = 6144
-"""Bytes of a KMS ciphertext."""
+THREADS = AT_KMS
+"""Requests that wait for KMS at once: as many as prompts may ask; a boot asks before there are any."""
+ABANDONED = 32
+"""Pieces of work beside those, which somebody began who waits no more; what is more is refused. It is no queue: who
+waits for a turn is bounded in :class:`~enclave.release.GuardedKms`."""
 MAX_RANDOM = 1024
 """Bytes of randomness in one request."""
-DATA_KEY_SIZE = 32
 MAX_CREDENTIALS = 16_384
 """Bytes of the parent's answer with its credentials."""
 MARGIN = timedelta(minutes=2)
@@ -60,8 +59,6 @@ LAST_TIMESTAMP = 253_402_300_799_999
 KEPT_FOR = timedelta(minutes=5)
 """How long credentials without an end are kept, before the parent is asked whether they are still the same."""
 
-_PCRS_TOLD = (0, 1, 2, 8, PCR_MODEL, PCR_CONFIGURATION)
-"""Those that key policies have conditions on."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _TOKEN = re.compile(r"[\x21-\x7e]{1,8192}")
 """Printable, without a space: what may stand in a header."""
@@ -86,7 +83,7 @@ class Patience:
 
 
 class Kms:
-    """The three operations, each for any number of callers at once. Made on a thread, used and closed on the loop."""
+    """The three operations, each for many callers at once. Made on a thread, used and closed on the loop."""
 
     def __init__(self, settings: KmsSettings, nsm: Nsm, *, patience: Patience | None = None) -> None:
         """Blocks while it makes this boot's RSA key, for which the kernel's generator must be seeded.
@@ -238,7 +235,7 @@ class Kms:
         ``overloaded``."""
         if self._closed:
             raise _closing()
-        if self._queued >= THREADS + WAITING:
+        if self._queued >= THREADS + ABANDONED:
             raise KmsError("overloaded", "too many requests to KMS at once")
         self._queued += 1
         future = asyncio.wrap_future(self._threads.submit(work, *args, **kwargs))
@@ -290,8 +287,8 @@ def _claims(document: bytes) -> AttestationDocument:
 
 
 def _told(claims: AttestationDocument) -> str:
-    registers = ((index, claims.pcrs.get(index, ZERO_PCR)) for index in _PCRS_TOLD)
-    return ", ".join(f"PCR{index} {value.hex()}" for index, value in registers if value != ZERO_PCR)
+    """Every register in use: a key's policy may have a condition on any."""
+    return ", ".join(f"PCR{index} {value.hex()}" for index, value in sorted(claims.pcrs.items()) if any(value))
 
 
 def _named(key: KeyArn, context: Mapping[str, str]) -> dict[str, object]:

@@ -28,7 +28,7 @@ from attestation.secret import Secret
 from enclave.config import WrappedKey
 from enclave.kms_errors import KmsError
 
-AT_KMS: Final = 8
+AT_KMS: Final = 32
 """Prompts whose keys KMS is asked for at once."""
 WAITING: Final = 64
 """Prompts that wait for their turn, beside those; more are refused."""

@@ -18,6 +18,7 @@ from attestation.envelope import PROMPT_RECORD, EnvelopeHeader, EnvelopePurpose,
 from attestation.envelope_records import Sealer
 from attestation.errors import EvidenceError, StrongroomError
 from attestation.keyrelease import KeyRelease
+from attestation.reference import DIGEST_SIZE
 from attestation.secret import Secret
 from strongroom.session import RequestFailed
 from vsockrpc.deferred import SECRET_SIZE, DeferredPrompt, ReplyKeys, envelope_digest, new_reply_secret
@@ -41,7 +42,6 @@ MAX_REPLY: Final = 1024
 """Bytes of a reply's file."""
 MAX_ANSWER: Final = 64 << 20
 """Bytes of an answer's file."""
-_DIGEST: Final = 48
 
 
 class ReplyError(StrongroomError):
@@ -71,11 +71,11 @@ class Reply:
             fields = frozenset(("v", "envelope", "secret"))
             record = Record(value, "reply", required=fields, code="malformed_reply")
             record.literal("v", 1)
-            digest = bytes.fromhex(record.text("envelope", 2 * _DIGEST))
+            digest = bytes.fromhex(record.text("envelope", 2 * DIGEST_SIZE))
             secret = bytes.fromhex(record.text("secret", 2 * SECRET_SIZE))
         except (EvidenceError, ValueError) as error:
             raise ReplyError("malformed_reply", "not the file of a reply secret") from error
-        if len(digest) != _DIGEST or len(secret) != SECRET_SIZE:
+        if len(digest) != DIGEST_SIZE or len(secret) != SECRET_SIZE:
             raise ReplyError("malformed_reply", "not the file of a reply secret")
         return cls(Secret(secret), digest)
 

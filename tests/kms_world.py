@@ -63,7 +63,14 @@ class Watched:
     def __init__(self, root: DevelopmentRoot, clock: Callable[[], datetime]) -> None:
         self.asked: list[Any] = []
         self._lock = threading.Lock()
-        self._nsm = SoftwareNsm(root, boot_registers(IMAGE), module_id=new_module_id(), clock=clock)
+        self._root = root
+        self._clock = clock
+        self.restart()
+
+    def restart(self, *, role_arn: str | None = None) -> None:
+        """As an enclave of a parent with this role."""
+        registers = boot_registers(IMAGE, role_arn=role_arn)
+        self._nsm = SoftwareNsm(self._root, registers, module_id=new_module_id(), clock=self._clock)
 
     def exchange(self, request: bytes) -> bytes:
         with self._lock:

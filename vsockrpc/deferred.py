@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from attestation.envelope import PROMPT_RECORD
 from attestation.secret import Secret
 from vsockrpc.messages import MessageError, MessageReader, Request
 
 SECRET_SIZE = 32
-BUCKET = 4096
-"""Bytes: an envelope's content is padded to this times a power of two, so that it shows only its bucket."""
 
 
 class ReplyKeys:
@@ -55,10 +54,11 @@ class DeferredPrompt:
     request: Request
 
     def encode(self, *, before: int) -> bytes:
-        """With zeros behind it, so that ``before`` bytes and these fill a bucket."""
+        """With zeros behind it, so that ``before`` bytes and these fill a power of two of records, which is all that an
+        envelope shows of its content."""
         content = self.reply_secret.expose() + self.request.encode()
-        buckets = -(-(before + len(content)) // BUCKET)
-        return content.ljust((1 << (buckets - 1).bit_length()) * BUCKET - before, b"\0")
+        records = -(-(before + len(content)) // PROMPT_RECORD)
+        return content.ljust((1 << (records - 1).bit_length()) * PROMPT_RECORD - before, b"\0")
 
     @classmethod
     def decode(cls, body: bytes, *, limit: int) -> DeferredPrompt:

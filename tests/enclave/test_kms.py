@@ -40,6 +40,7 @@ from emulator.kms_faults import (
     Refuse,
     another_key,
 )
+from emulator.nsm import boot_registers
 from enclave import kms as kms_module
 from enclave.config import KmsSettings
 from enclave.kms import Kms, KmsError, Patience, _Document
@@ -144,8 +145,11 @@ async def test_releases_do_not_wait_for_each_other(world: World) -> None:
 # --- What the key decides ---------------------------------------------------------------------------------------------
 
 
-async def test_a_denial_tells_what_to_compare(world: World) -> None:
-    other = {"StringEqualsIgnoreCase": {"kms:RecipientAttestation:PCR0": "00" * 48}}
+@pytest.mark.parametrize("register", [0, 3, 4])
+async def test_a_denial_tells_what_to_compare(world: World, register: int) -> None:
+    """Every register that the enclave has: a key's policy may name any."""
+    world.nsm.restart(role_arn=ROLE)
+    other = {"StringEqualsIgnoreCase": {f"kms:RecipientAttestation:PCR{register}": "00" * 48}}
     key = KeyArn.parse(world.emulator.create_key(released_to(other)))
     async with world.kms() as kms:
         error = await refused(kms.decrypt(world.wrap(PLAINTEXT, key=key), key=key, context=CONTEXT))
@@ -153,7 +157,9 @@ async def test_a_denial_tells_what_to_compare(world: World) -> None:
     assert "compare the key's policy" in error.message
     assert error.expected == str(CONTEXT)
     assert error.got is not None
-    assert error.got == ", ".join(f"PCR{index} {IMAGE.as_registers()[index].hex()}" for index in (0, 1, 2))
+    registers = boot_registers(IMAGE, role_arn=ROLE)
+    assert registers.keys() == {0, 1, 2, 3, 4}
+    assert error.got == ", ".join(f"PCR{index} {registers[index].hex()}" for index in sorted(registers))
     assert len(world.nsm.documents) == 1, "a denial is not asked for again"
 
 
@@ -639,7 +645,7 @@ async def test_a_document_that_is_replayed_is_refused(world: World) -> None:
 
 async def test_a_full_queue_refuses(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kms_module, "THREADS", 2)
-    monkeypatch.setattr(kms_module, "WAITING", 1)
+    monkeypatch.setattr(kms_module, "ABANDONED", 1)
     world.emulator.faults.inject(Delay(60), times=2)
     async with world.kms(ONCE) as kms:
         waiting = [asyncio.create_task(release(world, kms)) for _ in range(3)]

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attestation.envelope import EnvelopeHeader, EnvelopePurpose, Terms, encryption_context
+from attestation.envelope import PROMPT_RECORD, EnvelopeHeader, EnvelopePurpose, Terms, encryption_context
 from attestation.envelope_records import Opener
 from attestation.errors import StrongroomError
 from attestation.keypolicy.document import KeyArn
@@ -25,7 +25,7 @@ from strongroom.session import RequestFailed
 from tests.attested import CONFIGURATION, MODEL, policy_for
 from tests.key_policies import ADMIN, METADATA, PARENT, SEALER
 from tests.sealing import CONTEXT, FLOOR, PROMPTS_KEY
-from vsockrpc.deferred import BUCKET, DeferredPrompt, ReplyKeys
+from vsockrpc.deferred import DeferredPrompt, ReplyKeys
 from vsockrpc.messages import (
     ChatMessage,
     ChatRequest,
@@ -75,7 +75,7 @@ def test_what_is_sealed_says_what_the_verdict_says() -> None:
     assert prompt.reply_secret == reply.secret
     assert len(prompt.request.id) == 16
     terms = Terms(EnvelopePurpose.PROMPT, (MODEL,), (CONFIGURATION,))
-    assert len(terms.encode()) + len(body) == BUCKET
+    assert len(terms.encode()) + len(body) == PROMPT_RECORD
 
 
 @pytest.mark.parametrize(("model", "configuration"), [(bytes(48), CONFIGURATION), (MODEL, bytes(48))])

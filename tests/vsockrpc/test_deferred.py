@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from attestation.envelope import PROMPT_RECORD
 from attestation.secret import Secret
-from vsockrpc.deferred import BUCKET, DeferredPrompt, ReplyKeys, envelope_digest, new_reply_secret
+from vsockrpc.deferred import DeferredPrompt, ReplyKeys, envelope_digest, new_reply_secret
 from vsockrpc.messages import ChatMessage, ChatRequest, MessageError, Request
 from vsockrpc.sealed import AnswerOpener, AnswerRecords, SealedError
 
@@ -25,7 +26,7 @@ def prompt(text: str = "Why is the sky blue?") -> DeferredPrompt:
 def test_what_goes_in_comes_out_and_only_its_bucket_shows(text: str, before: int) -> None:
     body = prompt(text).encode(before=before)
     assert DeferredPrompt.decode(body, limit=LIMIT) == prompt(text)
-    buckets, rest = divmod(before + len(body), BUCKET)
+    buckets, rest = divmod(before + len(body), PROMPT_RECORD)
     assert rest == 0
     assert buckets & (buckets - 1) == 0
 
