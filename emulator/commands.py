@@ -19,6 +19,7 @@ import click
 
 from attestation.anchors import AWS_NITRO_G1
 from attestation.chain import Anchor
+from attestation.errors import StrongroomError
 from emulator.kms import DEFAULT_ACCOUNT, DEFAULT_REGION, SoftwareKms
 from emulator.kms_endpoint import KmsEmulator
 from emulator.kms_faults import Delay
@@ -32,10 +33,21 @@ ROLES: Final = ("enclave", "sealer", "administrator")
 ROLE_LIFETIME: Final = timedelta(hours=12)
 """The longest that a role's credentials last at AWS."""
 
+CREDENTIALS, CONFIG, ENVIRONMENT = "credentials", "config", "environment"
+"""The files in a directory of credentials. The last one is written last: with it all are there."""
+
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _ACCOUNT = re.compile(r"[0-9]{12}")
 _REGION = re.compile(r"(?!cn-|us-gov-)[a-z]{2}(-[a-z]{1,16}){1,2}-[0-9]{1,2}")
 _HOST = re.compile(r"[A-Za-z0-9.:-]{1,253}")
+
+
+class EmulateError(StrongroomError):
+    """The emulator cannot start: ``cannot_listen``, or ``file_exists`` where its credentials would go."""
+
+    @property
+    def exit_code(self) -> int:  # type: ignore[override]
+        return 2 if self.code == "file_exists" else 4
 
 
 @click.group()
@@ -80,7 +92,7 @@ def emulate() -> None:
 @click.option(
     "--directory",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Where the credentials are written.  [default: a new folder, removed at the end]",
+    help="Where the credentials are written; nothing there is replaced.  [default: a new folder, removed at the end]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object when it serves.")
 def kms(
@@ -103,7 +115,8 @@ def kms(
 
     \b
     Credentials are files that only this user may read: `default` is the account's root user, and each role a profile.
-    What to export is printed, and stands in the file `environment` beside them, which a shell can read; then:
+    What to export is printed, and stands in the file `environment` beside them, which a shell can read. They are
+    removed at the end. Meanwhile:
       aws kms create-key --profile administrator --policy file://key-policy.json
       python -c 'import boto3; print(boto3.client("kms").list_keys()["Keys"])'
 
@@ -112,6 +125,8 @@ def kms(
       strongroom emulate kms
       strongroom emulate kms --listen 127.0.0.1:8443 --key model --json
       strongroom emulate kms --directory aws --role enclave --role sealer --role administrator
+
+    Exit codes: 0 stopped by a signal, 2 an option that cannot be meant or files that are there, 4 it cannot listen.
     """
     address = _address(listen)
     for option, pattern, values in (
@@ -132,7 +147,12 @@ def kms(
     with contextlib.ExitStack() as stack:
         ended = stack.enter_context(_signals())
         folder = _folder(directory, stack)
-        emulator = KmsEmulator(service, authority, root_file, listen=(address.host, address.port), names=names)
+        try:
+            emulator = KmsEmulator(service, authority, root_file, listen=(address.host, address.port), names=names)
+        except (OSError, UnicodeError) as error:  # UnicodeError: a host that no name server could be asked for
+            reason = error.strerror if isinstance(error, OSError) else "no host name"
+            shown = str(address).removeprefix("tcp:")
+            raise EmulateError("cannot_listen", f"cannot listen on {shown}: {reason}", got=shown) from error
         stack.callback(emulator.close)
         if latency_ms:
             emulator.faults.inject(Delay(latency_ms / 1000))
@@ -141,6 +161,8 @@ def kms(
             session = f"assumed-role/{role}/strongroom"
             principals[role] = emulator.principal(session, lifetime=ROLE_LIFETIME)
         made = {name: service.create_key(alias=f"alias/{name}") for name in keys}
+        for name in (CREDENTIALS, CONFIG, ENVIRONMENT):
+            stack.callback((folder / name).unlink, missing_ok=True)
         environment = _write_credentials(folder, emulator, principals)
         _show(emulator, documents, principals, made, environment, as_json)
         signal.sigwait(ended)
@@ -156,8 +178,19 @@ def _address(text: str) -> TcpAddress:
 
 
 def _folder(directory: Path | None, stack: contextlib.ExitStack) -> Path:
-    """Where the credentials go: nobody else can enter a folder of our own, nor read a file in another."""
+    """Where the credentials go: nobody else can enter a folder of our own, nor read a file in another.
+
+    Raises EmulateError ``file_exists`` for one that has credentials: of an emulator that runs, or a person's own.
+    """
     if directory is not None:
+        for name in (CREDENTIALS, CONFIG, ENVIRONMENT):
+            if (path := directory / name).exists():
+                raise EmulateError(
+                    "file_exists",
+                    f"{path} exists already, nothing was changed: take another directory, or remove it if no emulator"
+                    " runs that wrote it",
+                    got=name,
+                )
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         return directory.resolve()
     folder = Path(tempfile.mkdtemp(prefix="strongroom-kms-"))
@@ -180,11 +213,11 @@ def _write_credentials(folder: Path, emulator: KmsEmulator, principals: Mapping[
     files = {"AWS_SHARED_CREDENTIALS_FILE": credentials, "AWS_CONFIG_FILE": config}
     environment = {"AWS_ENDPOINT_URL_KMS": emulator.endpoint, "AWS_CA_BUNDLE": str(emulator.root_file)}
     for variable, lines in files.items():
-        path = folder / ("credentials" if lines is credentials else "config")
+        path = folder / (CREDENTIALS if lines is credentials else CONFIG)
         publish_private(path, "\n".join([*lines, ""]).encode("ascii"), replace=True)
         environment[variable] = str(path)
     exports = "".join(f"{line}\n" for line in _exports(environment))
-    publish_private(folder / "environment", exports.encode("utf-8"), replace=True)  # the last: with it all are there
+    publish_private(folder / ENVIRONMENT, exports.encode("utf-8"), replace=True)
     return environment
 
 

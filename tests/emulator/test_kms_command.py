@@ -115,8 +115,32 @@ def test_what_a_person_reads(running: Any, tmp_path: Path) -> None:
     assert (folder / "environment").read_text().splitlines() == exports
     for role in ("enclave", "sealer", "administrator"):
         assert f"profile {role}: " in said
-    assert emulator.end(signal.SIGTERM) == (0, "", "")
     assert stat.S_IMODE((folder / "credentials").stat().st_mode) == 0o600
+    assert emulator.end(signal.SIGTERM) == (0, "", "")
+
+
+def test_a_directory_serves_one_emulator_after_another(running: Any, terminal: Terminal, tmp_path: Path) -> None:
+    folder = tmp_path / "aws"
+    folder.mkdir()
+    (folder / "mine").write_text("stays")
+    for _ in range(2):
+        emulator = running("--directory", str(folder), "--json")
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        assert set(files) == {"credentials", "config", "environment", "mine"}
+        ran = terminal("emulate", "kms", "--directory", str(folder), "--json")
+        assert (ran.code, ran.json["error"]["code"]) == (2, "file_exists")
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+        assert emulator.end(signal.SIGTERM) == (0, "", "")
+        assert [path.name for path in folder.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("name", ["credentials", "config", "environment"])
+def test_a_persons_own_files_stay(terminal: Terminal, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    ran = terminal("emulate", "kms", "--directory", str(tmp_path))
+    assert ran.code == 2
+    assert "[file_exists]" in ran.err
+    assert (tmp_path / name).read_text() == "mine"
 
 
 def test_a_second_one_has_the_same_root_and_other_credentials(running: Any) -> None:
@@ -147,11 +171,18 @@ def test_usage(terminal: Terminal, arguments: tuple[str, ...]) -> None:
     assert arguments[0] in ran.err
 
 
-def test_a_port_that_is_taken(terminal: Terminal) -> None:
+def test_a_port_that_is_taken(terminal: Terminal, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        ran = terminal("emulate", "kms", "--listen", f"127.0.0.1:{taken.getsockname()[1]}", "--json")
-    assert (ran.code, ran.json["error"]["code"]) == (4, "system_error")
-    assert "in use" in ran.json["error"]["message"]
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        ran = terminal("emulate", "kms", "--listen", address, "--directory", str(tmp_path / "aws"), "--json")
+    assert (ran.code, ran.json["error"]["code"]) == (4, "cannot_listen")
+    assert f"cannot listen on {address}: Address already in use" in ran.json["error"]["message"]
+    assert list((tmp_path / "aws").iterdir()) == []
+
+
+def test_a_host_that_is_none(terminal: Terminal) -> None:
+    ran = terminal("emulate", "kms", "--listen", f"{'x' * 64}.example:0", "--json")
+    assert (ran.code, ran.json["error"]["code"]) == (4, "cannot_listen")
 
 
 def test_help_has_examples(terminal: Terminal) -> None:
