@@ -349,6 +349,8 @@ async def test_an_error_that_cannot_be_read(
     there.answer = HttpAnswer(status, {"Location": "https://elsewhere.test/"}, body)
     expected = "kms_malformed" if len(body) > 262_144 else code
     assert (await refused(kms.generate_random(32))).code == expected
+    assert {request.target for request in there.asked} == {"/"}, "no redirect is followed"
+    assert len(there.asked) == (4 if expected in ("kms_throttled", "kms_failed") else 1)
 
 
 class Said:
