@@ -14,7 +14,7 @@ from typing import Final, Self
 
 from attestation import strict_json
 from attestation.cbor import Record
-from attestation.envelope import PROMPT_RECORD, EnvelopeHeader, EnvelopePurpose, Terms
+from attestation.envelope import MAGIC, PROMPT_RECORD, EnvelopeHeader, EnvelopePurpose, Terms
 from attestation.envelope_records import Sealer
 from attestation.errors import EvidenceError, StrongroomError
 from attestation.keyrelease import KeyRelease
@@ -114,9 +114,10 @@ def open_answer(answer: bytes, reply: Reply) -> Iterator[Start | Delta | Done]:
     Raises SealedError when it is not the answer to that envelope, was tampered with or cut short; RequestFailed when
     the enclave says so.
     """
-    opener, reader = AnswerOpener(ReplyKeys(reply.secret, reply.digest)), MessageReader()
-    content = opener.feed(answer)
-    opener.finish()
+    if answer.startswith(MAGIC):
+        raise SealedError("malformed", "this is the envelope, not the answer to it")
+    reader = MessageReader()
+    content = _opened(AnswerOpener(ReplyKeys(reply.secret, reply.digest)), answer)
     try:
         answers = [decode_answer(message) for message in reader.feed(content)]
     except MessageError as error:
@@ -128,6 +129,18 @@ def open_answer(answer: bytes, reply: Reply) -> Iterator[Start | Delta | Done]:
                 raise RequestFailed(each.code, each.message, expected=each.expected, got=each.got)
             case Start() | Delta() | Done():
                 yield each
+
+
+def _opened(opener: AnswerOpener, answer: bytes) -> bytes:
+    try:
+        content = opener.feed(answer)
+    except SealedError as error:
+        if opener.opened == 0 and error.code == "tampered_record":
+            text = f"{error.message}, or not the answer to this reply file's envelope"
+            raise SealedError(error.code, text, expected=error.expected, got=error.got) from error
+        raise
+    opener.finish()
+    return content
 
 
 def _require_order(answers: list[Answer], buffered: int) -> None:

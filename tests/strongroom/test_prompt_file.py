@@ -277,7 +277,24 @@ def test_another_reply_opens_nothing(other: Reply) -> None:
     with pytest.raises(SealedError) as caught:
         next(open_answer(answer([START, TEXT, DONE]), other))
     assert caught.value.code == "tampered_record"
+    assert caught.value.message.endswith(", or not the answer to this reply file's envelope")
     assert caught.value.exit_code == 3
+
+
+def test_a_reply_whose_answer_has_begun_to_open_is_not_doubted() -> None:
+    whole = bytearray(answer([START, *[TEXT] * 40, DONE]))
+    whole[-1] ^= 1
+    with pytest.raises(SealedError, match="does not open") as caught:
+        next(open_answer(bytes(whole), REPLY))
+    assert caught.value.code == "tampered_record"
+    assert "reply file" not in caught.value.message
+
+
+def test_an_envelope_is_no_answer() -> None:
+    envelope, reply = seal_prompt(released(), ASKED, data_key=DATA_KEY, wrapped=b"w")
+    with pytest.raises(SealedError, match="this is the envelope, not the answer to it") as caught:
+        next(open_answer(envelope, reply))
+    assert (caught.value.code, caught.value.exit_code) == ("malformed", 3)
 
 
 @given(st.binary(max_size=300))
