@@ -27,7 +27,7 @@ from attestation.secret import Secret
 from bench import Row
 from enclave.config import WrappedKey
 from enclave.model import receive_model
-from enclave.release import KeyRelease
+from enclave.release import EnvelopeKeys
 from parent.modelstore import ModelStore
 from tests.gguf_files import TEXT, Gguf
 from vsockrpc.address import UnixAddress
@@ -106,14 +106,14 @@ class _Known:
 
 async def _receive(kind: str, folder: Path) -> float:
     digest = ModelManifest.decode((folder / "manifest").read_bytes()).digest()
-    release = KeyRelease(_Known(), EnvelopePurpose.MODEL, KEY, model=digest, configuration=CONFIGURATION)
+    keys = EnvelopeKeys(_Known(), EnvelopePurpose.MODEL, KEY, model=digest, configuration=CONFIGURATION)
     begun = time.perf_counter()
     received = await receive_model(
         UnixAddress(str(folder / kind)),
         digest,
         max_bytes=1 << 40,
         progress=lambda done, total: None,
-        release=release if kind == "encrypted" else None,
+        keys=keys if kind == "encrypted" else None,
     )
     taken = time.perf_counter() - begun
     received.close()

@@ -26,7 +26,7 @@ from enclave.identity import Identity
 from enclave.log import EventLog, Halted, KeyOffered, Phase, PhaseReached, WeightsReceived
 from enclave.model import SealedModel, receive_model
 from enclave.nsm import Nsm
-from enclave.release import GuardedKms, KeyRelease, KeyService
+from enclave.release import EnvelopeKeys, GuardedKms, KeyService
 
 RNG_CURRENT = Path("/sys/class/misc/hw_random/rng_current")
 KERNEL_POOL = Path("/dev/urandom")
@@ -90,14 +90,14 @@ class Enclave:
         return self._identity
 
     @property
-    def prompts(self) -> KeyRelease | None:
+    def prompt_keys(self) -> EnvelopeKeys | None:
         """What opens the envelopes of prompts; None where the configuration names no key for them."""
         settings = self.configuration.kms
         if settings is None or settings.prompts is None:
             return None
         assert self._anybodys_kms is not None, "KMS is open before the model is there"
         model = self.model.manifest.digest()
-        return self._release(self._anybodys_kms, EnvelopePurpose.PROMPT, settings.prompts, model)
+        return self._envelope_keys(self._anybodys_kms, EnvelopePurpose.PROMPT, settings.prompts, model)
 
     @property
     def engine(self) -> Engine:
@@ -165,18 +165,18 @@ class Enclave:
                 self.log.write(WeightsReceived(received, total))
 
         configuration = self.configuration
-        release = None
+        keys = None
         if configuration.kms is not None:
             kms = await self._open_kms(configuration.kms)
             if configuration.kms.model is not None:
                 wrapped = configuration.kms.model
-                release = self._release(kms, EnvelopePurpose.MODEL, wrapped, configuration.manifest)
+                keys = self._envelope_keys(kms, EnvelopePurpose.MODEL, wrapped, configuration.manifest)
         self._model = await receive_model(
             configuration.model_store,
             configuration.manifest,
             max_bytes=configuration.max_model_bytes,
             progress=progress,
-            release=release,
+            keys=keys,
         )
         await self._commit(PCR_MODEL, self._model.manifest.digest())
 
@@ -188,8 +188,10 @@ class Enclave:
         self._mix((await self._kms.generate_random(RANDOM_SIZE)).expose())
         return self._kms
 
-    def _release(self, kms: KeyService, purpose: EnvelopePurpose, wrapped: WrappedKey, model: bytes) -> KeyRelease:
-        return KeyRelease(kms, purpose, wrapped, model=model, configuration=self.configuration.digest)
+    def _envelope_keys(
+        self, kms: KeyService, purpose: EnvelopePurpose, wrapped: WrappedKey, model: bytes
+    ) -> EnvelopeKeys:
+        return EnvelopeKeys(kms, purpose, wrapped, model=model, configuration=self.configuration.digest)
 
     async def make_identity(self) -> None:
         self._identity = Identity(

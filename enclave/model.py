@@ -23,7 +23,7 @@ from attestation.errors import StrongroomError
 from attestation.gguf import read_header
 from attestation.manifest import MANIFEST_LABEL, MAX_MANIFEST_SIZE, ManifestFile, ModelManifest
 from attestation.reference import h384
-from enclave.release import EnvelopeReader, KeyRelease
+from enclave.release import EnvelopeKeys, EnvelopeReader
 from vsockrpc.address import Address
 from vsockrpc.digest import HashingSink
 from vsockrpc.limits import BULK
@@ -77,10 +77,10 @@ async def receive_model(
     *,
     max_bytes: int,
     progress: Progress,
-    release: KeyRelease | None = None,
+    keys: EnvelopeKeys | None = None,
     patience: Patience | None = None,
 ) -> SealedModel:
-    """Fetches the model whose manifest has the digest ``manifest`` (48 bytes). With ``release`` it arrives encrypted.
+    """Fetches the model whose manifest has the digest ``manifest`` (48 bytes). With ``keys`` it arrives encrypted.
 
     Raises ModelRefused (``wrong_manifest``, ``wrong_model``, ``model_too_large``, ``not_enough_memory``), ModelError
     for a GGUF or a manifest that is broken, and StoreFailed; EnvelopeError and KmsError for an envelope that does not
@@ -98,7 +98,7 @@ async def receive_model(
         # Left only when nothing uses the descriptor any more.
         with ThreadPoolExecutor(1, "weights") as thread, HashingSink("sha384", _MemoryFile(fd).write) as sink:
             await asyncio.get_running_loop().run_in_executor(thread, _reserve, fd, weights.size)
-            digest = await transfer.file(weights, sink, release)
+            digest = await transfer.file(weights, sink, keys)
             seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
             if digest != weights.sha384:
@@ -173,10 +173,10 @@ class _Transfer:
             )
         return ModelManifest.decode(data)
 
-    async def file(self, weights: ManifestFile, sink: HashingSink, release: KeyRelease | None) -> bytes:
+    async def file(self, weights: ManifestFile, sink: HashingSink, keys: EnvelopeKeys | None) -> bytes:
         """Feeds the file to ``sink`` and returns its digest."""
         content = _Content(weights, sink, self._progress)
-        arriving = content if release is None else _Envelope(EnvelopeReader(release), content)
+        arriving = content if keys is None else _Envelope(EnvelopeReader(keys), content)
         attempts = _Attempts(self._patience)
         while not arriving.complete:
             before = arriving.received

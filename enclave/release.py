@@ -100,8 +100,8 @@ class GuardedKms:
             raise KmsError(self._refused[question], "KMS has refused this wrapped key before")
 
 
-class KeyRelease:
-    """Opens envelopes of one purpose, for the model and under the configuration of this boot (digests)."""
+class EnvelopeKeys:
+    """Unlocks envelopes of one purpose, for the model and under the configuration of this boot (digests)."""
 
     def __init__(
         self, kms: KeyService, purpose: EnvelopePurpose, wrapped: WrappedKey, *, model: bytes, configuration: bytes
@@ -140,13 +140,13 @@ class KeyRelease:
 class EnvelopeReader:
     """An envelope as it arrives: its key is asked for once its header is there."""
 
-    def __init__(self, release: KeyRelease) -> None:
-        self._release = release
+    def __init__(self, keys: EnvelopeKeys) -> None:
+        self._keys = keys
         self._beginning = bytearray()
         self._opener: Opener | None = None
 
     async def feed(self, chunk: Piece) -> list[Piece]:
-        """What is now known of the body. Raises as :meth:`KeyRelease.unlock` and :meth:`Opener.feed`."""
+        """What is now known of the body. Raises as :meth:`EnvelopeKeys.unlock` and :meth:`Opener.feed`."""
         if self._opener is not None:
             return self._opener.feed(chunk)
         self._beginning += chunk
@@ -156,7 +156,7 @@ class EnvelopeReader:
             if error.code == "truncated_envelope" and len(self._beginning) < MAX_OPENING:
                 return []
             raise
-        self._opener = await self._release.unlock(header)
+        self._opener = await self._keys.unlock(header)
         rest = bytes(self._beginning[start:])
         self._beginning.clear()
         return self._opener.feed(rest)

@@ -209,10 +209,10 @@ class Server:
     async def _open_envelope(self, body: _Body) -> _Received:
         """Raises Fault: nothing can be sealed before the reply secret is known. Why an envelope is refused is not said:
         whoever brings it need not be who sealed it."""
-        release = self._enclave.prompts
-        if release is None:
+        keys = self._enclave.prompt_keys
+        if keys is None:
             raise Fault("not_released", "this enclave opens no envelopes")
-        reader, digest, content = EnvelopeReader(release), hashlib.sha384(), bytearray()
+        reader, digest, content = EnvelopeReader(keys), hashlib.sha384(), bytearray()
         limits = self._enclave.configuration.limits
         try:
             async with (

@@ -541,7 +541,7 @@ async def test_a_configuration_for_prompts_alone_takes_the_model_in_plain(scene:
     with_kms = WithKms(scene, model=False)
     async with scene.boot() as booted:
         assert booted.phase is Phase.SERVING
-        assert booted.prompts is not None
+        assert booted.prompt_keys is not None
     assert with_kms.kms.asked == []
     assert scene.pool.read_bytes() == with_kms.kms.random
 
@@ -550,14 +550,14 @@ async def test_a_configuration_for_prompts_alone_takes_the_model_in_plain(scene:
 async def test_envelopes_of_prompts_are_opened_where_a_key_is_named(scene: Scene, named: bool) -> None:
     WithKms(scene, prompts=named)
     async with scene.boot() as booted:
-        assert (booted.prompts is not None) is named
+        assert (booted.prompt_keys is not None) is named
 
 
 async def test_without_kms_nobody_asks_it(scene: Scene) -> None:
     scene.make_kms = lambda *_: pytest.fail("KMS is asked")
     async with scene.boot() as booted:
         assert booted.phase is Phase.SERVING
-        assert booted.prompts is None
+        assert booted.prompt_keys is None
 
 
 @pytest.mark.parametrize("current", ["", "none", "tpm-rng"])

@@ -26,7 +26,7 @@ from attestation.reference import h384
 from enclave.config import WrappedKey
 from enclave.kms_errors import KmsError
 from enclave.model import ModelRefused, Patience, SealedModel, StoreFailed, receive_model
-from enclave.release import KeyRelease
+from enclave.release import EnvelopeKeys
 from parent.modelstore import ModelStore
 from tests.gguf_files import TEXT, Gguf
 from tests.sealing import CONTEXT, FLOOR, MODEL, MODEL_KEY, PROMPT, LocalKms, Sealing, split_records
@@ -107,7 +107,7 @@ class Receiver:
         *,
         digest: bytes | None = None,
         max_bytes: int = 1 << 30,
-        release: KeyRelease | None = None,
+        keys: EnvelopeKeys | None = None,
         patience: Patience = QUICK,
     ) -> SealedModel:
         digest = manifest_of(WEIGHTS).digest() if digest is None else digest
@@ -118,7 +118,7 @@ class Receiver:
                 digest,
                 max_bytes=max_bytes,
                 progress=self._note,
-                release=release,
+                keys=keys,
                 patience=patience,
             )
 
@@ -519,12 +519,12 @@ class Encrypted:
         return Sealing(self.kms.wrap, MODEL, MODEL_KEY, (digest,), (CONFIGURATION,), record=RECORD)
 
     @property
-    def release(self) -> KeyRelease:
+    def keys(self) -> EnvelopeKeys:
         wrapped, model = WrappedKey(MODEL_KEY, CONTEXT, FLOOR), manifest_of(WEIGHTS).digest()
-        return KeyRelease(self.kms, MODEL, wrapped, model=model, configuration=CONFIGURATION)
+        return EnvelopeKeys(self.kms, MODEL, wrapped, model=model, configuration=CONFIGURATION)
 
     async def receive(self, store: EncryptedStore, patience: Patience = QUICK) -> SealedModel:
-        return await self.receiver.receive(store.handlers, release=self.release, patience=patience)
+        return await self.receiver.receive(store.handlers, keys=self.keys, patience=patience)
 
     async def refusal(self, envelope: bytes, patience: Patience = QUICK) -> StrongroomError:
         return await self.refusal_by(EncryptedStore(envelope), patience)
@@ -544,7 +544,7 @@ async def test_what_is_loaded_and_hashed_is_the_plaintext(encrypted: Encrypted, 
     sealed = tmp_path / "w.sealed"
     sealed.write_bytes(encrypted.sealing.seal(WEIGHTS))
     store = ModelStore(manifest_of(WEIGHTS), sealed, encrypted=True)
-    model = await encrypted.receiver.receive(dict(store.handlers), release=encrypted.release)
+    model = await encrypted.receiver.receive(dict(store.handlers), keys=encrypted.keys)
     assert content_of(model) == WEIGHTS
     assert model.manifest == manifest_of(WEIGHTS)
     assert fcntl.fcntl(model.fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_WRITE
@@ -632,7 +632,7 @@ async def test_a_store_that_restarts_in_mid_transfer(encrypted: Encrypted, held:
     receiver, limits = encrypted.receiver, Limits(drain=0.05)
     async with serve(receiver.address, first.handlers, on_error=print, limits=limits) as server:
         patience = Patience(first_pause_seconds=0.001)
-        receiving = asyncio.ensure_future(receiver.receive(None, release=encrypted.release, patience=patience))
+        receiving = asyncio.ensure_future(receiver.receive(None, keys=encrypted.keys, patience=patience))
         await arrived.wait()
         await server.close()
         async with serve(receiver.address, second.handlers, on_error=print, limits=limits):
@@ -718,7 +718,7 @@ async def test_the_parents_store_does_not_mix_them_up(encrypted: Encrypted, tmp_
     path.write_bytes(WEIGHTS)
     plain = ModelStore(manifest_of(WEIGHTS), path)
     with pytest.raises(StoreFailed, match="in plain, and not encrypted"):
-        await encrypted.receiver.receive(dict(plain.handlers), release=encrypted.release)
+        await encrypted.receiver.receive(dict(plain.handlers), keys=encrypted.keys)
     path.write_bytes(encrypted.sealing.seal(WEIGHTS))
     sealed = ModelStore(manifest_of(WEIGHTS), path, encrypted=True)
     with pytest.raises(StoreFailed, match="encrypted, and not in plain"):

@@ -18,7 +18,7 @@ from attestation.errors import StrongroomError
 from enclave import release
 from enclave.config import WrappedKey
 from enclave.kms_errors import KmsError
-from enclave.release import AT_KMS, WAITING, EnvelopeReader, GuardedKms, KeyRelease
+from enclave.release import AT_KMS, WAITING, EnvelopeKeys, EnvelopeReader, GuardedKms
 from tests.sealing import CONTEXT, FLOOR, MODEL, MODEL_KEY, OTHER_KEY, PROMPT, LocalKms, Sealing, split_records
 
 MANIFEST, CONFIGURATION, OTHERS = b"\x10" * 48, b"\x11" * 48, b"\x12" * 48
@@ -40,7 +40,7 @@ def sealing(kms: LocalKms) -> Sealing:
 def reader(kms: LocalKms, wrapped: WrappedKey = WRAPPED, **changed: Any) -> EnvelopeReader:
     told: dict[str, Any] = {"purpose": MODEL, "model": MANIFEST, "configuration": CONFIGURATION} | changed
     purpose = told.pop("purpose")
-    return EnvelopeReader(KeyRelease(kms, purpose, wrapped, **told))
+    return EnvelopeReader(EnvelopeKeys(kms, purpose, wrapped, **told))
 
 
 async def opened(reading: EnvelopeReader, pieces: Iterable[bytes]) -> bytes:
