@@ -27,7 +27,7 @@ MODEL = b"\x10" * 48
 CONFIGURATION = b"\x11" * 48
 SETTINGS = ChannelSettings(rotation_seconds=300, lifetime_seconds=600, max_requests=1000)
 
-_ROOT = DevelopmentRoot.generate(datetime.now(UTC))
+ROOT = DevelopmentRoot.generate(datetime.now(UTC))
 
 
 class InProcess:
@@ -44,7 +44,7 @@ class InProcess:
 
 
 def software_nsm() -> Nsm:
-    return Nsm(InProcess(SoftwareNsm(_ROOT, boot_registers(IMAGE), module_id=new_module_id())))
+    return Nsm(InProcess(SoftwareNsm(ROOT, boot_registers(IMAGE), module_id=new_module_id())))
 
 
 def policy_for(model: bytes, configuration: bytes, *, max_age_seconds: int = 300) -> AppraisalPolicy:
@@ -52,7 +52,7 @@ def policy_for(model: bytes, configuration: bytes, *, max_age_seconds: int = 300
     PCR17.
     """
     return AppraisalPolicy(
-        anchor=Anchor.emulated(_ROOT.certificate_der),
+        anchor=Anchor.emulated(ROOT.certificate_der),
         max_age_seconds=max_age_seconds,
         leeway_seconds=120,
         accept_debug=None,
@@ -66,7 +66,7 @@ def policy_for(model: bytes, configuration: bytes, *, max_age_seconds: int = 300
 
 
 def write_policy(policy: AppraisalPolicy, directory: Path) -> Path:
-    (directory / "root.der").write_bytes(_ROOT.certificate_der)
+    (directory / "root.der").write_bytes(ROOT.certificate_der)
     path = directory / "policy.toml"
     path.write_text(policy_text(policy, root="root.der"))
     return path

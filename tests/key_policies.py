@@ -60,8 +60,12 @@ def as_json(policy: KeyPolicy) -> Json:
     return document
 
 
-def parsed(*statements: Json) -> KeyPolicy:
-    return KeyPolicy.parse(json.dumps({"Version": "2012-10-17", "Statement": statements}))
+def policy(*statements: Mapping[str, object]) -> str:
+    return json.dumps({"Version": "2012-10-17", "Statement": statements})
+
+
+def parsed(*statements: Mapping[str, object]) -> KeyPolicy:
+    return KeyPolicy.parse(policy(*statements))
 
 
 def opening(number: int = 1, purpose: EnvelopePurpose = PROMPT, **elements: object) -> Json:
@@ -92,6 +96,11 @@ def allow(*actions: str, principal: object = None, **elements: object) -> Json:
     who = {"AWS": STRANGER} if principal is None else principal
     plain: Json = {"Effect": "Allow", "Principal": who, "Action": [*actions], "Resource": "*", **elements}
     return {name: value for name, value in plain.items() if value is not None}
+
+
+def statement(principal: str, *actions: str, effect: str = "Allow", **conditions: Mapping[str, object]) -> Json:
+    """For one of AWS's principals. ``conditions`` are operators."""
+    return allow(*actions, principal={"AWS": principal}, Effect=effect, Condition=conditions or None)
 
 
 def deny(*actions: str, **elements: object) -> Json:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import boto3
@@ -18,12 +19,14 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from attestation.chain import Anchor
 from attestation.secret import Secret
 from emulator.kms_endpoint import KmsEmulator
+from emulator.kms_faults import Fault
 from emulator.sigv4 import Principal
 from enclave.cms import open_enveloped
 from enclave.nsm import Nsm
 from tests import attested
+from tests.terminal import Ran, Terminal
 
-ANCHOR = Anchor.emulated(attested._ROOT.certificate_der)
+ANCHOR = Anchor.emulated(attested.ROOT.certificate_der)
 """That of ``tests.attested``'s enclaves."""
 CONTEXT = {"strongroom": "1", "strongroom:purpose": "model"}
 
@@ -50,16 +53,37 @@ def refused(code: str, text: str = "") -> Iterator[None]:
     assert text in error["Message"], error
 
 
-def statement(
-    principal: str, *actions: str, effect: str = "Allow", **conditions: Mapping[str, object]
-) -> dict[str, Any]:
-    """One of a key policy. ``conditions`` are operators."""
-    said: dict[str, Any] = {"Effect": effect, "Principal": {"AWS": principal}, "Action": list(actions), "Resource": "*"}
-    return said | ({"Condition": conditions} if conditions else {})
+@dataclass
+class Desk:
+    """Where somebody uses KMS: the front door, and the credentials of whoever sits there in the environment."""
 
+    terminal: Terminal
+    emulator: KmsEmulator
+    monkeypatch: pytest.MonkeyPatch
+    asked: list[str] = field(default_factory=list, init=False)
+    """KMS's operations, in the order in which they were asked for."""
 
-def policy(*statements: Mapping[str, Any]) -> str:
-    return json.dumps({"Version": "2012-10-17", "Statement": list(statements)})
+    def __post_init__(self) -> None:
+        due = self.emulator.faults.due
+
+        def noted(operation: str) -> list[Fault]:
+            self.asked.append(operation)
+            return due(operation)
+
+        self.monkeypatch.setattr(self.emulator.faults, "due", noted)
+
+    def __call__(self, *arguments: str | Path, stdin: bytes = b"") -> Ran:
+        return self.terminal(*map(str, arguments), stdin=stdin)
+
+    def become(self, name: str) -> None:
+        for variable in [variable for variable in os.environ if variable.startswith("AWS_")]:
+            self.monkeypatch.delenv(variable)
+        for variable, value in self.emulator.environment(self.emulator.principal(name)).items():
+            self.monkeypatch.setenv(variable, value)
+
+    def have_no_credentials(self) -> None:
+        for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+            self.monkeypatch.delenv(variable)
 
 
 @dataclass

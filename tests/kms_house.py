@@ -8,7 +8,6 @@ import asyncio
 import base64
 import concurrent.futures
 import contextlib
-import os
 import threading
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -32,16 +31,18 @@ from strongroom.prompt_file import Reply, open_answer
 from tests import attested
 from tests.gguf_files import TEXT, Gguf
 from tests.house import SETTINGS, EnclaveHouse, Hostile, served
+from tests.key_policies import ACCOUNT
+from tests.kms_clients import Desk
 from tests.kms_world import HOST, QUICK, ROLE, Watched, World, kms_world
 from tests.sealing import CONTEXT, FLOOR, MODEL, PROMPT, Sealing, kms_toml
-from tests.terminal import Ran, Terminal
+from tests.terminal import Terminal
 from vsockrpc.address import UnixAddress
 from vsockrpc.messages import Delta
 from vsockrpc.transport import connect
 
 T = TypeVar("T")
 
-SEALER, ADMINISTRATOR = (f"arn:aws:iam::111122223333:role/{name}" for name in ("sealer", "administrator"))
+SEALER, ADMINISTRATOR = (f"arn:aws:iam::{ACCOUNT}:role/{name}" for name in ("sealer", "administrator"))
 WEIGHTS_CANARY = b"canary-in-the-weights-5b1f0c77"
 TENSOR = (WEIGHTS_CANARY * 600)[: 16 * 1024]
 WEIGHTS = Gguf([("tokenizer.chat_template", TEXT, "{{ messages }}")], [("w", 0, (16, 256), TENSOR)]).encode()
@@ -131,7 +132,7 @@ async def kms_house(
     """``ahead``: how far the clocks of KMS and of the NSM are from this machine's. ``egress``: what stands before the
     parent's.
     """
-    async with kms_world(directory, ahead=ahead, root=None if ahead else attested._ROOT) as world:
+    async with kms_world(directory, ahead=ahead, root=None if ahead else attested.ROOT) as world:
         keys = {purpose: KeyArn.parse(world.emulator.create_key()) for purpose in (MODEL, PROMPT)}
         root = base64.b64encode(world.emulator.root_der).decode()
         toml = kms_toml(
@@ -223,36 +224,10 @@ def kms_street(directory: Path) -> Iterator[KmsStreet]:
         thread.join()
 
 
-@dataclass
-class Desk:
-    """Where somebody uses KMS: the environment has the credentials of whoever sits there."""
+class HouseDesk(Desk):
+    """That of somebody who may seal for a house."""
 
-    home: KmsHouse
-    terminal: Terminal
-    monkeypatch: pytest.MonkeyPatch
-    asked: list[str] = field(default_factory=list)
-    """KMS's operations, in the order in which they were asked for."""
-
-    def __post_init__(self) -> None:
-        due = self.home.world.emulator.faults.due
-
-        def noted(operation: str) -> list[Any]:
-            self.asked.append(operation)
-            return due(operation)
-
-        self.monkeypatch.setattr(self.home.world.emulator.faults, "due", noted)
+    def __init__(self, home: KmsHouse, terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__(terminal, home.world.emulator, monkeypatch)
+        self.home = home
         self.become("assumed-role/sealer/me")
-
-    def __call__(self, *arguments: str | Path, stdin: bytes = b"") -> Ran:
-        return self.terminal(*map(str, arguments), stdin=stdin)
-
-    def become(self, name: str) -> None:
-        emulator = self.home.world.emulator
-        for variable in [variable for variable in os.environ if variable.startswith("AWS_")]:
-            self.monkeypatch.delenv(variable)
-        for variable, value in emulator.environment(emulator.principal(name)).items():
-            self.monkeypatch.setenv(variable, value)
-
-    def have_no_credentials(self) -> None:
-        for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
-            self.monkeypatch.delenv(variable)

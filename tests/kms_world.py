@@ -32,12 +32,12 @@ from enclave.nsm import Nsm
 from parent.credentials import Credentials, Issued
 from parent.egress import Allowed, Egress, Endpoint
 from tests.attested import IMAGE
-from tests.kms_clients import policy, statement
+from tests.key_policies import ACCOUNT, policy, statement
 from vsockrpc.address import TcpAddress, UnixAddress
 from vsockrpc.transport import Handler, Limits, Server, listen
 
 HOST = "kms.us-east-1.amazonaws.com"
-ROLE = "arn:aws:iam::111122223333:role/parent"
+ROLE = f"arn:aws:iam::{ACCOUNT}:role/parent"
 SESSION = "assumed-role/parent/i-00000000000000000"
 CONTEXT = {"strongroom": "1", "strongroom:purpose": "prompt", "strongroom:context": "tests", "strongroom:version": "1"}
 QUICK = Patience(first_pause_seconds=0.001, throttled_pause_seconds=0.001)

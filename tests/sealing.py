@@ -21,13 +21,14 @@ from attestation.keypolicy.document import KeyArn
 from attestation.secret import Secret
 from enclave.kms_errors import KmsError
 from strongroom.prompt_file import Reply
+from tests.key_policies import ACCOUNT
 from vsockrpc.address import UnixAddress
 from vsockrpc.deferred import DeferredPrompt, envelope_digest, new_reply_secret
 from vsockrpc.messages import ChatMessage, ChatRequest, Request
 
 MODEL, PROMPT = EnvelopePurpose.MODEL, EnvelopePurpose.PROMPT
 MODEL_KEY, PROMPTS_KEY, OTHER_KEY = (
-    KeyArn.parse(f"arn:aws:kms:us-east-1:111122223333:key/{digit * 8}-0000-4000-8000-000000000000") for digit in "abc"
+    KeyArn.parse(f"arn:aws:kms:us-east-1:{ACCOUNT}:key/{digit * 8}-0000-4000-8000-000000000000") for digit in "abc"
 )
 CONTEXT = "tests"
 FLOOR = 3

@@ -12,9 +12,9 @@ import pytest
 from attestation.keypolicy.answers import Grant, KeyMetadata
 from attestation.keypolicy.document import KeyPolicy
 from emulator.kms_endpoint import KmsEmulator, kms_emulator
-from tests.kms_clients import CONTEXT, kms_client, policy, refused, statement
+from tests.key_policies import ACCOUNT, policy, statement
+from tests.kms_clients import CONTEXT, kms_client, refused
 
-ACCOUNT = "111122223333"
 ROOT_USER = f"arn:aws:iam::{ACCOUNT}:root"
 ADMINISTRATOR = f"arn:aws:iam::{ACCOUNT}:role/administrator"
 ENCLAVE = f"arn:aws:iam::{ACCOUNT}:role/enclave"
@@ -273,7 +273,7 @@ def test_a_condition_on_grants(kms: KmsEmulator, administrator: Any) -> None:
         administrator.create_grant(KeyId=arn, GranteePrincipal=ENCLAVE, Operations=["Encrypt", "Decrypt"])
     with refused("ValidationException", "GranteePrincipal is missing"):
         administrator.create_grant(KeyId=arn, Operations=["Encrypt"])
-    for nobody in ("enclave", "111122223333", "arn:aws:s3:::bucket"):
+    for nobody in ("enclave", ACCOUNT, "arn:aws:s3:::bucket"):
         with refused("InvalidArnException"):
             administrator.create_grant(KeyId=arn, GranteePrincipal=nobody, Operations=["Encrypt"])
 

@@ -19,10 +19,11 @@ from emulator.nsm import SoftwareNsm, boot_registers, new_module_id
 from emulator.pki import DevelopmentRoot
 from enclave.nsm import Nsm
 from tests.attested import IMAGE, InProcess
-from tests.kms_clients import CONTEXT, Recipient, kms_client, policy, refused, statement
+from tests.key_policies import ACCOUNT, policy, statement
+from tests.kms_clients import CONTEXT, Recipient, kms_client, refused
 
-ROLE = "arn:aws:iam::111122223333:role/enclave"
-ROOT_USER = "arn:aws:iam::111122223333:root"
+ROLE = f"arn:aws:iam::{ACCOUNT}:role/enclave"
+ROOT_USER = f"arn:aws:iam::{ACCOUNT}:root"
 INVALID = "ValidationException"
 
 

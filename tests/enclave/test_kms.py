@@ -50,7 +50,7 @@ from enclave.nsm import Nsm
 from parent.credentials import Issued, NoCredentials
 from parent.egress import Endpoint
 from tests.attested import IMAGE, software_nsm
-from tests.kms_clients import policy, statement
+from tests.key_policies import ACCOUNT, policy, statement
 from tests.kms_world import CONTEXT, HOST, ONCE, ROLE, Impostor, World, issued, kms_world, lasting, released_to
 from vsockrpc.address import TcpAddress, UnixAddress
 from vsockrpc.transport import Fault, IncomingCall
@@ -249,12 +249,12 @@ def member(name: str, value: object) -> Alter:
     return Alter(lambda answer: {**answer, name: value})
 
 
-ANOTHER = "arn:aws:kms:us-east-1:111122223333:key/00000000-0000-0000-0000-000000000000"
+ANOTHER = f"arn:aws:kms:us-east-1:{ACCOUNT}:key/00000000-0000-0000-0000-000000000000"
 LIES = {
     "plaintext-beside": (WITH_PLAINTEXT, "kms_plaintext"),
     "plaintext-instead": (Alter(without_ciphertext), "kms_plaintext"),
     "another-key": (another_key(ANOTHER), "kms_wrong_key"),
-    "alias": (another_key("arn:aws:kms:us-east-1:111122223333:alias/mine"), "kms_wrong_key"),
+    "alias": (another_key(f"arn:aws:kms:us-east-1:{ACCOUNT}:alias/mine"), "kms_wrong_key"),
     "no-key": (Alter(lambda answer: {name: answer[name] for name in answer if name != "KeyId"}), "kms_wrong_key"),
     "key-of-another-type": (member("KeyId", ["\x1b[2J"]), "kms_wrong_key"),
     "garbage": (GARBAGE, "kms_malformed"),

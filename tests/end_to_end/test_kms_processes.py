@@ -13,10 +13,11 @@ import pytest
 
 from tests.canaries import memory_of, where
 from tests.end_to_end.conftest import CONTEXT, Home, end, eventually, home_folder, process_of
+from tests.key_policies import ACCOUNT
 
 pytestmark = [pytest.mark.processes, pytest.mark.model]
 
-ROLES = "arn:aws:iam::111122223333:role"
+ROLES = f"arn:aws:iam::{ACCOUNT}:role"
 CANARY = "Kanarienvogel-0d6e2b19-wartet-im-Briefumschlag"
 PIECE = 48
 """Bytes of the weights that are searched for: by chance they are nowhere else."""

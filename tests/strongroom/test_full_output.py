@@ -14,7 +14,7 @@ from attestation.bundle import Bundle
 from attestation.envelope import EnvelopeHeader
 from strongroom.cli import strongroom as front_door
 from strongroom.release_file import write_key
-from tests.kms_house import ADMINISTRATOR, SEALER, WEIGHTS, Desk, KmsStreet, kms_street
+from tests.kms_house import ADMINISTRATOR, SEALER, WEIGHTS, HouseDesk, KmsStreet, kms_street
 from tests.kms_world import ROLE
 from tests.pki import forge
 from tests.release_files import ED25519, NAME
@@ -115,14 +115,14 @@ def kms(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KmsStreet]:
 
 
 @pytest.fixture
-def desk(folder: Path, kms: KmsStreet, strongroom: Terminal, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
+def desk(folder: Path, kms: KmsStreet, strongroom: Terminal, monkeypatch: pytest.MonkeyPatch) -> Iterator[HouseDesk]:
     """An administrator's, with a model, and a prompt that was sealed and answered."""
     envelope, reply = kms.home.sealing(PROMPT).prompt("hello")
     (folder / "tiny.gguf").write_bytes(WEIGHTS)
     (folder / "q.sealed").write_bytes(envelope)
     (folder / "q.sealed.reply").write_bytes(reply.encode())
     (folder / "a.sealed").write_bytes(kms.do(kms.home.bring(envelope)))
-    yield Desk(kms.home, strongroom, monkeypatch)
+    yield HouseDesk(kms.home, strongroom, monkeypatch)
     kms.home.open_keys()
 
 
@@ -143,7 +143,7 @@ def test_an_answer_that_cannot_be_told(
 
 
 @pytest.fixture
-def by_kms(desk: Desk, kms: KmsStreet, full: Callable[..., Ran]) -> Callable[..., Ran]:
+def by_kms(desk: HouseDesk, kms: KmsStreet, full: Callable[..., Ran]) -> Callable[..., Ran]:
     """A command of BY_KMS, with nowhere to write to."""
     policy = str(kms.home.behind.directory / "policy.toml")
     places = {"URL": kms.url, "POLICY": policy, "KEY": kms.home.keys[PROMPT].text}
@@ -173,7 +173,7 @@ def test_a_key_policy_that_cannot_be_told(folder: Path, full: Callable[..., Ran]
 
 
 def test_a_key_is_told_before_anything_can_fail(
-    by_kms: Callable[..., Ran], desk: Desk, strongroom: Terminal, kms: KmsStreet
+    by_kms: Callable[..., Ran], desk: HouseDesk, strongroom: Terminal, kms: KmsStreet
 ) -> None:
     """Who makes it must know of it: it costs money until somebody deletes it."""
     ran = by_kms("kms", "key", "create")
@@ -183,7 +183,7 @@ def test_a_key_is_told_before_anything_can_fail(
 
 @pytest.mark.parametrize("command", [("kms", "key", "lock"), ("kms", "key", "rotate-image")], ids=" ".join)
 def test_a_change_is_told_before_anything_can_fail(
-    by_kms: Callable[..., Ran], desk: Desk, kms: KmsStreet, command: tuple[str, ...]
+    by_kms: Callable[..., Ran], desk: HouseDesk, kms: KmsStreet, command: tuple[str, ...]
 ) -> None:
     ran = by_kms(*command)
     assert "PutKeyPolicy" in desk.asked
@@ -192,7 +192,7 @@ def test_a_change_is_told_before_anything_can_fail(
 
 @pytest.mark.parametrize("command", [("kms", "key", "lock"), ("kms", "key", "rotate-image")], ids=" ".join)
 def test_a_change_that_nobody_could_see_is_none(
-    by_kms: Callable[..., Ran], desk: Desk, command: tuple[str, ...]
+    by_kms: Callable[..., Ran], desk: HouseDesk, command: tuple[str, ...]
 ) -> None:
     assert by_kms(*command, options=()).code == 4
     assert "PutKeyPolicy" not in desk.asked

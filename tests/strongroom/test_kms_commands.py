@@ -23,12 +23,12 @@ from emulator.kms_endpoint import KmsEmulator, kms_emulator
 from emulator.kms_faults import Alter, Refuse
 from strongroom.key_policies import is_alike
 from tests.attested import CONFIGURATION, IMAGE, MODEL, Attested, policy_for, write_policy
-from tests.kms_clients import ANCHOR, Recipient, kms_client, refused
+from tests.key_policies import ACCOUNT
+from tests.kms_clients import ANCHOR, Desk, Recipient, kms_client, refused
 from tests.pki import forge
 from tests.release_files import ED25519, ISSUED, NAME, ONE, verified
 from tests.terminal import Ran, Terminal
 
-ACCOUNT = "111122223333"
 PARENT, CLIENT, ADMIN, OTHER = (
     f"arn:aws:iam::{ACCOUNT}:role/{name}" for name in ("parent", "client", "admin", "other")
 )
@@ -45,27 +45,19 @@ OLD = Release("old", IMAGE)
 NEW = Release("new", PcrSet(b"\x21" * 48, b"\x22" * 48, b"\x23" * 48))
 
 
-class Desk:
-    """Where somebody administers keys: a folder with policy.toml, the front door, and a KMS of their own."""
+class KeyDesk(Desk):
+    """That of somebody who administers keys, in a folder with policy.toml."""
 
     def __init__(
         self, terminal: Terminal, emulator: KmsEmulator, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        self.terminal = terminal
-        self.emulator = emulator
+        super().__init__(terminal, emulator, monkeypatch)
         self.folder = folder
-        self._monkeypatch = monkeypatch
         self.accept(OLD)
         self.become("assumed-role/admin/me")
 
-    def __call__(self, *arguments: str, stdin: bytes = b"") -> Ran:
-        return self.terminal("kms", *arguments, stdin=stdin)
-
-    def become(self, name: str) -> None:
-        principal = self.emulator.principal(name)
-        self._monkeypatch.delenv("AWS_SESSION_TOKEN", raising=False)
-        for variable, value in self.emulator.environment(principal).items():
-            self._monkeypatch.setenv(variable, value)
+    def __call__(self, *arguments: str | Path, stdin: bytes = b"") -> Ran:
+        return super().__call__("kms", *arguments, stdin=stdin)
 
     def accept(self, *releases: Release, key: str | None = None, administrators: tuple[str, ...] = (ADMIN,)) -> None:
         """Writes policy.toml."""
@@ -112,14 +104,14 @@ def emulator() -> Iterator[KmsEmulator]:
 @pytest.fixture
 def desk(
     strongroom: Terminal, emulator: KmsEmulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Desk]:
+) -> Iterator[KeyDesk]:
     monkeypatch.chdir(tmp_path)
-    yield Desk(strongroom, emulator, tmp_path, monkeypatch)
+    yield KeyDesk(strongroom, emulator, tmp_path, monkeypatch)
     emulator.faults.clear()
 
 
 @pytest.fixture
-def key(desk: Desk) -> str:
+def key(desk: KeyDesk) -> str:
     return desk.create()
 
 
@@ -144,7 +136,7 @@ def rules(ran: Ran) -> dict[str, set[str]]:
         ("key", "lock"),
     ],
 )
-def test_every_command_has_examples(desk: Desk, command: tuple[str, str]) -> None:
+def test_every_command_has_examples(desk: KeyDesk, command: tuple[str, str]) -> None:
     ran = desk(*command, "--help")
     assert ran.code == 0
     assert f"strongroom kms {' '.join(command)}" in ran.out.partition("Example")[2]
@@ -153,7 +145,7 @@ def test_every_command_has_examples(desk: Desk, command: tuple[str, str]) -> Non
 # --- policy generate ----------------------------------------------------------------------------------------------
 
 
-def test_what_is_generated_passes(desk: Desk) -> None:
+def test_what_is_generated_passes(desk: KeyDesk) -> None:
     made = desk.generated()
     assert [statement.sid for statement in made.statements] == ["Release old", "Seal", "Administer", "Read"]
     ran = desk("policy", "lint", desk.file("key.json", made), "--policy", "policy.toml", *FOR_PROMPTS, *BY_ADMIN)
@@ -164,7 +156,7 @@ def test_what_is_generated_passes(desk: Desk) -> None:
     ]
 
 
-def test_a_policy_that_names_the_key_says_what_it_is_for(desk: Desk, key: str) -> None:
+def test_a_policy_that_names_the_key_says_what_it_is_for(desk: KeyDesk, key: str) -> None:
     ran = desk("policy", "generate", *ROLES)
     assert KeyPolicy.parse(ran.out) == desk.policy_of(key)
     assert "changeable" in ran.err
@@ -185,20 +177,20 @@ def test_a_policy_that_names_the_key_says_what_it_is_for(desk: Desk, key: str) -
         (("--use", "prompt", "--context", "No"), "bad_context"),
     ],
 )
-def test_what_is_not_generated(desk: Desk, options: tuple[str, ...], said: str) -> None:
+def test_what_is_not_generated(desk: KeyDesk, options: tuple[str, ...], said: str) -> None:
     ran = desk("policy", "generate", *ROLES, *options)
     assert (ran.code, ran.out) == (2, "")
     assert said in ran.err
 
 
-def test_a_policy_that_accepts_any_model(desk: Desk) -> None:
+def test_a_policy_that_accepts_any_model(desk: KeyDesk) -> None:
     desk.write(replace(policy_for(MODEL, CONFIGURATION), model=Ignore("any will do")))
     ran = desk("policy", "generate", *FOR_PROMPTS, *ROLES)
     assert ran.code == 2
     assert "unpinned_register" in ran.err
 
 
-def test_signed_releases_that_have_expired(desk: Desk) -> None:
+def test_signed_releases_that_have_expired(desk: KeyDesk) -> None:
     line = append(b"", signer=ED25519, name=NAME, releases=[ONE], issued=ISSUED, expires=ISSUED + timedelta(days=1))
     (desk.folder / "releases.jsonl").write_bytes(line)
     releases = SignedReleases("releases.jsonl", 1, verified(line))
@@ -227,7 +219,7 @@ DEFAULT = json.dumps(
 )
 
 
-def test_the_policy_that_aws_writes_has_errors(desk: Desk) -> None:
+def test_the_policy_that_aws_writes_has_errors(desk: KeyDesk) -> None:
     ran = desk("policy", "lint", "-", stdin=DEFAULT.encode())
     assert ran.code == 1
     lines = ran.out.splitlines()
@@ -243,7 +235,7 @@ def test_the_policy_that_aws_writes_has_errors(desk: Desk) -> None:
     assert entry["findings"][0].keys() == {"severity", "rule", "statement", "why", "fix"}
 
 
-def test_without_an_appraisal_policy_the_shape_is_judged(desk: Desk) -> None:
+def test_without_an_appraisal_policy_the_shape_is_judged(desk: KeyDesk) -> None:
     made = desk.generated()
     assert desk("policy", "lint", desk.file("key.json", made), *BY_ADMIN).code == 0
     desk.accept(NEW)
@@ -264,7 +256,7 @@ def test_without_an_appraisal_policy_the_shape_is_judged(desk: Desk) -> None:
         (("--key", "alias/prompts"), "not the full ARN"),
     ],
 )
-def test_what_cannot_be_linted(desk: Desk, arguments: tuple[str, ...], said: str) -> None:
+def test_what_cannot_be_linted(desk: KeyDesk, arguments: tuple[str, ...], said: str) -> None:
     desk.file("key.json", DEFAULT)
     (desk.folder / "broken.json").write_bytes(b"\xff")
     desk.file("long.json", " " * 40_000)
@@ -273,7 +265,7 @@ def test_what_cannot_be_linted(desk: Desk, arguments: tuple[str, ...], said: str
     assert said in ran.err
 
 
-def test_a_key_with_its_grants(desk: Desk, key: str, emulator: KmsEmulator) -> None:
+def test_a_key_with_its_grants(desk: KeyDesk, key: str, emulator: KmsEmulator) -> None:
     ran = desk("policy", "lint", "--key", key, "--policy", "policy.toml", "--json")
     assert (ran.code, rules(ran)) == (0, {key: {"changeable", "can_destroy"}})
     desk.become("root")
@@ -288,7 +280,7 @@ def test_a_key_with_its_grants(desk: Desk, key: str, emulator: KmsEmulator) -> N
     assert rules(ran) == {open_key: {"root_delegation", "untrusted_administrator", "grant_opens"}}
 
 
-def test_the_copies_of_a_key_are_judged_too(desk: Desk, emulator: KmsEmulator) -> None:
+def test_the_copies_of_a_key_are_judged_too(desk: KeyDesk, emulator: KmsEmulator) -> None:
     desk.become("root")
     primary = emulator.create_key(DEFAULT, multi_region=True)
     with kms_client(emulator) as client:
@@ -303,13 +295,13 @@ def test_the_copies_of_a_key_are_judged_too(desk: Desk, emulator: KmsEmulator) -
     "command",
     [("policy", "lint", "--key"), ("policy", "lint", "--json", "--key"), ("key", "rotate-image", "--dry-run")],
 )
-def test_a_kms_that_is_not_aws_own_is_named(desk: Desk, key: str, emulator: KmsEmulator, command: Any) -> None:
+def test_a_kms_that_is_not_aws_own_is_named(desk: KeyDesk, key: str, emulator: KmsEmulator, command: Any) -> None:
     ran = desk(*command, key, "--policy", "policy.toml")
     assert ran.code == 0, ran.err
     assert ran.err.startswith(f"asking {emulator.endpoint}, which is not AWS's own KMS\n")
 
 
-def test_a_disabled_key_is_found_and_its_policy_can_be_changed(desk: Desk, key: str, emulator: KmsEmulator) -> None:
+def test_a_disabled_key_is_found_and_its_policy_can_be_changed(desk: KeyDesk, key: str, emulator: KmsEmulator) -> None:
     """To disable a key, close it to a release and enable it again is what one does about a bad release."""
     with kms_client(emulator, emulator.principal("assumed-role/admin/me")) as client:
         client.disable_key(KeyId=key)
@@ -321,7 +313,7 @@ def test_a_disabled_key_is_found_and_its_policy_can_be_changed(desk: Desk, key: 
     assert "not_enabled" in ran.err
 
 
-def test_another_key_than_the_policy_names(desk: Desk, key: str, emulator: KmsEmulator) -> None:
+def test_another_key_than_the_policy_names(desk: KeyDesk, key: str, emulator: KmsEmulator) -> None:
     other = emulator.create_key(DEFAULT)
     ran = desk("policy", "lint", "--key", other, "--policy", "policy.toml", "--use", "prompt")
     assert ran.code == 2
@@ -333,7 +325,7 @@ def test_another_key_than_the_policy_names(desk: Desk, key: str, emulator: KmsEm
 
 
 @pytest.fixture
-def document(desk: Desk, enclave: Attested) -> str:
+def document(desk: KeyDesk, enclave: Attested) -> str:
     (desk.folder / "document.cbor").write_bytes(enclave.nsm.attestation(nonce=b"\x00" * 32))
     return "document.cbor"
 
@@ -341,7 +333,7 @@ def document(desk: Desk, enclave: Attested) -> str:
 EMULATED = ("--anchor", "root.der")
 
 
-def test_what_kms_would_decide_and_why(desk: Desk, document: str) -> None:
+def test_what_kms_would_decide_and_why(desk: KeyDesk, document: str) -> None:
     desk.file("key.json", desk.generated())
     asking = ("policy", "check", "--document", document, "--policy-file", "key.json", *EMULATED)
     ran = desk(*asking, "--principal", SESSION, *IN_CONTEXT)
@@ -358,7 +350,7 @@ def test_what_kms_would_decide_and_why(desk: Desk, document: str) -> None:
     assert ran.json["considered"][0]["why_not"]
 
 
-def test_another_image_is_denied(desk: Desk, document: str) -> None:
+def test_another_image_is_denied(desk: KeyDesk, document: str) -> None:
     desk.accept(NEW)
     desk.file("key.json", desk.generated())
     ran = desk(
@@ -370,7 +362,7 @@ def test_another_image_is_denied(desk: Desk, document: str) -> None:
     assert f"PCR0: expected '{NEW.pcrs.pcr0.hex()}'; got '{IMAGE.pcr0.hex()}'" in ran.out
 
 
-def test_a_key_that_kms_keeps_and_evidence_of_a_channel(desk: Desk, key: str, enclave: Attested) -> None:
+def test_a_key_that_kms_keeps_and_evidence_of_a_channel(desk: KeyDesk, key: str, enclave: Attested) -> None:
     nonce = bytes(32)
     bundle = Bundle(enclave.evidence(nonce), nonce, forge.NOW, "http://127.0.0.1:8080")
     (desk.folder / "evidence.json").write_bytes(bundle.encode())
@@ -392,14 +384,14 @@ def test_a_key_that_kms_keeps_and_evidence_of_a_channel(desk: Desk, key: str, en
         (("--principal", SESSION, *EMULATED, "--encryption-context", "production"), 2, "NAME=VALUE"),
     ],
 )
-def test_what_cannot_be_checked(desk: Desk, document: str, options: tuple[str, ...], code: int, said: str) -> None:
+def test_what_cannot_be_checked(desk: KeyDesk, document: str, options: tuple[str, ...], code: int, said: str) -> None:
     desk.file("key.json", DEFAULT)
     ran = desk("policy", "check", "--document", document, "--policy-file", "key.json", *options)
     assert ran.code == code
     assert said in ran.err
 
 
-def test_a_check_needs_a_key_policy(desk: Desk, document: str) -> None:
+def test_a_check_needs_a_key_policy(desk: KeyDesk, document: str) -> None:
     ran = desk("policy", "check", "--document", document, "--principal", SESSION, *EMULATED)
     assert ran.code == 2
     assert "name --policy-file, or --key" in ran.err
@@ -409,7 +401,7 @@ def test_a_check_needs_a_key_policy(desk: Desk, document: str) -> None:
 
 
 def test_a_key_that_only_the_measured_image_can_use(
-    desk: Desk, key: str, emulator: KmsEmulator, enclave: Attested
+    desk: KeyDesk, key: str, emulator: KmsEmulator, enclave: Attested
 ) -> None:
     assert is_alike(desk.policy_of(key), desk.generated("--policy", "policy.toml"))
     context = encryption_context(EnvelopePurpose.PROMPT, "production", 1)
@@ -428,7 +420,7 @@ def test_a_key_that_only_the_measured_image_can_use(
     assert recipient.open(answer["CiphertextForRecipient"]) == Secret(made["Plaintext"])
 
 
-def test_what_is_said_of_a_new_key(desk: Desk) -> None:
+def test_what_is_said_of_a_new_key(desk: KeyDesk) -> None:
     ran = desk("key", "create", *FOR_PROMPTS, *ROLES, *BY_ADMIN, "--region", "us-east-1", "--json")
     assert ran.code == 0
     arn = KeyArn.parse(ran.json["key"])
@@ -442,7 +434,7 @@ def number_of_keys(emulator: KmsEmulator) -> int:
         return len(client.list_keys(Limit=1000)["Keys"])
 
 
-def test_a_key_that_opens_to_nobody_yet_and_then_to_an_image(desk: Desk) -> None:
+def test_a_key_that_opens_to_nobody_yet_and_then_to_an_image(desk: KeyDesk) -> None:
     """An image is measured with the ARN of its key: the key comes first."""
     roles = ("--sealer", CLIENT, "--reader", OTHER)
     ran = desk("key", "create", "--closed", *FOR_PROMPTS, *roles, *BY_ADMIN)
@@ -457,7 +449,7 @@ def test_a_key_that_opens_to_nobody_yet_and_then_to_an_image(desk: Desk) -> None
 
 
 @pytest.mark.parametrize("missing", ["use", "context", "administrator"])
-def test_what_a_closed_key_needs(desk: Desk, missing: str) -> None:
+def test_what_a_closed_key_needs(desk: KeyDesk, missing: str) -> None:
     options = {"use": ("--use", "prompt"), "context": ("--context", "production"), "administrator": BY_ADMIN}
     given = [argument for name, arguments in options.items() if name != missing for argument in arguments]
     ran = desk("key", "create", "--closed", *given)
@@ -466,7 +458,7 @@ def test_what_a_closed_key_needs(desk: Desk, missing: str) -> None:
     assert (ran.code, "--user" in ran.err) == (2, True)
 
 
-def test_a_dry_run_makes_nothing(desk: Desk, emulator: KmsEmulator) -> None:
+def test_a_dry_run_makes_nothing(desk: KeyDesk, emulator: KmsEmulator) -> None:
     before = number_of_keys(emulator)
     ran = desk("key", "create", *FOR_PROMPTS, *ROLES, *BY_ADMIN, "--dry-run")
     assert ran.code == 0
@@ -478,7 +470,7 @@ def test_a_dry_run_makes_nothing(desk: Desk, emulator: KmsEmulator) -> None:
     assert number_of_keys(emulator) == before
 
 
-def test_what_is_not_created(desk: Desk, emulator: KmsEmulator) -> None:
+def test_what_is_not_created(desk: KeyDesk, emulator: KmsEmulator) -> None:
     before = number_of_keys(emulator)
     ran = desk("key", "create", *FOR_PROMPTS, *ROLES)
     assert (ran.code, "--administrator" in ran.err) == (2, True)
@@ -496,7 +488,7 @@ def test_what_is_not_created(desk: Desk, emulator: KmsEmulator) -> None:
     ],
 )
 def test_a_kms_that_makes_something_else(
-    desk: Desk, emulator: KmsEmulator, operation: str, change: Mapping[str, Any], code: int, said: str
+    desk: KeyDesk, emulator: KmsEmulator, operation: str, change: Mapping[str, Any], code: int, said: str
 ) -> None:
     emulator.faults.inject(Alter(lambda answer: {**answer, **change}), operation=operation)
     ran = desk("key", "create", *FOR_PROMPTS, *ROLES, *BY_ADMIN)
@@ -504,7 +496,7 @@ def test_a_kms_that_makes_something_else(
     assert said in ran.err
 
 
-def test_a_kms_that_makes_another_kind_of_key(desk: Desk, emulator: KmsEmulator) -> None:
+def test_a_kms_that_makes_another_kind_of_key(desk: KeyDesk, emulator: KmsEmulator) -> None:
     def imported(answer: Mapping[str, Any]) -> Mapping[str, Any]:
         return {**answer, "KeyMetadata": {**answer["KeyMetadata"], "Origin": "EXTERNAL"}}
 
@@ -519,11 +511,11 @@ def test_a_kms_that_makes_another_kind_of_key(desk: Desk, emulator: KmsEmulator)
 # --- key rotate-image ---------------------------------------------------------------------------------------------
 
 
-def rotate(desk: Desk, key: str, *options: str) -> Ran:
+def rotate(desk: KeyDesk, key: str, *options: str) -> Ran:
     return desk("key", "rotate-image", key, *options)
 
 
-def test_a_rollout(desk: Desk, key: str) -> None:
+def test_a_rollout(desk: KeyDesk, key: str) -> None:
     before = desk.policy_of(key)
     desk.accept(OLD, NEW, key=key)
     tried = rotate(desk, key, "--dry-run")
@@ -551,7 +543,7 @@ def test_a_rollout(desk: Desk, key: str) -> None:
     assert rotate(desk, key, "--finish", "--json").json["changed"] is False
 
 
-def test_a_rollout_to_a_key_that_opens_to_nobody_yet(desk: Desk, emulator: KmsEmulator) -> None:
+def test_a_rollout_to_a_key_that_opens_to_nobody_yet(desk: KeyDesk, emulator: KmsEmulator) -> None:
     bare = {
         "Version": "2012-10-17",
         "Statement": [
@@ -573,7 +565,7 @@ def test_a_rollout_to_a_key_that_opens_to_nobody_yet(desk: Desk, emulator: KmsEm
     assert desk.sids(key) == ["Release old", None]
 
 
-def test_a_rollout_keeps_no_error(desk: Desk, emulator: KmsEmulator) -> None:
+def test_a_rollout_keeps_no_error(desk: KeyDesk, emulator: KmsEmulator) -> None:
     open_key = emulator.create_key(DEFAULT)
     desk.become("root")
     ran = rotate(desk, open_key, *FOR_PROMPTS, *BY_ADMIN, "--user", PARENT)
@@ -584,7 +576,7 @@ def test_a_rollout_keeps_no_error(desk: Desk, emulator: KmsEmulator) -> None:
     assert rotate(desk, open_key, "--user", PARENT).code == 1
 
 
-def test_a_rollout_that_kms_refuses_or_does_not_keep(desk: Desk, key: str, emulator: KmsEmulator) -> None:
+def test_a_rollout_that_kms_refuses_or_does_not_keep(desk: KeyDesk, key: str, emulator: KmsEmulator) -> None:
     desk.accept(OLD, NEW, key=key)
     emulator.faults.inject(Refuse("MalformedPolicyDocumentException", "no"), operation="PutKeyPolicy", times=1)
     ran = rotate(desk, key)
@@ -601,11 +593,11 @@ def test_a_rollout_that_kms_refuses_or_does_not_keep(desk: Desk, key: str, emula
 # --- key lock -----------------------------------------------------------------------------------------------------
 
 
-def lock(desk: Desk, key: str, *options: str, typed: str = "") -> Ran:
+def lock(desk: KeyDesk, key: str, *options: str, typed: str = "") -> Ran:
     return desk("key", "lock", key, *options, stdin=f"{typed}\n".encode() if typed else b"")
 
 
-def test_a_lock_is_for_ever_and_says_so_twice(desk: Desk, key: str, emulator: KmsEmulator) -> None:
+def test_a_lock_is_for_ever_and_says_so_twice(desk: KeyDesk, key: str, emulator: KmsEmulator) -> None:
     ran = lock(desk, key, typed=KeyArn.parse(key).key_id)
     assert ran.code == 0
     assert ran.err.lower().count("cannot be undone") == 2
@@ -626,7 +618,7 @@ def test_a_lock_is_for_ever_and_says_so_twice(desk: Desk, key: str, emulator: Km
     assert rotate(desk, key).code == 4
 
 
-def test_a_dry_run_locks_nothing(desk: Desk, key: str) -> None:
+def test_a_dry_run_locks_nothing(desk: KeyDesk, key: str) -> None:
     ran = lock(desk, key, "--dry-run")
     assert ran.code == 0
     assert ran.out.endswith("nothing was changed: --dry-run\n")
@@ -635,7 +627,7 @@ def test_a_dry_run_locks_nothing(desk: Desk, key: str) -> None:
     assert "kms:PutKeyPolicy" in desk.policy_of(key).encode()
 
 
-def test_a_lock_asks_for_the_id(desk: Desk, key: str) -> None:
+def test_a_lock_asks_for_the_id(desk: KeyDesk, key: str) -> None:
     ran = lock(desk, key, typed="yes")
     assert ran.code == 1
     assert "not_confirmed" in ran.err
@@ -643,14 +635,14 @@ def test_a_lock_asks_for_the_id(desk: Desk, key: str) -> None:
     assert "kms:PutKeyPolicy" in desk.policy_of(key).encode()
 
 
-def test_a_program_may_lock(desk: Desk, key: str) -> None:
+def test_a_program_may_lock(desk: KeyDesk, key: str) -> None:
     ran = lock(desk, key, "--yes-i-know-it-cannot-be-undone", "--json")
     assert ran.code == 0
     assert (ran.json["changed"], ran.json["mutability"]) == (True, "LOCKED")
     assert ran.err.lower().count("cannot be undone") == 2
 
 
-def test_a_key_with_errors_is_not_locked(desk: Desk, key: str) -> None:
+def test_a_key_with_errors_is_not_locked(desk: KeyDesk, key: str) -> None:
     desk.accept(NEW, key=key)
     ran = lock(desk, key, "--yes-i-know-it-cannot-be-undone")
     assert ran.code == 1
@@ -658,7 +650,7 @@ def test_a_key_with_errors_is_not_locked(desk: Desk, key: str) -> None:
     assert "kms:PutKeyPolicy" in desk.policy_of(key).encode()
 
 
-def test_a_key_that_could_still_be_changed_is_not_locked(desk: Desk, key: str, emulator: KmsEmulator) -> None:
+def test_a_key_that_could_still_be_changed_is_not_locked(desk: KeyDesk, key: str, emulator: KmsEmulator) -> None:
     kept = emulator.kms.keys.all(ACCOUNT, "us-east-1")
     (mine,) = (each for each in kept if each.arn == key)
     policy = desk.policy_of(key).encode()
@@ -672,7 +664,7 @@ def test_a_key_that_could_still_be_changed_is_not_locked(desk: Desk, key: str, e
     assert OTHER in ran.err
 
 
-def test_patterns_are_not_locked(desk: Desk, emulator: KmsEmulator) -> None:
+def test_patterns_are_not_locked(desk: KeyDesk, emulator: KmsEmulator) -> None:
     open_key = emulator.create_key(DEFAULT)
     desk.become("root")
     ran = lock(desk, open_key, *FOR_PROMPTS, "--yes-i-know-it-cannot-be-undone")

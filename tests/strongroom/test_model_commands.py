@@ -21,13 +21,13 @@ from attestation.rules import Require
 from strongroom import model_commands
 from tests.attested import write_policy
 from tests.gguf_files import TEXT, Gguf
-from tests.kms_house import WEIGHTS, WEIGHTS_CANARY, Desk, kms_house
+from tests.kms_house import WEIGHTS, WEIGHTS_CANARY, HouseDesk, kms_house
 from tests.sealing import CONTEXT, FLOOR, MODEL, OTHER_KEY, PROMPT
 from tests.terminal import Ran, Terminal
 
 
 @pytest.fixture
-async def desk(strongroom: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Desk]:
+async def desk(strongroom: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[HouseDesk]:
     """A folder with a model in it, in which somebody who may seal sits; the enclave has not booted."""
     folder, house = tmp_path / "desk", tmp_path / "house"
     folder.mkdir()
@@ -36,10 +36,10 @@ async def desk(strongroom: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyP
     async with kms_house(house, started=False) as home:
         monkeypatch.setenv("STRONGROOM_POLICY", str(home.behind.write_policy()))
         Path("tiny.gguf").write_bytes(WEIGHTS)
-        yield Desk(home, strongroom, monkeypatch)
+        yield HouseDesk(home, strongroom, monkeypatch)
 
 
-def encrypted(desk: Desk, *options: str | Path, model: str = "tiny.gguf") -> Ran:
+def encrypted(desk: HouseDesk, *options: str | Path, model: str = "tiny.gguf") -> Ran:
     return desk("model", "encrypt", model, "--out", "tiny.sealed", *options)
 
 
@@ -54,7 +54,7 @@ def refused(ran: Ran, code: int, error: str) -> None:
 # --- What is written --------------------------------------------------------------------------------------------------
 
 
-async def test_an_enclave_boots_from_what_is_written(desk: Desk) -> None:
+async def test_an_enclave_boots_from_what_is_written(desk: HouseDesk) -> None:
     ran = encrypted(desk)
     assert ran.code == 0, ran.err
     assert ran.out == "wrote tiny.sealed\nwrote tiny.sealed.manifest\n"
@@ -78,7 +78,7 @@ async def test_an_enclave_boots_from_what_is_written(desk: Desk) -> None:
     await desk.home.behind.stop()
 
 
-async def test_the_same_for_programs(desk: Desk) -> None:
+async def test_the_same_for_programs(desk: HouseDesk) -> None:
     ran = encrypted(desk, "--json", "--version", str(FLOOR + 2))
     assert (ran.code, ran.err) == (0, "")
     said = ran.json
@@ -92,7 +92,7 @@ async def test_the_same_for_programs(desk: Desk) -> None:
     await desk.home.behind.stop()
 
 
-async def test_two_encryptions_share_nothing(desk: Desk) -> None:
+async def test_two_encryptions_share_nothing(desk: HouseDesk) -> None:
     assert encrypted(desk).code == 0
     assert desk("model", "encrypt", "tiny.gguf", "--out", "again.sealed").code == 0
     one, other = (Path(name).read_bytes() for name in ("tiny.sealed", "again.sealed"))
@@ -101,7 +101,7 @@ async def test_two_encryptions_share_nothing(desk: Desk) -> None:
     assert one[-4000:] != other[-4000:]
 
 
-async def test_an_enclave_of_another_configuration_does_not_boot_from_it(desk: Desk, tmp_path: Path) -> None:
+async def test_an_enclave_of_another_configuration_does_not_boot_from_it(desk: HouseDesk, tmp_path: Path) -> None:
     """KMS would release the key, were its policy wider; the terms name another."""
     other = replace(desk.home.policy, configuration=Require((b"\x77" * 48,)))
     desk.home.open_keys(other)
@@ -118,7 +118,7 @@ async def test_an_enclave_of_another_configuration_does_not_boot_from_it(desk: D
 # --- What is not ------------------------------------------------------------------------------------------------------
 
 
-async def test_another_key_than_the_policys(desk: Desk) -> None:
+async def test_another_key_than_the_policys(desk: HouseDesk) -> None:
     refused(encrypted(desk, "--key", OTHER_KEY.text), 2, "wrong_key")
     refused(encrypted(desk, "--key", desk.home.keys[PROMPT].text), 2, "wrong_key")
     assert desk.asked == []
@@ -126,7 +126,7 @@ async def test_another_key_than_the_policys(desk: Desk) -> None:
 
 
 @pytest.mark.parametrize("left", [(), (PROMPT,)])
-async def test_a_policy_without_a_key_for_models(desk: Desk, tmp_path: Path, left: Any) -> None:
+async def test_a_policy_without_a_key_for_models(desk: HouseDesk, tmp_path: Path, left: Any) -> None:
     rules = {purpose: rule for purpose, rule in desk.home.policy.kms.items() if purpose in left}
     (tmp_path / "other").mkdir()
     policy = write_policy(replace(desk.home.policy, kms=rules), tmp_path / "other")
@@ -136,7 +136,7 @@ async def test_a_policy_without_a_key_for_models(desk: Desk, tmp_path: Path, lef
 
 
 @pytest.mark.parametrize("name", ["tiny.sealed", "tiny.sealed.manifest"])
-async def test_files_that_are_there(desk: Desk, name: str) -> None:
+async def test_files_that_are_there(desk: HouseDesk, name: str) -> None:
     Path(name).write_text("precious")
     ran = encrypted(desk)
     assert ran.code == 2
@@ -147,7 +147,7 @@ async def test_files_that_are_there(desk: Desk, name: str) -> None:
     assert desk.asked == []
 
 
-async def test_another_model_than_the_policy_accepts(desk: Desk) -> None:
+async def test_another_model_than_the_policy_accepts(desk: HouseDesk) -> None:
     other = Gguf([("tokenizer.chat_template", TEXT, "{{ other }}")]).encode()
     Path("tiny.gguf").write_bytes(other)
     ran = encrypted(desk)
@@ -156,7 +156,7 @@ async def test_another_model_than_the_policy_accepts(desk: Desk) -> None:
     assert desk.asked == []
 
 
-async def test_a_file_that_is_no_model(desk: Desk) -> None:
+async def test_a_file_that_is_no_model(desk: HouseDesk) -> None:
     for content in (b"", b"GGUF", b"strongroom/1 envelope\n" + bytes(1000)):
         Path("tiny.gguf").write_bytes(content)
         ran = encrypted(desk)
@@ -168,7 +168,7 @@ async def test_a_file_that_is_no_model(desk: Desk) -> None:
 
 
 @pytest.mark.parametrize("version", ["0", "-1", "x", str(1 << 32), str(FLOOR - 1)])
-async def test_a_version_that_no_enclave_would_take(desk: Desk, version: str) -> None:
+async def test_a_version_that_no_enclave_would_take(desk: HouseDesk, version: str) -> None:
     ran = encrypted(desk, "--version", version)
     assert ran.code == 2
     assert "--version" in ran.err
@@ -176,7 +176,7 @@ async def test_a_version_that_no_enclave_would_take(desk: Desk, version: str) ->
     assert desk.asked == []
 
 
-async def test_no_credentials(desk: Desk) -> None:
+async def test_no_credentials(desk: HouseDesk) -> None:
     desk.have_no_credentials()
     ran = encrypted(desk)
     refused(ran, 4, "kms_unavailable")
@@ -185,13 +185,13 @@ async def test_no_credentials(desk: Desk) -> None:
     assert (ran.code, ran.json["error"]["code"], ran.err) == (4, "kms_unavailable", "")
 
 
-async def test_credentials_that_may_not_seal(desk: Desk) -> None:
+async def test_credentials_that_may_not_seal(desk: HouseDesk) -> None:
     for name in ("assumed-role/stranger/me", "assumed-role/administrator/me", "arn:aws:iam::444455556666:user/eve"):
         desk.become(name)
         refused(encrypted(desk), 4, "kms_refused")
 
 
-async def test_a_key_that_releases_to_somebody_else(desk: Desk) -> None:
+async def test_a_key_that_releases_to_somebody_else(desk: HouseDesk) -> None:
     key = desk.home.keys[MODEL]
     found = desk.home.world.emulator.kms.keys.find(key.text, account=key.account, region=key.region).key
     document = json.loads(found.policy)
@@ -206,7 +206,7 @@ async def test_a_key_that_releases_to_somebody_else(desk: Desk) -> None:
 
 
 async def test_a_manifest_that_cannot_be_written_takes_the_model_back(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
+    desk: HouseDesk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(path: Path, data: bytes) -> None:
         raise OSError(28, "No space left on device", str(path))
@@ -218,13 +218,13 @@ async def test_a_manifest_that_cannot_be_written_takes_the_model_back(
     assert os.listdir() == ["tiny.gguf"]
 
 
-async def test_help_has_an_example(desk: Desk) -> None:
+async def test_help_has_an_example(desk: HouseDesk) -> None:
     assert "strongroom model encrypt " in desk("model", "encrypt", "--help").out
     assert "strongroom model encrypt " in desk("model", "--help").out
 
 
 async def test_a_policy_of_aws_and_a_kms_that_is_not_aws_own(
-    desk: Desk, tmp_path_factory: pytest.TempPathFactory
+    desk: HouseDesk, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     policy = tmp_path_factory.mktemp("policy") / "policy.toml"
     policy.write_text(policy_text(replace(desk.home.policy, anchor=AWS_NITRO_G1)))

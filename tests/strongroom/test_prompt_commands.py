@@ -27,7 +27,7 @@ from strongroom.files import write_new
 from strongroom.prompt_file import MAX_ANSWER
 from tests.attested import write_policy
 from tests.house import Forged
-from tests.kms_house import Desk, KmsHouse, KmsStreet, kms_street
+from tests.kms_house import HouseDesk, KmsHouse, KmsStreet, kms_street
 from tests.sealing import CONTEXT, FLOOR, MODEL, OTHER_KEY, PROMPT, split_records
 from tests.terminal import Ran, Terminal
 from vsockrpc.http import ANSWER_TYPE, ENVELOPE_PATH
@@ -41,13 +41,15 @@ def street(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KmsStreet]:
 
 
 @pytest.fixture
-def desk(street: KmsStreet, strongroom: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
+def desk(
+    street: KmsStreet, strongroom: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[HouseDesk]:
     """A folder with nothing in it, in which somebody who may seal sits."""
     home = street.home
     monkeypatch.setenv("STRONGROOM_POLICY", str(home.behind.directory / "policy.toml"))
     monkeypatch.setenv("STRONGROOM_URL", street.url)
     monkeypatch.chdir(tmp_path)
-    yield Desk(home, strongroom, monkeypatch)
+    yield HouseDesk(home, strongroom, monkeypatch)
     home.world.emulator.faults.clear()
     home.open_keys()
     street.hostile.on_request = lambda path, count: None
@@ -55,7 +57,7 @@ def desk(street: KmsStreet, strongroom: Terminal, tmp_path: Path, monkeypatch: p
     home.behind.engine.refuse = None
 
 
-def sealed(desk: Desk, text: str = "Why is the sky blue?", *options: str) -> Ran:
+def sealed(desk: HouseDesk, text: str = "Why is the sky blue?", *options: str) -> Ran:
     return desk("prompt", "seal", text, "--out", "q.sealed", *options)
 
 
@@ -66,7 +68,7 @@ def nothing_written() -> bool:
 # --- From a question to its answer ------------------------------------------------------------------------------------
 
 
-def test_sealed_brought_and_read(desk: Desk, street: KmsStreet) -> None:
+def test_sealed_brought_and_read(desk: HouseDesk, street: KmsStreet) -> None:
     ran = sealed(desk)
     assert ran.code == 0, ran.err
     assert ran.out == "wrote q.sealed\nwrote q.sealed.reply  (keep it: nothing else opens the answer)\n"
@@ -80,7 +82,7 @@ def test_sealed_brought_and_read(desk: Desk, street: KmsStreet) -> None:
     assert (ran.code, ran.out, ran.err) == (0, "Why is the sky blue?\n", "")
 
 
-def test_the_same_for_programs(desk: Desk) -> None:
+def test_the_same_for_programs(desk: HouseDesk) -> None:
     ran = sealed(desk, "hello", "--json")
     assert (ran.code, ran.err) == (0, "")
     said = ran.json
@@ -97,7 +99,7 @@ def test_the_same_for_programs(desk: Desk) -> None:
     assert set(ran.json["usage"]) == {"prompt_tokens", "completion_tokens"}
 
 
-def test_what_kms_is_asked_for(desk: Desk) -> None:
+def test_what_kms_is_asked_for(desk: HouseDesk) -> None:
     """It is judged before a data key is made."""
     assert sealed(desk).code == 0
     assert desk.asked == ["DescribeKey", "GetKeyPolicy", "ListGrants", "GenerateDataKey"]
@@ -105,7 +107,7 @@ def test_what_kms_is_asked_for(desk: Desk) -> None:
     assert (header.key, header.context, header.version) == (desk.home.keys[PROMPT], CONTEXT, FLOOR)
 
 
-def test_an_enclave_that_is_verified_as_well(desk: Desk, nobody: str, street: KmsStreet) -> None:
+def test_an_enclave_that_is_verified_as_well(desk: HouseDesk, nobody: str, street: KmsStreet) -> None:
     assert sealed(desk, "hello", "--url", street.url).code == 0
     assert desk.asked.count("DescribeKey") == 3  # both keys for the enclave's verdict, and the prompts' for its own
     Path("q.sealed").unlink()
@@ -118,7 +120,7 @@ def test_an_enclave_that_is_verified_as_well(desk: Desk, nobody: str, street: Km
     assert nothing_written()
 
 
-def test_standard_input_and_sampling(desk: Desk) -> None:
+def test_standard_input_and_sampling(desk: HouseDesk) -> None:
     options = ("--system", "Be brief.", "--max-tokens", "7", "--temperature", "0.25", "--seed", "3")
     ran = desk("prompt", "seal", "-", "--out", "q.sealed", *options, stdin="aus dem Rohr: é\n".encode())
     assert ran.code == 0
@@ -128,7 +130,7 @@ def test_standard_input_and_sampling(desk: Desk) -> None:
     assert (asked.max_tokens, asked.temperature, asked.seed) == (7, 0.25, 3)
 
 
-def test_an_envelope_that_is_brought_twice(desk: Desk) -> None:
+def test_an_envelope_that_is_brought_twice(desk: HouseDesk) -> None:
     assert sealed(desk, "again").code == 0
     for name in ("one", "two"):
         assert desk("prompt", "submit", "q.sealed", "--out", name).code == 0
@@ -147,7 +149,7 @@ def refused(ran: Ran, code: int, error: str) -> None:
     assert nothing_written()
 
 
-def test_another_key_than_the_policys(desk: Desk) -> None:
+def test_another_key_than_the_policys(desk: HouseDesk) -> None:
     refused(sealed(desk, "hello", "--key", OTHER_KEY.text), 2, "wrong_key")
     refused(sealed(desk, "hello", "--key", desk.home.keys[MODEL].text), 2, "wrong_key")
     assert desk.asked == []
@@ -155,7 +157,9 @@ def test_another_key_than_the_policys(desk: Desk) -> None:
 
 
 @pytest.mark.parametrize("left", [(), (MODEL,)])
-def test_a_policy_without_a_key_for_prompts(desk: Desk, tmp_path_factory: pytest.TempPathFactory, left: Any) -> None:
+def test_a_policy_without_a_key_for_prompts(
+    desk: HouseDesk, tmp_path_factory: pytest.TempPathFactory, left: Any
+) -> None:
     rules = {purpose: rule for purpose, rule in desk.home.policy.kms.items() if purpose in left}
     policy = write_policy(replace(desk.home.policy, kms=rules), tmp_path_factory.mktemp("policy"))
     ran = sealed(desk, "hello", "--policy", str(policy))
@@ -164,7 +168,7 @@ def test_a_policy_without_a_key_for_prompts(desk: Desk, tmp_path_factory: pytest
 
 
 @pytest.mark.parametrize("name", ["q.sealed", "q.sealed.reply"])
-def test_files_that_are_there(desk: Desk, name: str) -> None:
+def test_files_that_are_there(desk: HouseDesk, name: str) -> None:
     """Nothing is overwritten, and nobody is asked: a reply secret may be the last copy."""
     Path(name).write_text("precious")
     ran = sealed(desk)
@@ -176,14 +180,16 @@ def test_files_that_are_there(desk: Desk, name: str) -> None:
     assert desk.asked == []
 
 
-def test_no_place_to_write(desk: Desk) -> None:
+def test_no_place_to_write(desk: HouseDesk) -> None:
     ran = desk("prompt", "seal", "hello", "--out", "nowhere/q.sealed")
     assert ran.code == 2
     assert "No such folder" in ran.err
     assert desk.asked == []
 
 
-def test_a_second_file_that_cannot_be_written_takes_the_first_back(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_file_that_cannot_be_written_takes_the_first_back(
+    desk: HouseDesk, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(path: Path, data: bytes, **options: Any) -> None:
         if path.name == "q.sealed":
             raise OSError(28, "No space left on device", str(path))
@@ -197,39 +203,41 @@ def test_a_second_file_that_cannot_be_written_takes_the_first_back(desk: Desk, m
 
 
 @pytest.mark.parametrize("arguments", [(), ("--out", "q"), ("hello",), ("hello", "--out", ".")])
-def test_usage(desk: Desk, arguments: tuple[str, ...]) -> None:
+def test_usage(desk: HouseDesk, arguments: tuple[str, ...]) -> None:
     ran = desk("prompt", "seal", *arguments)
     assert ran.code == 2
     assert nothing_written()
 
 
-def test_no_credentials(desk: Desk) -> None:
+def test_no_credentials(desk: HouseDesk) -> None:
     desk.have_no_credentials()
     ran = sealed(desk)
     refused(ran, 4, "kms_unavailable")
     assert "Unable to locate credentials" in ran.err
 
 
-def test_somebody_elses_credentials(desk: Desk) -> None:
+def test_somebody_elses_credentials(desk: HouseDesk) -> None:
     desk.become("assumed-role/stranger/me")
     refused(sealed(desk), 4, "kms_refused")
     desk.become("arn:aws:iam::444455556666:user/eve")
     refused(sealed(desk), 4, "kms_refused")
 
 
-def test_kms_that_is_away(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kms_that_is_away(desk: HouseDesk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_KMS", "https://127.0.0.1:1")
     refused(sealed(desk), 4, "kms_unavailable")
 
 
-def test_a_policy_of_aws_and_a_kms_that_is_not_aws_own(desk: Desk, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_policy_of_aws_and_a_kms_that_is_not_aws_own(
+    desk: HouseDesk, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     policy = tmp_path_factory.mktemp("policy") / "policy.toml"
     policy.write_text(policy_text(replace(desk.home.policy, anchor=AWS_NITRO_G1)))
     refused(sealed(desk, "hello", "--policy", str(policy)), 3, "foreign_kms")
     assert desk.asked == []
 
 
-def test_errors_for_programs(desk: Desk) -> None:
+def test_errors_for_programs(desk: HouseDesk) -> None:
     desk.have_no_credentials()
     ran = sealed(desk, "hello", "--json")
     assert (ran.code, ran.err) == (4, "")
@@ -254,7 +262,7 @@ UNSAFE: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", UNSAFE)
-def test_a_key_that_releases_to_somebody_else_gets_nothing_sealed(desk: Desk, name: str) -> None:
+def test_a_key_that_releases_to_somebody_else_gets_nothing_sealed(desk: HouseDesk, name: str) -> None:
     statement, code = UNSAFE[name]
     opened(desk.home, statement)
     ran = sealed(desk)
@@ -267,14 +275,14 @@ def test_a_key_that_releases_to_somebody_else_gets_nothing_sealed(desk: Desk, na
     assert nothing_written()
 
 
-def test_a_key_that_releases_to_another_configuration(desk: Desk) -> None:
+def test_a_key_that_releases_to_another_configuration(desk: HouseDesk) -> None:
     desk.home.open_keys(replace(desk.home.policy, configuration=Require((b"\x77" * 48,))))
     ran = sealed(desk)
     assert ran.code == 1
     assert nothing_written()
 
 
-def test_a_prompt_that_no_enclave_takes(desk: Desk) -> None:
+def test_a_prompt_that_no_enclave_takes(desk: HouseDesk) -> None:
     """It would be noticed when it is too late, perhaps."""
     for text in (b"x" * ((1 << 20) + 1), "\N{SNOWMAN}".encode() * ((1 << 20) + 1)):
         ran = desk("prompt", "seal", "-", "--out", "q.sealed", stdin=text)
@@ -290,11 +298,11 @@ def test_a_prompt_that_no_enclave_takes(desk: Desk) -> None:
 # --- Bringing ---------------------------------------------------------------------------------------------------------
 
 
-def brought(desk: Desk, *options: str) -> Ran:
+def brought(desk: HouseDesk, *options: str) -> Ran:
     return desk("prompt", "submit", "q.sealed", "--out", "a.sealed", *options)
 
 
-def write_envelope(desk: Desk, text: str = "hello", **changed: Any) -> None:
+def write_envelope(desk: HouseDesk, text: str = "hello", **changed: Any) -> None:
     """As somebody else may have sealed it."""
     envelope, reply = desk.home.sealing().but(**changed).prompt(text)
     Path("q.sealed").write_bytes(envelope)
@@ -319,7 +327,7 @@ def fails(ran: Ran, code: int, error: str, *words: str) -> None:
         {"wrapped_under": {"strongroom": "1"}},
     ],
 )
-def test_an_envelope_that_is_not_for_this_enclave(desk: Desk, changed: dict[str, Any]) -> None:
+def test_an_envelope_that_is_not_for_this_enclave(desk: HouseDesk, changed: dict[str, Any]) -> None:
     if changed.get("wrapped_by") == "own":
         changed["wrapped_by"] = desk.home.keys[PROMPT]
     write_envelope(desk, **changed)
@@ -327,7 +335,7 @@ def test_an_envelope_that_is_not_for_this_enclave(desk: Desk, changed: dict[str,
     assert brought(desk, "--json").json["error"]["code"] == "not_released"
 
 
-def test_an_enclave_that_reaches_no_kms(desk: Desk) -> None:
+def test_an_enclave_that_reaches_no_kms(desk: HouseDesk) -> None:
     write_envelope(desk)
     desk.home.world.emulator.faults.inject(THROTTLED)
     fails(brought(desk), 4, "unavailable", "reaches no KMS", "bring the envelope again")
@@ -335,20 +343,20 @@ def test_an_enclave_that_reaches_no_kms(desk: Desk) -> None:
     assert brought(desk).code == 0
 
 
-def test_an_envelope_changed_on_its_way(desk: Desk) -> None:
+def test_an_envelope_changed_on_its_way(desk: HouseDesk) -> None:
     write_envelope(desk)
     header, records = split_records(Path("q.sealed").read_bytes())
     Path("q.sealed").write_bytes(header + b"".join([*records[:-1], records[-1][:-1] + b"\x00"]))
     fails(brought(desk), 4, "malformed", "changed on its way")
 
 
-def test_nobody_there(desk: Desk, nobody: str) -> None:
+def test_nobody_there(desk: HouseDesk, nobody: str) -> None:
     write_envelope(desk)
     fails(brought(desk, "--url", nobody), 4, "unreachable")
     fails(brought(desk, "--url", "no address"), 2, "bad_url")
 
 
-def test_nothing_but_a_prompts_envelope_is_shown_to_a_parent(desk: Desk, street: KmsStreet) -> None:
+def test_nothing_but_a_prompts_envelope_is_shown_to_a_parent(desk: HouseDesk, street: KmsStreet) -> None:
     """Least of all the file of its reply secret, which is called much like it."""
     before = len(street.hostile.requests)
     write_envelope(desk)
@@ -363,7 +371,7 @@ def test_nothing_but_a_prompts_envelope_is_shown_to_a_parent(desk: Desk, street:
     assert len(street.hostile.requests) == before
 
 
-def test_an_answer_that_is_there(desk: Desk, street: KmsStreet) -> None:
+def test_an_answer_that_is_there(desk: HouseDesk, street: KmsStreet) -> None:
     before = len(street.hostile.requests)
     write_envelope(desk)
     Path("a.sealed").write_text("precious")
@@ -385,14 +393,14 @@ FORGED: dict[str, tuple[Forged, str]] = {
 
 
 @pytest.mark.parametrize("name", FORGED)
-def test_a_proxy_that_answers_something_else(desk: Desk, street: KmsStreet, name: str) -> None:
+def test_a_proxy_that_answers_something_else(desk: HouseDesk, street: KmsStreet, name: str) -> None:
     forged, code = FORGED[name]
     write_envelope(desk)
     street.hostile.on_request = lambda path, count: forged if path == ENVELOPE_PATH else None
     fails(brought(desk), 4, code)
 
 
-def test_an_answer_that_breaks_off(desk: Desk, street: KmsStreet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_that_breaks_off(desk: HouseDesk, street: KmsStreet, monkeypatch: pytest.MonkeyPatch) -> None:
     write_envelope(desk)
     monkeypatch.setattr(street.hostile, "break_after", 100)
     monkeypatch.setattr("tests.house.SEALED_PATH", ENVELOPE_PATH)
@@ -400,7 +408,9 @@ def test_an_answer_that_breaks_off(desk: Desk, street: KmsStreet, monkeypatch: p
 
 
 @pytest.mark.parametrize("begins", [False, True])
-def test_an_answer_that_drips(desk: Desk, street: KmsStreet, monkeypatch: pytest.MonkeyPatch, begins: bool) -> None:
+def test_an_answer_that_drips(
+    desk: HouseDesk, street: KmsStreet, monkeypatch: pytest.MonkeyPatch, begins: bool
+) -> None:
     """A byte now and then is no silence, and no answer either."""
     headers = [(b"content-type", ANSWER_TYPE.encode())]
 
@@ -425,7 +435,7 @@ def test_an_answer_that_drips(desk: Desk, street: KmsStreet, monkeypatch: pytest
     assert brought(desk, "--timeout", "0").code == 2
 
 
-def test_a_proxy_forges_no_answer(desk: Desk, street: KmsStreet) -> None:
+def test_a_proxy_forges_no_answer(desk: HouseDesk, street: KmsStreet) -> None:
     """It may be kept, but nobody who has the reply file takes it for one."""
     write_envelope(desk)
     street.hostile.on_answer = lambda path, body: body[:-1] + b"\x00"
@@ -438,18 +448,18 @@ def test_a_proxy_forges_no_answer(desk: Desk, street: KmsStreet) -> None:
 # --- Reading ----------------------------------------------------------------------------------------------------------
 
 
-def read(desk: Desk, *options: str) -> Ran:
+def read(desk: HouseDesk, *options: str) -> Ran:
     return desk("prompt", "open", "a.sealed", "--reply", "q.sealed.reply", *options)
 
 
 @pytest.fixture
-def answered(desk: Desk) -> Desk:
+def answered(desk: HouseDesk) -> HouseDesk:
     write_envelope(desk)
     assert brought(desk).code == 0
     return desk
 
 
-def test_an_answer_to_another_envelope(answered: Desk) -> None:
+def test_an_answer_to_another_envelope(answered: HouseDesk) -> None:
     Path("a.sealed").rename("former")
     write_envelope(answered)
     Path("former").rename("a.sealed")
@@ -458,7 +468,7 @@ def test_an_answer_to_another_envelope(answered: Desk) -> None:
     assert "[tampered_record]" in ran.err
 
 
-def test_an_answer_cut_short(answered: Desk) -> None:
+def test_an_answer_cut_short(answered: HouseDesk) -> None:
     whole = Path("a.sealed").read_bytes()
     for size in (0, 20, len(whole) // 2, len(whole) - 1):
         Path("a.sealed").write_bytes(whole[:size])
@@ -467,7 +477,7 @@ def test_an_answer_cut_short(answered: Desk) -> None:
         assert "[truncated]" in ran.err
 
 
-def test_an_answer_that_is_a_failure(desk: Desk) -> None:
+def test_an_answer_that_is_a_failure(desk: HouseDesk) -> None:
     write_envelope(desk, "long " * 1000)
     assert brought(desk).code == 0
     ran = read(desk)
@@ -476,7 +486,7 @@ def test_an_answer_that_is_a_failure(desk: Desk) -> None:
     assert read(desk, "--json").json["error"]["code"] == "context_exceeded"
 
 
-def test_files_that_are_something_else(answered: Desk) -> None:
+def test_files_that_are_something_else(answered: HouseDesk) -> None:
     ran = answered("prompt", "open", "a.sealed", "--reply", "q.sealed")
     assert ran.code == 2
     assert "[too_large]" in ran.err
@@ -489,7 +499,7 @@ def test_files_that_are_something_else(answered: Desk) -> None:
         assert answered("prompt", "open", *missing).code == 2
 
 
-def test_the_reply_secret_is_never_shown(answered: Desk) -> None:
+def test_the_reply_secret_is_never_shown(answered: HouseDesk) -> None:
     secret = json.loads(Path("q.sealed.reply").read_text())["secret"]
     for ran in (read(answered), read(answered, "--json")):
         assert secret not in ran.out + ran.err
@@ -500,7 +510,7 @@ def test_the_reply_secret_is_never_shown(answered: Desk) -> None:
     assert secret not in ran.out + ran.err
 
 
-def test_help_has_examples_of_each(desk: Desk) -> None:
+def test_help_has_examples_of_each(desk: HouseDesk) -> None:
     for name in ("seal", "submit", "open"):
         ran = desk("prompt", name, "--help")
         assert ran.code == 0
