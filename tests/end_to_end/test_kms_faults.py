@@ -35,6 +35,7 @@ from enclave.kms_errors import KmsError
 from parent.credentials import Issued, NoCredentials
 from parent.egress import Endpoint
 from tests.canaries import where
+from tests.key_policies import ACCOUNT
 from tests.kms_clients import kms_client, refused
 from tests.kms_house import WEIGHTS_CANARY, KmsHouse, kms_house, served_kms_house, text_of
 from tests.kms_world import HOST, ONCE, QUICK, Impostor, issued
@@ -168,7 +169,7 @@ async def a_disabled_key(home: KmsHouse) -> None:
         found.enabled, found.key_state = False, "Disabled"
 
 
-ANOTHER_KEY = another_key("arn:aws:kms:us-east-1:111122223333:key/00000000-0000-0000-0000-000000000000")
+ANOTHER_KEY = another_key(f"arn:aws:kms:us-east-1:{ACCOUNT}:key/00000000-0000-0000-0000-000000000000")
 TROUBLE: dict[str, Trouble] = {
     "KMS unreachable": Trouble(nobody_at_kms, "kms_unreachable", "no way to KMS: no connection"),
     "not on the parent's list": Trouble(not_on_the_list, "kms_unreachable", "not on the parent's allow-list"),

@@ -366,11 +366,15 @@ async def test_options_for_kms_without_kms_are_said_so(launch: Launch) -> None:
     text = launch.instance.configuration.read_text()
     launch.instance.configuration.write_text(text.removesuffix(KMS))
     files = ["--config", str(launch.instance.configuration), "--model", str(launch.model)]
-    for option in (["--allow", ENDPOINT], ["--credentials", "none"], ["--profile", "p"], ["--egress-metrics", "x:1"]):
+
+    async def refused(*option: str) -> None:
         process = await strongroom("start", *files, "--name", "other", *option)
         _, stderr = await process.communicate()
         assert process.returncode == 2
         assert "has no [kms]" in stderr.decode()
+
+    options = (("--allow", ENDPOINT), ("--credentials", "none"), ("--profile", "p"), ("--egress-metrics", "x:1"))
+    await asyncio.gather(*(refused(*option) for option in options))
 
 
 # --- An encrypted model ---------------------------------------------------------------------------------------------
