@@ -1,4 +1,4 @@
-"""Envelopes: what goes in comes out, whole and for those its terms name, and whatever else happens to one has a code."""
+"""Envelopes: what goes in comes out, whole and for whom its terms name, and whatever else happens to one has a code."""
 
 from __future__ import annotations
 
