@@ -49,7 +49,8 @@ def rows(size: int = 1 << 30, runs: int = 5) -> list[Row]:
     """``runs`` of each kind over a model of ``size`` bytes: medians, and the ratio of their speeds, run by run."""
     measured: dict[str, list[float]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory() as folder:
-        _write(Path(folder), size)
+        # In a process that ends: whatever is started later would inherit its peak of memory as its own.
+        subprocess.run([*_command("writer", folder), "--size", str(size)], check=True)
         with _store(folder):
             for _ in range(runs):
                 for kind, taken in measured.items():
@@ -154,7 +155,7 @@ def main() -> None:
         "--size", type=int, default=1 << 30, help="bytes of weights, a multiple of 1 MiB (default: 1 GiB)"
     )
     parser.add_argument("--runs", type=int, default=5, help="runs of each kind (default: 5)")
-    parser.add_argument("--role", choices=("store", *KINDS), help=argparse.SUPPRESS)
+    parser.add_argument("--role", choices=("writer", "store", *KINDS), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.size <= 0 or options.size % MIB:
@@ -162,6 +163,8 @@ def main() -> None:
     if options.role is None:
         for row in rows(options.size, options.runs):
             print(row)
+    elif options.role == "writer":
+        _write(options.folder, options.size)
     elif options.role == "store":
         asyncio.run(_serve(options.folder))
     else:
