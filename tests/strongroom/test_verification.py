@@ -318,18 +318,24 @@ def test_an_enclave_is_inspected(strongroom: Terminal, street: Street) -> None:
     assert ran.json["bundle"]["nonce"] == ran.json["document"]["nonce"]
 
 
+_COMMON_NAME = b"\x06\x03\x55\x04\x03"
+NAME_IN_BITS = forge.GOOD_CHAIN.certificate.replace(_COMMON_NAME + b"\x0c", _COMMON_NAME + b"\x03")
+"""A certificate whose names are BIT STRINGs: the library reads it, and fails at its names with an error of its own."""
+
+
 @pytest.mark.parametrize(
     ("data", "code", "shown"),
     [
         (forge.document(protected=cbor2.dumps({1: -7})), "wrong_algorithm", "module_id     i-"),
         (forge.document(forge.payload_fields(pcrs={32: bytes(48)})), "malformed_document", "zero          PCR 32"),
         (forge.document(forge.payload_fields(certificate=b"\x30\x00")), "untrusted_chain", "certificate   unreadable"),
+        (forge.document(forge.payload_fields(certificate=NAME_IN_BITS)), "untrusted_chain", "certificate   unreadable"),
         (forge.evidence(commitment=b"\xa0"), "malformed_commitment", "module_id     i-"),
         (forge.document(cbor2.dumps([])), "malformed_document", "UNVERIFIED"),
         (forge.document(forge.payload_fields(module_id="\x1b[2J")), "malformed_document", r"\x1b[2J"),
         (forge.document(forge.payload_fields(user_data=b"another's")), None, "user_data     616e6f74686572"),
     ],
-    ids=["algorithm", "registers", "certificate", "commitment", "payload", "escape", "user data"],
+    ids=["algorithm", "registers", "certificate", "name", "commitment", "payload", "escape", "user data"],
 )
 def test_what_is_not_as_specified_is_shown_all_the_same(
     strongroom: Terminal, data: bytes, code: str | None, shown: str
