@@ -205,7 +205,7 @@ def _certificate(der: object, problems: Problems) -> dict[str, str]:
         seen["not_before"] = certificate.not_valid_before_utc.isoformat()
         seen["not_after"] = certificate.not_valid_after_utc.isoformat()
     except (ValueError, TypeError, x509.InvalidVersion, Warning) as error:
-        # TypeError: a name in a BIT STRING. Warning: what the library only warns of, where warnings are set to be errors.
+        # TypeError: a name in a BIT STRING. Warning: what the library only warns of, where those are set to be errors.
         problems.append(
             EvidenceError("untrusted_chain", "not an X.509 certificate", got=ascii(str(error))[1:-1]).as_json()
         )
