@@ -88,7 +88,13 @@ def recipient_id(key: RSAPublicKey) -> bytes:
 def parse(ber: bytes) -> EnvelopedData:
     """Raises CmsError for anything but one EnvelopedData of KMS's shape."""
     _check_bounds(ber)
-    content_info = _decoded(ber, _ContentInfo())
+    try:
+        return _enveloped_data(_decoded(ber, _ContentInfo()))
+    except PyAsn1Error:  # the library decodes some indefinite lengths to a value without fields
+        raise _malformed("a field of it has no value") from None
+
+
+def _enveloped_data(content_info: univ.Sequence) -> EnvelopedData:
     _require(_ENVELOPED_DATA, content_info["contentType"], "contentType")
     enveloped = content_info["content"]
     _require_version(enveloped["version"], "EnvelopedData.version")

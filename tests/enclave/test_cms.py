@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import load_der_private_key
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from attestation.secret import Secret
@@ -109,6 +109,7 @@ def test_content_in_any_chunks_opens(
     assert open_enveloped(Answer(content=content, form=outer).encode(), KEY) == Secret(plaintext)
 
 
+@example(bytes.fromhex("b4800000"))  # an indefinite length with nothing in it, found by fuzzing
 @given(st.binary(max_size=200))
 def test_any_bytes_are_an_error(data: bytes) -> None:
     with pytest.raises(CmsError):
