@@ -272,7 +272,7 @@ def _check_bounds(ber: bytes) -> None:
 def _decoded(ber: bytes, schema: univ.Sequence) -> univ.Sequence:
     try:
         value, rest = decoder.decode(ber, asn1Spec=schema)
-    except PyAsn1Error:
+    except Exception:  # its own error, and on bytes that it did not expect others; nothing of ours is within
         raise _malformed(f"it does not decode as {type(schema).__name__.removeprefix('_')}") from None
     if rest:
         raise _malformed("bytes follow it", "none", len(rest))

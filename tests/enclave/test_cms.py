@@ -109,6 +109,15 @@ def test_content_in_any_chunks_opens(
     assert open_enveloped(Answer(content=content, form=outer).encode(), KEY) == Secret(plaintext)
 
 
+@pytest.mark.parametrize("extra", ["0500", "020102"])
+def test_a_field_more_anywhere_is_an_error(extra: str) -> None:
+    """The library meets some of them with an IndexError."""
+    data = KMS.encode()
+    for at in range(len(data) + 1):
+        with pytest.raises(CmsError):
+            open_enveloped(data[:at] + bytes.fromhex(extra) + data[at:], KEY)
+
+
 @example(bytes.fromhex("b4800000"))  # an indefinite length with nothing in it, found by fuzzing
 @given(st.binary(max_size=200))
 def test_any_bytes_are_an_error(data: bytes) -> None:
