@@ -16,12 +16,10 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from emulator.cms import ContentForm, EnvelopedData, envelop
 
 VECTORS = Path(__file__).resolve().parents[3] / "shared" / "vectors" / "kms"
-if not VECTORS.is_dir():
-    pytest.skip(f"no vectors in {VECTORS}", allow_module_level=True)
-INDEX: list[dict[str, Any]] = json.loads((VECTORS / "INDEX.json").read_text())["vectors"]
+NAMES = ("edgebit-datakey", "aws-samples-eth-signer", "waas-0b78d081", "ned-readme", "aws-sdk-c-constructed")
 
 
-def fields(vector: dict[str, Any], form: ContentForm = ContentForm.CONSTRUCTED) -> EnvelopedData:
+def fields(vector: dict[str, Any]) -> EnvelopedData:
     content = bytes.fromhex(vector["encrypted_content_hex"])
     chunks, start = [], 0
     for size in vector["encrypted_content_chunks"]:
@@ -33,20 +31,23 @@ def fields(vector: dict[str, Any], form: ContentForm = ContentForm.CONSTRUCTED) 
         bytes.fromhex(vector["encrypted_key_hex"]),
         bytes.fromhex(vector["iv_hex"]),
         tuple(chunks),
-        form,
+        ContentForm.CONSTRUCTED,
     )
 
 
-@pytest.mark.parametrize("vector", INDEX, ids=lambda vector: str(vector["name"]))
-def test_the_same_parts_give_the_bytes_that_aws_sent(vector: dict[str, Any]) -> None:
-    assert fields(vector).encode() == (VECTORS / vector["file"]).read_bytes()
+@pytest.mark.skipif(not VECTORS.is_dir(), reason="AWS's own answers are not beside this repository")
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_parts_give_the_bytes_that_aws_sent(name: str) -> None:
+    vectors = {vector["name"]: vector for vector in json.loads((VECTORS / "INDEX.json").read_text())["vectors"]}
+    assert vectors.keys() == set(NAMES)
+    assert fields(vectors[name]).encode() == (VECTORS / vectors[name]["file"]).read_bytes()
 
 
 def test_the_primitive_form_differs_in_the_content_alone() -> None:
-    vector = INDEX[0]
-    constructed = fields(vector).encode()
-    primitive = fields(vector, ContentForm.PRIMITIVE).encode()
-    content = bytes.fromhex(vector["encrypted_content_hex"])
+    content = hashlib.shake_256(b"content").digest(48)
+    parts = (bytes(32), bytes(256), bytes(16), (content,))
+    constructed = EnvelopedData(*parts, ContentForm.CONSTRUCTED).encode()
+    primitive = EnvelopedData(*parts, ContentForm.PRIMITIVE).encode()
     written = bytes([0xA0, 0x80, 0x04, len(content)]) + content + bytes(2)
     assert constructed.count(written) == 1
     assert primitive == constructed.replace(written, bytes([0x80, len(content)]) + content)
