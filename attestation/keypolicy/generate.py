@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
-from attestation.envelope import EnvelopePurpose
+from attestation.envelope import CONTEXT_NAME, EnvelopePurpose
 from attestation.keypolicy.actions import POWERS, PREFIX, Power, covered, matching
 from attestation.keypolicy.attested import CONTEXT_KEY, IMAGE_KEY, PURPOSE_KEY, ReleasedTo, register_key
 from attestation.keypolicy.document import (
@@ -45,7 +45,6 @@ KEEPS: Final = tuple(
 _NO_SID: Final = re.compile(r"[^A-Za-z0-9]+")
 _LONGEST_SID: Final = 64
 _PERSON: Final = re.compile(r"arn:aws(?:-[a-z]{1,8}){0,3}:iam::[0-9]{12}:(?:role|user)/[\w+=,.@/-]{1,576}", re.ASCII)
-_CONTEXT: Final = re.compile(r"[a-z0-9._-]{1,64}")
 
 
 def generate(
@@ -112,7 +111,7 @@ def _beside(
     readers: Sequence[str],
 ) -> Iterator[Statement]:
     """What a key's policy says beside what opens it."""
-    if not _CONTEXT.fullmatch(context):
+    if not re.fullmatch(CONTEXT_NAME, context):
         raise KeyPolicyError(
             "bad_context", "no name of a context", expected="1 to 64 of a-z 0-9 . _ -", got=ascii(context[:80])
         )
