@@ -1,4 +1,4 @@
-"""What may run in an enclave beside Python, by name. Measured by :mod:`attestation.measure`, and all that
+"""What may run in an enclave beside Python, by name. Measured by :mod:`attestation.process_image`, and all that
 :mod:`enclave.imports` lets an enclave's processes import; it imports nothing itself.
 """
 

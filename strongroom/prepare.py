@@ -16,9 +16,9 @@ from pathlib import Path
 from attestation.chain import Anchor
 from attestation.errors import StrongroomError
 from attestation.manifest import ModelManifest
-from attestation.measure import measure_process_image
 from attestation.policy import AppraisalPolicy
 from attestation.policy_writer import write_policy
+from attestation.process_image import measure_process_image
 from attestation.reference import PCR_INSTANCE, PCR_ROLE, PCR_SIGNER, configuration_digest, digest_text
 from attestation.rules import ChannelBinding, Forbid, Ignore, Release, Require
 from emulator.pki import ensure_development_root

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from attestation.errors import StrongroomError
 from attestation.manifest import ModelManifest
-from attestation.measure import measure_process_image
+from attestation.process_image import measure_process_image
 from attestation.reference import PcrSet, digest_text
 from parent.config import LaunchConfiguration
 from parent.events import Event, EventError, EventReader

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 import enclave
 from attestation.errors import StrongroomError
-from attestation.measure import _tree
+from attestation.process_image import _tree
 from emulator.https import HttpAnswer, HttpRequest, HttpsServer
 from emulator.tls import TlsAuthority
 from enclave import anchors

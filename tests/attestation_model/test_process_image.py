@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from attestation.dependencies import APPLICATION_PACKAGES, ENCLAVE_DEPENDENCIES
-from attestation.measure import (
+from attestation.process_image import (
     ImageSection,
     MeasurementError,
     measure_process_image,
@@ -374,7 +374,12 @@ def test_real_interpreter(tmp_path: Path) -> None:
         "enclave.toml",
     }
     assert not [path for path in paths if path.startswith("/") or "__pycache__" in path or ".." in path.split("/")]
-    for expected in ("interpreter/python", "stdlib/asyncio/base_events.py", "attestation/measure.py", "enclave/nsm.py"):
+    for expected in (
+        "interpreter/python",
+        "stdlib/asyncio/base_events.py",
+        "attestation/process_image.py",
+        "enclave/nsm.py",
+    ):
         assert expected in paths
     assert any(re.fullmatch(r"stdlib/lib-dynload/_ctypes\..*so", path) for path in paths) or "_ctypes" in (
         sys.builtin_module_names
