@@ -11,7 +11,8 @@
 raises EvidenceError or AppraisalError with every check in it. It does no I/O; only what is called ``load`` reads files.
 
 These names are the verifier's and its policy's. What reference values are computed from has modules of its own, such as
-``attestation.process_image`` for the files of an emulated enclave; so has what KMS says of a key, ``attestation.keypolicy``.
+``attestation.process_image`` for the files of an emulated enclave; so has what KMS says of a key,
+``attestation.keypolicy``.
 """
 
 TYPE_CHECKING = False  # as in typing, which is not loaded for it
