@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from attestation.errors import StrongroomError
-from vsockrpc.address import UnixAddress, parse_address
+from vsockrpc.address import Address, parse_address
 from vsockrpc.errors import AddressError
 
 
@@ -29,7 +29,7 @@ class LaunchConfigurationError(StrongroomError):
 class KmsAccess:
     """What the enclave's KMS asks of its host. ``endpoint`` is the ``HOST:PORT`` that the enclave will ask for."""
 
-    egress: UnixAddress
+    egress: Address
     endpoint: str
     encrypted_model: bool
     """Whether the weights arrive encrypted."""
@@ -37,11 +37,12 @@ class KmsAccess:
 
 @dataclass(frozen=True, slots=True)
 class LaunchConfiguration:
-    """The addresses of an enclave that runs as a process: Unix sockets beside its ``enclave.toml``."""
+    """Its addresses, as the enclave sees them. Which of them a launcher can offer, it says itself."""
 
-    listen: UnixAddress
-    nsm: UnixAddress
-    store: UnixAddress
+    listen: Address
+    nsm: Address | None
+    """Of a software NSM. None: the enclave opens a device."""
+    store: Address
     manifest: str
     """``sha384:`` and the digest of the model's manifest, in hexadecimal."""
     kms: KmsAccess | None = None
@@ -59,18 +60,25 @@ class LaunchConfiguration:
         except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
             raise LaunchConfigurationError(name, f"not TOML: {error}") from error
         return cls(
-            listen=_beside(document, "rpc", "listen"),
-            nsm=_beside(document, "nsm", "address"),
-            store=_beside(document, "model", "store"),
+            listen=_address(document, "rpc", "listen"),
+            nsm=None
+            if _text(document, "nsm", "address").startswith("device:")
+            else _address(document, "nsm", "address"),
+            store=_address(document, "model", "store"),
             manifest=_text(document, "model", "manifest"),
             kms=_kms(document) if "kms" in document else None,
         )
 
 
 def _kms(document: dict[str, object]) -> KmsAccess:
-    egress, endpoint = _beside(document, "kms", "egress"), _text(document, "kms", "endpoint")
+    egress, endpoint = _address(document, "kms", "egress"), _text(document, "kms", "endpoint")
     table = document["kms"]
     return KmsAccess(egress, endpoint, encrypted_model=isinstance(table, dict) and "model" in table)
+
+
+def _module(document: dict[str, object]) -> Address | None:
+    is_device = _text(document, "nsm", "address").startswith("device:")
+    return None if is_device else _address(document, "nsm", "address")
 
 
 def _text(document: dict[str, object], table: str, key: str) -> str:
@@ -81,21 +89,10 @@ def _text(document: dict[str, object], table: str, key: str) -> str:
     return value
 
 
-def _beside(document: dict[str, object], table: str, key: str) -> UnixAddress:
-    """An emulated enclave's sockets stand in its own folder, so that the same file, and so the same PCRs, serves
-    wherever that folder is."""
-    text = _text(document, table, key)
+def _address(document: dict[str, object], table: str, key: str) -> Address:
     try:
-        address = parse_address(text)
+        return parse_address(_text(document, table, key))
     except AddressError as error:
         raise LaunchConfigurationError(
             f"{table}.{key}", error.message, expected=error.expected, got=error.got
         ) from error
-    if not isinstance(address, UnixAddress) or Path(address.path).name != address.path:
-        raise LaunchConfigurationError(
-            f"{table}.{key}",
-            "the process launcher needs a socket in the enclave's own folder",
-            expected="unix:NAME",
-            got=text,
-        )
-    return address

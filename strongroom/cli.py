@@ -22,7 +22,7 @@ from strongroom.extras import MissingExtra, require
 COMMANDS = {
     "run": "strongroom.run:run",
     "init": "strongroom.initialise:init",
-    "start": "parent.commands:start",
+    "start": "parent.start_command:start",
     "ps": "parent.commands:ps",
     "logs": "parent.commands:logs",
     "stop": "parent.commands:stop",
