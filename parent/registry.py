@@ -18,8 +18,8 @@ from attestation.errors import StrongroomError
 from vsockrpc.address import UNIX_PATH_LIMIT
 
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")
-LONGEST_SOCKET = "vm.vsock_65535"
-"""Of an emulated machine's port."""
+LONGEST_SOCKET = "models.sock"
+"""Of the names of all launchers: an emulated machine's are shorter (``vm_5006``)."""
 ENDED = ("STOPPED", "FAILED", "DIED")
 """Phases with no supervisor behind them. ``DIED`` is never written: it is what a reader sees of one that is gone."""
 LOCK_PAUSES = (0.01, 0.02, 0.04, 0.08)

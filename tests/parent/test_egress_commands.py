@@ -11,6 +11,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -26,13 +27,14 @@ from attestation.gguf import ModelError
 from attestation.manifest import ModelManifest
 from attestation.reference import digest_text
 from parent import egress_service
-from parent.commands import egress_settings, pinned_manifest
-from parent.config import KmsAccess, LaunchConfigurationError
+from parent.config import KmsAccess, LaunchConfiguration, LaunchConfigurationError
 from parent.credentials import from_instance_metadata
 from parent.egress import Allowed, AllowListError
 from parent.egress_service import EgressError, EgressSettings, report_defect, serve_egress
-from parent.launch.process import Launch, Supervisor
+from parent.launch.process import MEMORY_SLACK, ProcessMachine
+from parent.launch.supervisor import Launch, Supervisor
 from parent.registry import Registry
+from parent.start_command import egress_settings, pinned_manifest
 from tests.gguf_files import tiny_model
 from tests.metadata import ACCESS_KEY, metadata_service
 from tests.vsock import pretend_vsock
@@ -301,7 +303,7 @@ def launch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Launch:
     instance = Registry.of_user().create("t")
     text = CONFIGURATION.replace("MANIFEST", digest_text(manifest.digest()))
     instance.configuration.write_text(text + KMS)
-    return Launch(instance, manifest, model)
+    return Launch(instance, ProcessMachine(instance, memory=MEMORY_SLACK), manifest, model)
 
 
 def supervisor(launch: Launch) -> Supervisor:
@@ -311,7 +313,7 @@ def supervisor(launch: Launch) -> Supervisor:
 async def test_a_supervised_enclave_has_its_egress_beside_it(launch: Launch, aws: None) -> None:
     async with upper_case() as port:
         settings = EgressSettings([Allowed.parse(f"{ENDPOINT}=127.0.0.1:{port}")], "boto3", "dev")
-        told = Launch(launch.instance, launch.manifest, launch.model, egress=settings)
+        told = replace(launch, egress=settings)
         address = UnixAddress(str(launch.instance.directory / "egress.sock"))
         async with supervisor(told)._egress(), connect(address) as client:
             assert await said_to(client, "kms.us-east-1.amazonaws.com", 443, b"hello") == b"HELLO"
@@ -381,25 +383,26 @@ async def test_options_for_kms_without_kms_are_said_so(launch: Launch) -> None:
 
 
 @pytest.fixture
-def configuration(launch: Launch) -> Path:
+def configuration(launch: Launch) -> LaunchConfiguration:
     """One that says that the model arrives encrypted."""
-    path = launch.instance.configuration
-    path.write_text(path.read_text() + '[kms.model]\nkey = "arn"\n')
-    return path
+    text = launch.instance.configuration.read_text() + '[kms.model]\nkey = "arn"\n'
+    return LaunchConfiguration.parse(text.encode())
 
 
 def silent(done: int, total: int) -> None:
     """No progress is shown."""
 
 
-def test_the_manifest_of_an_encrypted_model_is_beside_it(launch: Launch, configuration: Path, folder: Path) -> None:
+def test_the_manifest_of_an_encrypted_model_is_beside_it(
+    launch: Launch, configuration: LaunchConfiguration, folder: Path
+) -> None:
     model = folder / "tiny.gguf.sealed"
     model.write_bytes(MAGIC + b"and what follows")
     (folder / "tiny.gguf.sealed.manifest").write_bytes(launch.manifest.encode())
     assert pinned_manifest(configuration, model, silent) == launch.manifest
 
 
-def test_a_manifest_that_is_missing_is_said_so(configuration: Path, folder: Path) -> None:
+def test_a_manifest_that_is_missing_is_said_so(configuration: LaunchConfiguration, folder: Path) -> None:
     model = folder / "tiny.gguf.sealed"
     model.write_bytes(MAGIC)
     with pytest.raises(LaunchConfigurationError) as caught:
@@ -408,7 +411,7 @@ def test_a_manifest_that_is_missing_is_said_so(configuration: Path, folder: Path
 
 
 @pytest.mark.parametrize("data", [b"", b"nonsense", bytes(200_000)])
-def test_a_manifest_that_is_none_is_said_so(configuration: Path, folder: Path, data: bytes) -> None:
+def test_a_manifest_that_is_none_is_said_so(configuration: LaunchConfiguration, folder: Path, data: bytes) -> None:
     model = folder / "tiny.gguf.sealed"
     model.write_bytes(MAGIC)
     (folder / "tiny.gguf.sealed.manifest").write_bytes(data)
@@ -416,7 +419,7 @@ def test_a_manifest_that_is_none_is_said_so(configuration: Path, folder: Path, d
         pinned_manifest(configuration, model, silent)
 
 
-def test_another_models_manifest_is_refused(launch: Launch, configuration: Path, folder: Path) -> None:
+def test_another_models_manifest_is_refused(launch: Launch, configuration: LaunchConfiguration, folder: Path) -> None:
     model = folder / "tiny.gguf.sealed"
     model.write_bytes(MAGIC)
     other = ModelManifest(launch.manifest.name, launch.manifest.files, launch.manifest.chat_template, version=7)
@@ -426,7 +429,7 @@ def test_another_models_manifest_is_refused(launch: Launch, configuration: Path,
     assert "another model" in caught.value.message
 
 
-def test_a_plain_model_where_an_encrypted_one_is_meant(launch: Launch, configuration: Path) -> None:
+def test_a_plain_model_where_an_encrypted_one_is_meant(launch: Launch, configuration: LaunchConfiguration) -> None:
     with pytest.raises(LaunchConfigurationError) as caught:
         pinned_manifest(configuration, launch.model, silent)
     assert "is not encrypted" in caught.value.message
@@ -436,4 +439,4 @@ def test_an_encrypted_model_where_a_plain_one_is_meant(launch: Launch, folder: P
     model = folder / "tiny.gguf.sealed"
     model.write_bytes(MAGIC + bytes(1000))
     with pytest.raises(ModelError):
-        pinned_manifest(launch.instance.configuration, model, silent)
+        pinned_manifest(LaunchConfiguration.load(launch.instance.configuration), model, silent)

@@ -17,7 +17,8 @@ from attestation.manifest import ModelManifest
 from enclave.kms_errors import KMS_CODES
 from enclave.log import Event, EventLog, Halted, KeyOffered, Phase, PhaseReached, Totals, WeightsReceived
 from parent.events import MAX_LINE, PHASES, EventError, EventReader, parse_event
-from parent.launch.process import Launch, Supervisor
+from parent.launch.process import MEMORY_SLACK, ProcessMachine
+from parent.launch.supervisor import Launch, Supervisor
 from parent.registry import Registry
 from strongroom.prepare import Settings, enclave_toml
 from tests.gguf_files import tiny_model
@@ -128,7 +129,7 @@ def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launch:
     manifest = ModelManifest.from_gguf(model)
     instance = Registry(Path(os.path.relpath(tmp_path / "run"))).create("t")
     instance.configuration.write_text(enclave_toml(manifest, Settings(context=64, threads=1)))
-    return Launch(instance, manifest, model)
+    return Launch(instance, ProcessMachine(instance, memory=MEMORY_SLACK), manifest, model)
 
 
 def supervisor(launch: Launch, told: list[Any]) -> Supervisor:

@@ -1,4 +1,4 @@
-"""The process launcher's supervisor, over real processes but without a model that loads."""
+"""The supervisor on the process launcher, over real processes but without a model that loads."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ import os
 import py_compile
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-import parent.launch.process
+import parent.launch.supervisor
 from attestation.manifest import ModelManifest
 from attestation.reference import PcrSet
 from emulator.pki import ensure_development_root
-from parent.launch.process import MAX_FRUITLESS_BOOTS, Launch, Supervisor, bytecode_cache
+from parent.config import LaunchConfigurationError
+from parent.launch.process import MEMORY_SLACK, ProcessMachine, bytecode_cache
+from parent.launch.supervisor import MAX_FRUITLESS_BOOTS, Launch, Supervisor
 from parent.registry import Instance, Registry, State
 from strongroom.prepare import Settings, enclave_toml
 from tests.gguf_files import tiny_model
@@ -36,7 +39,12 @@ def launch(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
     manifest = ModelManifest.from_gguf(model)
     instance = Registry.of_user().create("t")
     instance.configuration.write_text(enclave_toml(manifest, Settings(context=64, threads=1)))
-    return Launch(instance, manifest, model)
+    return Launch(instance, ProcessMachine(instance, memory=MEMORY_SLACK), manifest, model)
+
+
+def starved(launch: Launch) -> Launch:
+    """The same, with too little memory for anything to come up."""
+    return replace(launch, machine=ProcessMachine(launch.instance, memory=32 << 20))
 
 
 def supervise(launch: Launch) -> tuple[State, list[str]]:
@@ -47,8 +55,7 @@ def supervise(launch: Launch) -> tuple[State, list[str]]:
 
 
 def test_an_enclave_that_never_comes_up_is_given_up(launch: Launch) -> None:
-    starved = Launch(launch.instance, launch.manifest, launch.model, memory=32 << 20)
-    state, phases = supervise(starved)
+    state, phases = supervise(starved(launch))
     assert state.phase == "FAILED"
     assert state.error is not None
     assert state.error["code"] == "does_not_come_up"
@@ -90,12 +97,12 @@ def with_kms(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> Launch:
     root = base64.b64encode(ensure_development_root().certificate_der).decode()
     with launch.instance.configuration.open("a") as file:
         file.write(KMS.format(root=root))
-    monkeypatch.setattr(parent.launch.process, "FIRST_KMS_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(parent.launch.process, "MAX_FRUITLESS_BOOTS", 2)
+    monkeypatch.setattr(parent.launch.supervisor, "FIRST_KMS_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(parent.launch.supervisor, "MAX_FRUITLESS_BOOTS", 2)
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    return launch
+    return replace(launch, machine=ProcessMachine(launch.instance, memory=MEMORY_SLACK))
 
 
 def test_a_kms_that_is_away_is_tried_again_and_then_said(with_kms: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +188,39 @@ def test_files_that_changed_are_not_booted_under_the_old_measurement(
     """An upgrade under a running enclave, which then dies: the new files are not what its PCRs say."""
     measurements = iter([PcrSet(bytes([value]) * 48, b"\x01" * 48, b"\x02" * 48) for value in (1, 2)])
     monkeypatch.setattr("parent.launch.process.measure_process_image", lambda *_: next(measurements))
-    state, phases = supervise(Launch(launch.instance, launch.manifest, launch.model, memory=32 << 20))
+    state, phases = supervise(starved(launch))
     assert state.error is not None
     assert state.error["code"] == "image_changed"
     assert phases.count("STARTING") == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "address"), [("listen", "unix:rpc.sock"), ("address", "unix:nsm.sock"), ("store", "unix:models.sock")]
+)
+@pytest.mark.parametrize(
+    "value", ["unix:/tmp/rpc.sock", "unix:../rpc.sock", "unix:a/rpc.sock", "vsock:3:5000", "tcp:localhost:1"]
+)
+def test_a_socket_that_is_not_in_the_folder_is_refused(launch: Launch, key: str, address: str, value: str) -> None:
+    configuration = launch.instance.configuration
+    text = configuration.read_text()
+    assert f'{key} = "{address}"' in text
+    configuration.write_text(text.replace(f'{key} = "{address}"', f'{key} = "{value}"'))
+    with pytest.raises(LaunchConfigurationError) as caught:
+        ProcessMachine(launch.instance, memory=MEMORY_SLACK)
+    assert caught.value.message.partition(":")[0].endswith(f".{key}")
+    assert (caught.value.expected, caught.value.got) == ("unix:NAME", value)
+
+
+@pytest.mark.parametrize("egress", ["unix:/run/egress.sock", "vsock:3:5000"])
+def test_a_way_to_kms_that_is_not_in_the_folder_is_refused(launch: Launch, egress: str) -> None:
+    with launch.instance.configuration.open("a") as file:
+        file.write(KMS.format(root="").replace("unix:egress.sock", egress))
+    with pytest.raises(LaunchConfigurationError, match=r"kms\.egress"):
+        ProcessMachine(launch.instance, memory=MEMORY_SLACK)
+
+
+def test_a_process_has_no_nsm_device(launch: Launch) -> None:
+    text = launch.instance.configuration.read_text()
+    launch.instance.configuration.write_text(text.replace("unix:nsm.sock", "device:/dev/nsm"))
+    with pytest.raises(LaunchConfigurationError, match=r"nsm\.address"):
+        ProcessMachine(launch.instance, memory=MEMORY_SLACK)
