@@ -11,13 +11,17 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from attestation.errors import StrongroomError
 from strongroom.extras import MissingExtra, require
+
+if TYPE_CHECKING:
+    from attestation.release_signing import Signer
 
 COMMANDS = {
     "run": "strongroom.run:run",
@@ -41,10 +45,22 @@ COMMANDS = {
     "serve": "strongroom.serving:serve",
     "emulate": "emulator.commands:emulate",
 }
+IMAGE_COMMANDS = {
+    "build": "parent.image.commands:build",
+    "reproduce": "parent.image.commands:reproduce",
+    "size": "parent.image.size_command:size",
+    "measure": "strongroom.image_commands:measure",
+    "describe": "strongroom.image_commands:describe",
+    "verify": "strongroom.image_commands:verify",
+    "extract": "strongroom.image_commands:extract",
+    "diff": "strongroom.image_commands:diff",
+    "policy": "strongroom.image_commands:policy",
+}
+"""Who writes images, and who judges them, do not share a room."""
 NEEDS = {
     "run": ("parent", "enclave"),
     "init": ("enclave",),
-    "start": ("parent", "enclave"),
+    "start": ("parent",),
     "ps": ("parent",),
     "logs": ("parent",),
     "stop": ("parent",),
@@ -57,25 +73,36 @@ NEEDS = {
     "emulate": ("emulator",),
 }
 """The extras of a command beyond ``cli``. An emulated enclave is measured and run from this installation."""
+IMAGE_NEEDS = {"build": ("parent",), "reproduce": ("parent",), "size": ("parent",)}
 USAGE, UNAVAILABLE, DEFECT, INTERRUPTED, TERMINATED = 2, 4, 70, 130, 143
 WRONG_FILE = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 """What a person named that is not there, not theirs or not of its kind. Other trouble is not their doing."""
 
 
 class LazyGroup(click.Group):
-    """Loads a command's module when that command is named, so that ``ask`` does not wait for what ``start`` imports."""
+    """Loads a command's module when that command is named, so that ``ask`` does not wait for what ``start`` imports.
+
+    ``where`` says where each command is, ``MODULE:NAME``; ``needs`` the extras of those that want more than ``cli``.
+    """
+
+    def __init__(
+        self, *args: Any, where: Mapping[str, str], needs: Mapping[str, tuple[str, ...]], **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._where = where
+        self._needs = needs
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
+        return list(self._where)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
+        if cmd_name not in self._where:
             return None
         try:
-            require(f"strongroom {cmd_name}", NEEDS.get(cmd_name, ()))
+            require(f"{ctx.command_path} {cmd_name}", self._needs.get(cmd_name, ()))
         except MissingExtra as error:
             return _NotInstalled(cmd_name, error)
-        module, _, name = COMMANDS[cmd_name].partition(":")
+        module, _, name = self._where[cmd_name].partition(":")
         command = getattr(importlib.import_module(module), name)
         assert isinstance(command, click.Command)
         return command
@@ -86,7 +113,7 @@ class LazyGroup(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except click.NoSuchCommand as error:  # click looks for names like it among loaded commands, and none is
-            raise click.NoSuchCommand(error.command_name, possibilities=COMMANDS, ctx=ctx) from None
+            raise click.NoSuchCommand(error.command_name, possibilities=self._where, ctx=ctx) from None
 
 
 class _NotInstalled(click.Command):
@@ -100,7 +127,12 @@ class _NotInstalled(click.Command):
         raise self._error
 
 
-@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.command(
+    cls=LazyGroup,
+    where=COMMANDS,
+    needs=NEEDS,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 @click.version_option(package_name="strongroom", prog_name="strongroom")
 def strongroom() -> None:
     """Confidential LLM inference: a prompt that only the measured enclave can read.
@@ -118,6 +150,25 @@ def strongroom() -> None:
     What is remembered, of enclaves and of release histories, is in the folder that STRONGROOM_HOME names, else below
     ~/.local.
     """
+
+
+@click.command(cls=LazyGroup, where=IMAGE_COMMANDS, needs=IMAGE_NEEDS)
+def image() -> None:
+    """Build, measure and compare enclave images (EIF).
+
+    \b
+    strongroom image build --oci layout --config enclave.toml --out enclave.eif    for a Nitro host
+    strongroom image measure enclave.eif                                           PCR0, PCR1, PCR2, as nitro-cli says
+    strongroom image policy enclave.eif --out policy.toml                          what a client must see
+    strongroom image diff enclave.eif other.eif                                    why two of them differ
+    """
+
+
+def kms_signer(arn: str) -> Signer:
+    """A key of KMS that signs. Commands of other rooms get it as their context's object."""
+    from strongroom.kms_signer import KmsSigner  # an SDK, which hardly any command needs
+
+    return KmsSigner(arn)
 
 
 def main() -> NoReturn:
@@ -140,7 +191,7 @@ def main() -> NoReturn:
 def _run(*, as_json: bool) -> int:
     """The exit code. Raises OSError when what there is to say cannot be written."""
     try:
-        code = strongroom.main(prog_name="strongroom", standalone_mode=False)
+        code = strongroom.main(prog_name="strongroom", standalone_mode=False, obj=kms_signer)
     except Terminated:
         return TERMINATED
     except SystemExit:  # by click or rich, when whoever read our output has gone: their 1 would be a verdict here
