@@ -1,9 +1,9 @@
-"""Enclave Image Files (EIF): what a Nitro enclave is started from, read strictly and measured in one pass.
+"""Enclave Image Files (EIF): the format of what a Nitro enclave is started from, read strictly.
 
 An EIF is a header of 548 bytes, then sections to the end of the file, each a header of 12 bytes and its data; numbers
-are big-endian. Format and measurement are those of AWS's ``aws-nitro-enclaves-image-format``; PROTOCOL.md section 4
-says which bytes a register is over. AWS's reader walks from section to section, QEMU's seeks through the table in the
-header: a file in which the two would find different images is refused here, as is whatever no builder writes.
+are big-endian. The format is that of AWS's ``aws-nitro-enclaves-image-format``. AWS's reader walks from section to
+section, QEMU's seeks through the table in the header: a file in which the two would find different images is refused
+here, as is whatever no builder writes. Nothing here reads a file: :mod:`attestation.measure` does.
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ from __future__ import annotations
 import hashlib
 import re
 import struct
-import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import IntEnum, StrEnum
-from pathlib import Path
 from types import MappingProxyType
-from typing import BinaryIO, Final, TypeAlias
+from typing import Final
 
 import cbor2
 from cryptography import x509
@@ -55,17 +53,22 @@ MAX_SIGNATURE_SIZE: Final = 32_768
 MAX_JSON_SIZE: Final = 256 << 10
 """Bytes, of the metadata and of nitro-cli's output."""
 MAX_JSON_DEPTH: Final = 32
-CHUNK_SIZE: Final = 1 << 20
-"""Bytes of the file that are held at a time."""
-
+KERNEL_HEAD: Final = 0x238
+"""Bytes of a kernel in which a bzImage says what it is: the fields of boot protocol 2.04."""
 HASH_ALGORITHM: Final = "Sha384 { ... }"
 """What nitro-cli calls SHA-384."""
 
-Progress: TypeAlias = Callable[[int, int], None]
-"""Told bytes read and bytes in all."""
+
+_VERSION_AT, _FLAGS_AT, _RESERVED_AT, _COUNT_AT, _OFFSETS_AT, _SIZES_AT, _UNUSED_AT = 4, 6, 24, 26, 28, 284, 540
+"""Where the header's fields stand."""
+CRC_AT: Final = HEADER.size - CRC_SIZE
+_FIELD: Final = 8
+"""Bytes of an offset or a size in the table."""
 
 
 class SectionType(IntEnum):
+    """What a section's data are."""
+
     KERNEL = 1
     CMDLINE = 2
     RAMDISK = 3
@@ -80,11 +83,12 @@ class Architecture(StrEnum):
 
 _BEHIND: Final = {SectionType.CMDLINE: SectionType.KERNEL, SectionType.RAMDISK: SectionType.CMDLINE}
 _SINCE: Final = {SectionType.METADATA: 4}
-_LIMITS: Final = {
+LIMITS: Final = {
     SectionType.CMDLINE: MAX_CMDLINE_SIZE,
     SectionType.SIGNATURE: MAX_SIGNATURE_SIZE,
     SectionType.METADATA: MAX_JSON_SIZE,
 }
+"""Bytes of the sections that are held whole; kernels and ramdisks have no limit, and are not held."""
 _SIGNATURE_ALGORITHMS: Final[Mapping[str, tuple[int, hashes.HashAlgorithm, int]]] = {
     ec.SECP256R1.name: (-7, hashes.SHA256(), 32),
     ec.SECP384R1.name: (-35, hashes.SHA384(), 48),
@@ -102,11 +106,35 @@ class ImageError(StrongroomError):
 
     Codes: ``unreadable_image``, ``not_eif``, ``unsupported_eif``, ``truncated_eif``, ``trailing_bytes``,
     ``malformed_eif``, ``wrong_sections``, ``wrong_crc``, ``bad_cmdline``, ``malformed_metadata``,
-    ``malformed_signature``, ``wrong_payload``, ``bad_signature``, ``signer_not_valid``; of nitro-cli's output
-    ``malformed_measurements``, ``unknown_hash``, ``not_reference_values``.
+    ``malformed_signature``, ``wrong_payload``, ``bad_signature``, ``signer_not_valid``, ``no_boundary``,
+    ``changed_image``; of nitro-cli's output ``malformed_measurements``, ``unknown_hash``, ``not_reference_values``.
+    ``offset`` is the byte of the file at which it shows, where there is one.
     """
 
     exit_code = 2
+
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        *,
+        offset: int | None = None,
+        expected: object | None = None,
+        got: object | None = None,
+    ) -> None:
+        super().__init__(
+            code, message if offset is None else f"{message}, at byte {offset}", expected=expected, got=got
+        )
+        self.offset = offset
+        self._said = message
+
+    def at(self, offset: int) -> ImageError:
+        """The same error, of the byte at ``offset``, for a reader who knows where in the file the data begin."""
+        return type(self)(self.code, self._said, offset=offset, expected=self.expected, got=self.got)
+
+    def as_json(self) -> dict[str, str | None]:
+        """For programs."""
+        return {**super().as_json(), "offset": None if self.offset is None else str(self.offset)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +146,11 @@ class Section:
     offset: int
     size: int
     sha384: bytes
+
+    @property
+    def data_offset(self) -> int:
+        """Of its first byte in the file."""
+        return self.offset + SECTION_HEADER.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,107 +194,6 @@ class SigningCertificate:
         return cls(der, subject if subject.isprintable() else ascii(subject)[1:-1], *validity, key)
 
 
-@dataclass(frozen=True, slots=True)
-class EnclaveImage:
-    """An image that is well formed, with what a Nitro enclave started from it will have in its registers.
-
-    Only kernel, command line, ramdisks and the signer's certificate are measured. The rest is the builder's word, held
-    by a CRC: ``architecture``, ``default_memory``, ``default_cpus`` and ``metadata`` may be changed by anybody.
-    """
-
-    version: int
-    """Of the format: 3 or 4."""
-    architecture: Architecture
-    default_memory: int
-    """Bytes."""
-    default_cpus: int
-    """The number of virtual CPUs."""
-    cmdline: str
-    """The kernel's, at most 2,047 printable ASCII characters."""
-    sections: tuple[Section, ...]
-    """In the order of the file."""
-    metadata: Mapping[str, Json] | None
-    """None in version 3."""
-    measurements: PcrSet
-    """``pcr8`` is there when the image is signed."""
-    signer: SigningCertificate | None
-    """Who signed it, once the signature has verified. None for an image that is not signed."""
-    sha384: bytes
-    """Over the whole file, 48 bytes. It says which file this was; what is measured is ``measurements``."""
-
-    def as_nitro_cli(self) -> dict[str, dict[str, str]]:
-        """What ``nitro-cli build-enclave`` prints, as JSON, for this image."""
-        registers = {f"PCR{index}": value.hex() for index, value in self.measurements.as_registers().items()}
-        return {"Measurements": {"HashAlgorithm": HASH_ALGORITHM, **registers}}
-
-
-def read_image(path: Path, *, at: datetime | None = None, progress: Progress | None = None) -> EnclaveImage:
-    """:func:`measure_image` of a file. Raises ImageError, for a file that cannot be read ``unreadable_image``."""
-    try:
-        with path.open("rb") as file:
-            return measure_image(file, at=at, progress=progress)
-    except OSError as error:
-        raise ImageError("unreadable_image", f"{path}: {error.strerror or type(error).__name__}") from error
-
-
-def measure_image(file: BinaryIO, *, at: datetime | None = None, progress: Progress | None = None) -> EnclaveImage:
-    """Reads an image from ``file``'s position to its end, once, without seeking, a chunk at a time.
-
-    A signature must verify. Whether its certificate is valid is judged when ``at``, with a time zone, is given; else
-    the period is only reported. Raises ImageError, and what ``file.read`` raises.
-    """
-    source = _Source(file)
-    header = _read_header(source)
-    image, application = hashlib.sha384(), hashlib.sha384()
-    boot: bytes | None = None
-    sections: list[Section] = []
-    held: dict[SectionType, bytes] = {}
-    for size in header.sizes:
-        offset = source.position
-        kind = _read_section_header(source, size, header.version, {section.type for section in sections})
-        digest, kept = hashlib.sha384(), bytearray()
-        for piece in source.pieces(size):
-            digest.update(piece)
-            if kind in (SectionType.KERNEL, SectionType.CMDLINE, SectionType.RAMDISK):
-                image.update(piece)
-            if kind is SectionType.RAMDISK and boot is not None:
-                application.update(piece)
-            if kind in _LIMITS:
-                kept += piece
-            if progress is not None:
-                progress(source.position, header.end)
-        if kind is SectionType.RAMDISK and boot is None:
-            boot = image.digest()  # PCR1 is over what PCR0 begins with
-        sections.append(Section(kind, offset, size, digest.digest()))
-        held[kind] = bytes(kept)
-    if file.read(1):
-        raise ImageError("trailing_bytes", "bytes follow the last section", expected=f"{header.end} bytes")
-    if source.crc != header.crc:
-        raise ImageError("wrong_crc", "the file is damaged", expected=hex(header.crc), got=hex(source.crc))
-    if boot is None:
-        raise ImageError("wrong_sections", "the image has no ramdisk")
-    if header.version >= _SINCE[SectionType.METADATA] and SectionType.METADATA not in held:
-        raise ImageError("wrong_sections", "the image has no metadata, which version 4 requires")
-    pcr0 = once_extended(image.digest())
-    signature = held.get(SectionType.SIGNATURE)
-    signer = None if signature is None else _verified_signer(signature, pcr0, at)
-    pcr8 = None if signer is None else signer.pcr8
-    metadata = held.get(SectionType.METADATA)
-    measurements = PcrSet(pcr0, once_extended(boot), once_extended(application.digest()), pcr8)
-    return EnclaveImage(
-        version=header.version,
-        architecture=header.architecture,
-        default_memory=header.default_memory,
-        default_cpus=header.default_cpus,
-        cmdline=_cmdline(held[SectionType.CMDLINE]),
-        sections=tuple(sections),
-        metadata=None if metadata is None else _metadata(metadata),
-        measurements=measurements,
-        signer=signer,
-        sha384=source.sha384.digest(),
-    )
-
-
 def measurements_from_nitro_cli(text: bytes) -> PcrSet:
     """The registers that ``nitro-cli build-enclave`` printed on its standard output, as JSON.
 
@@ -288,108 +220,138 @@ def measurements_from_nitro_cli(text: bytes) -> PcrSet:
     return PcrSet(**{name.lower(): _register(name, value) for name, value in fields.items()})
 
 
-class _Source:
-    """The file, once from its beginning to its end. ``crc`` and ``sha384`` are over all that was read."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.position = 0
-        self.crc = 0
-        self.sha384 = hashlib.sha384()
-
-    def pieces(self, size: int) -> Iterator[bytes]:
-        """The next ``size`` bytes, which nobody has to believe in: a chunk at a time, as they are there."""
-        end = self.position + size
-        while self.position < end:
-            piece = self._file.read(min(CHUNK_SIZE, end - self.position))
-            if not piece:
-                at_least, got = f"at least {end} bytes", f"{self.position} bytes"
-                raise ImageError("truncated_eif", "the file ends too early", expected=at_least, got=got)
-            self.position += len(piece)
-            self.crc = zlib.crc32(piece, self.crc)
-            self.sha384.update(piece)
-            yield piece
-
-    def take(self, size: int) -> bytes:
-        return b"".join(self.pieces(size))
-
-
 @dataclass(frozen=True, slots=True)
-class _Header:
+class Header:
+    """What the first 548 bytes say, where it can be true."""
+
     version: int
     architecture: Architecture
     default_memory: int
+    """Bytes."""
     default_cpus: int
     sizes: tuple[int, ...]
+    """Bytes of each section's data, in the order of the file."""
     end: int
     """Of the last section, and so of the file."""
     crc: int
+    """Over the whole file but these four bytes."""
 
 
-def _read_header(source: _Source) -> _Header:
-    magic = source.take(len(MAGIC))
-    if magic != MAGIC:
-        expected, got = (ascii(each.decode("latin-1")) for each in (MAGIC, magic))
-        raise ImageError("not_eif", "not an enclave image file, which begins otherwise", expected=expected, got=got)
-    header = magic + source.take(HEADER.size - len(MAGIC))
-    source.crc = zlib.crc32(header[:-CRC_SIZE])
-    _, version, flags, memory, cpus, reserved, count, *table, unused, crc = HEADER.unpack(header)
+def read_header(data: bytes) -> Header:
+    """``data``: ``HEADER.size`` bytes, which begin with the magic. Raises ImageError ``not_eif``, ``unsupported_eif``,
+    ``malformed_eif``.
+    """
+    magic, version, flags, memory, cpus, reserved, count, *table, unused, crc = HEADER.unpack(data)
+    require_magic(magic)
     if version not in VERSIONS:
-        raise ImageError("unsupported_eif", "a version that is not known", expected="3 or 4", got=version)
+        raise ImageError(
+            "unsupported_eif", "a version that is not known", offset=_VERSION_AT, expected="3 or 4", got=version
+        )
     if flags & ~FLAG_AARCH64:
-        raise ImageError("unsupported_eif", "flags that are not known", expected="0 or 1", got=flags)
+        raise ImageError("unsupported_eif", "flags that are not known", offset=_FLAGS_AT, expected="0 or 1", got=flags)
     if reserved or unused:
-        raise _malformed("reserved fields are set", "zero", reserved or unused)
+        at = _RESERVED_AT if reserved else _UNUSED_AT
+        raise _malformed("a reserved field is set", at, "zero", reserved or unused)
     if not MIN_SECTIONS <= count <= MAX_SECTIONS:
-        raise _malformed("the number of sections is out of range", f"{MIN_SECTIONS} to {MAX_SECTIONS}", count)
+        raise _malformed(
+            "the number of sections is out of range", _COUNT_AT, f"{MIN_SECTIONS} to {MAX_SECTIONS}", count
+        )
     offsets, sizes = table[:MAX_SECTIONS], table[MAX_SECTIONS:]
     end = HEADER.size
     for index in range(count):
         if offsets[index] != end:
-            raise _malformed(f"section {index} is not where the one before it ends", end, offsets[index])
+            fault = "overlaps what stands before it" if offsets[index] < end else "leaves a gap before it"
+            raise _malformed(f"section {index} {fault}", _OFFSETS_AT + index * _FIELD, end, offsets[index])
         end += SECTION_HEADER.size + sizes[index]
-    if any(offsets[count:]) or any(sizes[count:]):
-        raise _malformed("the table goes on behind the last section", "zero", "another")
+    for index in range(count, MAX_SECTIONS):
+        for start, value in ((_OFFSETS_AT, offsets[index]), (_SIZES_AT, sizes[index])):
+            if value:
+                raise _malformed("the table goes on behind the last section", start + index * _FIELD, "zero", value)
     architecture = Architecture.AARCH64 if flags else Architecture.X86_64
-    return _Header(version, architecture, memory, cpus, tuple(sizes[:count]), end, crc)
+    return Header(version, architecture, memory, cpus, tuple(sizes[:count]), end, crc)
 
 
-def _read_section_header(source: _Source, size: int, version: int, seen: Collection[SectionType]) -> SectionType:
-    where = f"the section at byte {source.position}"
-    number, flags, own_size = SECTION_HEADER.unpack(source.take(SECTION_HEADER.size))
+def require_magic(magic: bytes) -> None:
+    """Raises ImageError ``not_eif`` unless these are the first four bytes of an image."""
+    if magic != MAGIC:
+        expected, got = (ascii(each.decode("latin-1")) for each in (MAGIC, magic))
+        message = "not an enclave image file, which begins otherwise"
+        raise ImageError("not_eif", message, offset=0, expected=expected, got=got)
+
+
+def read_section_header(
+    data: bytes, *, offset: int, size: int, version: int, seen: Collection[SectionType]
+) -> SectionType:
+    """``data``: the 12 bytes at ``offset``, of a section of ``size`` bytes by the table, behind sections ``seen``.
+
+    Raises ImageError ``malformed_eif``, ``wrong_sections``.
+    """
+    number, flags, own_size = SECTION_HEADER.unpack(data)
     if number not in list(SectionType):
-        raise _malformed(f"{where} has a type that is not known", "1 to 5", number)
-    if flags:
-        raise _malformed(f"{where} has its reserved field set", "zero", flags)
-    if own_size != size:
-        raise _malformed(f"{where} has another size in the table", own_size, size)
+        raise _malformed("a section of a type that is not known", offset, "1 to 5", number)
     kind = SectionType(number)
+    where = f"the section {kind.name}"
+    if flags:
+        raise _malformed(f"{where} has its reserved field set", offset + 2, "zero", flags)
+    if own_size != size:
+        raise _malformed(f"{where} has another size in the table", offset + 4, size, own_size)
     # AWS's reader takes these in any order and number and hashes as it goes; its builder writes this one.
     if kind is not SectionType.RAMDISK and kind in seen:
-        raise ImageError("wrong_sections", f"{where} is another {kind.name}", expected="one", got="two")
+        raise _wrong_sections(f"another {kind.name}", offset, "one", "two")
     if kind in _BEHIND and _BEHIND[kind] not in seen:
-        raise ImageError("wrong_sections", f"{where}, {kind.name}, comes before {_BEHIND[kind].name}")
+        raise _wrong_sections(f"{where} comes before {_BEHIND[kind].name}", offset, f"{_BEHIND[kind].name} first")
     if version < _SINCE.get(kind, 0):
-        raise ImageError("wrong_sections", f"{where}, {kind.name}, is not of version {version}")
-    if size > _LIMITS.get(kind, size):
-        raise _malformed(f"{where}, {kind.name}, is too large", f"<= {_LIMITS[kind]} bytes", size)
+        raise _wrong_sections(f"{where} is not of version {version}", offset, f"version {_SINCE[kind]}", version)
+    if size > LIMITS.get(kind, size):
+        raise _malformed(f"{where} is too large", offset + 4, f"at most {LIMITS[kind]} bytes", size)
     return kind
 
 
-def _malformed(message: str, expected: object, got: object) -> ImageError:
-    return ImageError("malformed_eif", message, expected=expected, got=got)
+def require_sections(header: Header, seen: Collection[SectionType]) -> None:
+    """Raises ImageError ``wrong_sections`` unless the sections ``seen`` are all that an image must have."""
+    wanted = [SectionType.RAMDISK]  # of kernel and command line the order has been asked already
+    wanted += [kind for kind, since in _SINCE.items() if header.version >= since]
+    for kind in wanted:
+        if kind not in seen:
+            raise _wrong_sections(f"the image has no {kind.name}", header.end, f"a section {kind.name}", "none")
 
 
-def _cmdline(data: bytes) -> str:
+def bzimage_length(head: bytes) -> int | None:
+    """The length in bytes that an x86 kernel states of itself, in its first ``KERNEL_HEAD`` bytes: (setup_sects + 1) x
+    512 + syssize x 16 (Linux, Documentation/arch/x86/boot.rst, protocol 2.04). None for what is no bzImage.
+    """
+    if len(head) < KERNEL_HEAD or head[0x1FE:0x200] != b"\x55\xaa" or head[0x202:0x206] != b"HdrS":
+        return None
+    protocol, loaded_high = int.from_bytes(head[0x206:0x208], "little"), head[0x211] & 1
+    if protocol < 0x204 or not loaded_high:
+        return None
+    setup_sectors = head[0x1F1] or 4
+    return (setup_sectors + 1) * 512 + int.from_bytes(head[0x1F4:0x1F8], "little") * 16
+
+
+def _malformed(message: str, offset: int, expected: object, got: object) -> ImageError:
+    return ImageError("malformed_eif", message, offset=offset, expected=expected, got=got)
+
+
+def _wrong_sections(message: str, offset: int, expected: object, got: object | None = None) -> ImageError:
+    return ImageError("wrong_sections", message, offset=offset, expected=expected, got=got)
+
+
+def read_cmdline(data: bytes, *, offset: int) -> str:
+    """The kernel's command line, of which the first byte stands at ``offset``. Raises ImageError ``bad_cmdline``."""
     # The kernel reads to the first NUL: what stood behind it would be measured, but not obeyed.
-    text = data.decode("latin-1")
-    if not (text.isascii() and text.isprintable()):
-        raise ImageError("bad_cmdline", "the command line is no line", expected="printable ASCII", got=ascii(text))
-    return text
+    for index, octet in enumerate(data):
+        if not 0x20 <= octet <= 0x7E:
+            message, expected = "the command line is no line", "printable ASCII"
+            raise ImageError("bad_cmdline", message, offset=offset + index, expected=expected, got=f"0x{octet:02x}")
+    return data.decode("ascii")
 
 
-def _metadata(data: bytes) -> Mapping[str, Json]:
-    """With the fields that AWS's reader insists on; it takes others, too."""
+def read_metadata(data: bytes) -> Mapping[str, Json]:
+    """The metadata's JSON, with the fields that AWS's reader insists on; it takes others, too.
+
+    Raises ImageError ``malformed_metadata``.
+    """
     code = "malformed_metadata"
     fields = _json(data, code)
     build = fields.get("BuildMetadata") if isinstance(fields, dict) else None
@@ -402,8 +364,12 @@ def _metadata(data: bytes) -> Mapping[str, Json]:
     return MappingProxyType(fields)
 
 
-def _verified_signer(data: bytes, pcr0: bytes, at: datetime | None) -> SigningCertificate:
-    """The certificate whose key signed ``pcr0``. ``data`` is the CBOR array of one map that AWS's tools write."""
+def verify_signature(data: bytes, pcr0: bytes, *, at: datetime | None) -> SigningCertificate:
+    """The certificate whose key signed ``pcr0``. ``data`` is the CBOR array of one map that AWS's tools write.
+
+    Where ``at`` is given, with a time zone, the certificate must be valid then. Raises ImageError
+    ``malformed_signature``, ``wrong_payload``, ``bad_signature``, ``signer_not_valid``.
+    """
     code = "malformed_signature"
     try:
         entries = decode(data, code=code)

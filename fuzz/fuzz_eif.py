@@ -11,12 +11,11 @@ from attestation.eif import (
     CRC_SIZE,
     HEADER,
     SECTION_HEADER,
-    EnclaveImage,
     ImageError,
     SectionType,
-    measure_image,
     measurements_from_nitro_cli,
 )
+from attestation.measure import EnclaveImage, measure_image
 from attestation.reference import once_extended
 from tests.eif_files import Signer, image
 from tests.pki.forge import NOW

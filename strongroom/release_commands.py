@@ -263,7 +263,7 @@ def _measure(
     if registers:
         return PcrSet(**registers), None
     if from_eif is not None:
-        image = reference.image(from_eif, datetime.now(UTC))
+        image = reference.image(from_eif, datetime.now(UTC), digest_file=True)
         return image.measurements, image.sha384
     assert from_measurements is not None
     return reference.measurements(from_measurements), None

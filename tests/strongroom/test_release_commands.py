@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from attestation.eif import read_image
+from attestation.measure import read_image
 from attestation.manifest import ModelManifest
 from attestation.reference import configuration_digest
 from attestation.release_heads import MemoryHeads
