@@ -8,4 +8,5 @@ lock --upgrade build.in -o build.txt
 lock --upgrade all.in -o all.txt
 lock --upgrade bench.in -o bench.txt
 lock --upgrade mutants.in -o mutants.txt
+lock --upgrade meson.in -o meson.txt
 lock --upgrade --no-deps model.in -o model.txt
