@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from types import MappingProxyType
-from typing import BinaryIO, ClassVar, Final, Literal, Self, final
+from typing import BinaryIO, ClassVar, Final, Literal, TypeAlias, final
 
 from attestation.errors import StrongroomError
 
@@ -28,12 +28,17 @@ PERMISSIONS: Final = 0o7777
 """The bits that a mode may have: set-uid, set-gid, sticky, and what owner, group and others may do."""
 IMPLIED_MODE: Final = 0o755
 """Of a directory that only the paths in it speak of; its owner is 0:0."""
+CHUNK_SIZE: Final = 1 << 20
+"""Bytes of a file that are held at a time."""
+
+Content: TypeAlias = bytes | Path
+"""What a file holds: these bytes, or what that file of the host holds."""
 
 
 class ImageBuildError(StrongroomError):
     """An image that cannot be built from what was given. Nothing was written, or what was written is removed.
 
-    Codes here: ``bad_path``, ``bad_entry``, ``duplicate_path``, ``not_a_directory``.
+    Codes here: ``bad_path``, ``bad_entry``, ``duplicate_path``, ``not_a_directory``, ``changed_file``.
     """
 
     exit_code: ClassVar[int] = 2
@@ -85,14 +90,36 @@ class File(Entry):
             raise _bad_entry(self.path, "size", "at least 0", self.size)
 
     @classmethod
-    def holding(cls, path: str, data: bytes, mode: int = 0o644) -> Self:
+    def of(cls, path: str, content: Content, mode: int = 0o644) -> File:
+        """A file with ``content``, owned by 0:0. Raises OSError where there is no such file."""
+        return cls.copied(path, content, mode) if isinstance(content, Path) else cls.holding(path, content, mode)
+
+    @classmethod
+    def holding(cls, path: str, data: bytes, mode: int = 0o644) -> File:
         """A file of these bytes, owned by 0:0."""
         return cls(path, mode, len(data), lambda: BytesIO(data))
 
     @classmethod
-    def copied(cls, path: str, source: Path, mode: int = 0o644) -> Self:
+    def copied(cls, path: str, source: Path, mode: int = 0o644) -> File:
         """A file with what ``source`` holds, owned by 0:0. Raises OSError where there is no such file."""
         return cls(path, mode, source.stat().st_size, lambda: source.open("rb"))
+
+    def pieces(self) -> Iterator[bytes]:
+        """The content, at most 1 MiB at a time: ``size`` bytes.
+
+        Raises ImageBuildError ``changed_file`` when it has another size by now, and what opening and reading raise.
+        """
+        with self.open() as content:
+            left = self.size
+            while piece := content.read(min(CHUNK_SIZE, left + 1)):
+                left -= len(piece)
+                if left < 0:
+                    break
+                yield piece
+        if left:
+            got = f"at least {self.size + 1}" if left < 0 else self.size - left
+            what = f"{_shown(self.path)} has another size than a moment ago"
+            raise ImageBuildError("changed_file", what, expected=f"{self.size} bytes", got=f"{got} bytes")
 
 
 @final

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parent.image.tree import (
+    CHUNK_SIZE,
     MAX_ID,
     MAX_MAJOR,
     MAX_MINOR,
@@ -56,11 +58,25 @@ def test_the_empty_tree() -> None:
 
 def test_content_is_given_anew_each_time(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"abc")
-    for one in (File.holding("f", b"abc"), File.copied("f", tmp_path / "f")):
+    made = [File.holding("f", b"abc"), File.copied("f", tmp_path / "f")]
+    for one in [*made, File.of("f", b"abc"), File.of("f", tmp_path / "f")]:
         assert (one.size, one.mode, one.uid, one.gid) == (3, 0o644, 0, 0)
+        assert b"".join(one.pieces()) == b"abc"
         for _ in range(2):
             with one.open() as content:
                 assert content.read() == b"abc"
+
+
+@pytest.mark.parametrize(("size", "got"), [(0, "at least 1 bytes"), (2, "at least 3 bytes"), (4, "3 bytes")])
+def test_a_file_that_changes_meanwhile(size: int, got: str) -> None:
+    with pytest.raises(ImageBuildError) as caught:
+        list(File("f", 0o644, size, lambda: BytesIO(b"abc")).pieces())
+    assert (caught.value.code, caught.value.expected, caught.value.got) == ("changed_file", f"{size} bytes", got)
+
+
+def test_a_file_is_never_held_whole() -> None:
+    content = bytes(2 * CHUNK_SIZE + 1)
+    assert [len(piece) for piece in File.holding("f", content).pieces()] == [CHUNK_SIZE, CHUNK_SIZE, 1]
 
 
 @pytest.mark.parametrize(
