@@ -1,0 +1,143 @@
+"""What is wanted of an enclave, and whether this host can give it: said in numbers before nitro-cli is asked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from parent.nitro.cli import RunningEnclave
+from parent.nitro.errors import ALLOCATOR_FILE, ALLOCATOR_UNIT, NitroError
+from parent.nitro.resources import MIB, EnclaveResources, HugePages
+from vsockrpc.address import VMADDR_CID_ANY
+
+MEMORY_RATIO: Final = 4
+"""An enclave has at least so many times the memory of its image: ``ENCLAVE_MEMORY_EIF_SIZE_RATIO`` in nitro-cli's
+src/enclave_proc/resource_manager.rs.
+"""
+LOWEST_MIB: Final = 64
+"""The driver gives no enclave less."""
+FIRST_CID: Final = 4
+"""0 is the hypervisor, 1 the same machine, 2 the host of a guest, 3 the parent: none is an enclave's."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class EnclaveRequest:
+    """One enclave. Raises NitroError ``bad_request``, ``bad_cid``, ``bad_cpus``, ``memory_too_small``."""
+
+    image: Path
+    name: str
+    memory_mib: int
+    cpus: int
+    cid: int | None = None
+    """None lets the driver choose."""
+    debug: bool = False
+    """Its console is open to the host and its registers are zero: nothing in it is protected."""
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise NitroError(
+                "bad_request", "an enclave's name is short and plain", expected=_NAME.pattern, got=ascii(self.name)
+            )
+        if self.cid is not None and not FIRST_CID <= self.cid < VMADDR_CID_ANY:
+            raise NitroError(
+                "bad_cid",
+                "CIDs 0 to 3 and the highest are never an enclave's",
+                expected=f"{FIRST_CID}..{VMADDR_CID_ANY - 1}",
+                got=self.cid,
+            )
+        if self.cpus < 1:
+            raise NitroError("bad_cpus", "an enclave has CPUs", expected="at least 1", got=self.cpus)
+
+    def arguments(self) -> list[str]:
+        """Of ``nitro-cli``."""
+        given = ["run-enclave", "--eif-path", str(self.image), "--enclave-name", self.name]
+        given += ["--memory", str(self.memory_mib), "--cpu-count", str(self.cpus)]
+        given += [] if self.cid is None else ["--enclave-cid", str(self.cid)]
+        return given + (["--debug-mode"] if self.debug else [])
+
+    def __str__(self) -> str:
+        cid = "" if self.cid is None else f", CID {self.cid}"
+        return f"{self.memory_mib} MiB, {self.cpus} CPUs{cid} for {self.image.name}"
+
+
+def lowest_memory_mib(image_size: int) -> int:
+    """MiB that an enclave of an image of ``image_size`` bytes has at least."""
+    return max(LOWEST_MIB, -(-MEMORY_RATIO * image_size // MIB))
+
+
+def require_possible(
+    request: EnclaveRequest, image_size: int, host: EnclaveResources, running: Sequence[RunningEnclave]
+) -> None:
+    """Raises NitroError for what this host cannot give: ``memory_too_small``, ``cid_in_use``, ``bad_cpus``,
+    ``cpus_missing``, ``numa_split``, ``hugepages_missing``, each with what there is and what was wanted.
+    """
+    lowest = lowest_memory_mib(image_size)
+    if request.memory_mib < lowest:
+        raise NitroError(
+            "memory_too_small",
+            f"the enclave's memory is less than {MEMORY_RATIO} times its image of {-(-image_size // MIB)} MiB",
+            expected=f"--memory-mib {lowest} at least",
+            got=f"{request.memory_mib} MiB",
+        )
+    for other in running:
+        if other.cid == request.cid:
+            raise NitroError(
+                "cid_in_use",
+                f"the enclave {other.name or other.id} has this CID: take another, or leave --cid out",
+                expected=f"none of {', '.join(str(each.cid) for each in running)}",
+                got=request.cid,
+            )
+    if request.cpus % host.threads_per_core:
+        raise NitroError(
+            "bad_cpus",
+            "an enclave has whole cores, with all of their threads",
+            expected=f"a multiple of {host.threads_per_core}",
+            got=request.cpus,
+        )
+    _require_memory(request, host, _nodes_with_cpus(request, host, running))
+
+
+def _nodes_with_cpus(
+    request: EnclaveRequest, host: EnclaveResources, running: Sequence[RunningEnclave]
+) -> Sequence[int]:
+    """The NUMA nodes that have as many CPUs free for enclaves as are wanted."""
+    free = set(host.pool) - {cpu for other in running for cpu in other.cpu_ids}
+    by_node = {node: [cpu for cpu in sorted(free) if host.node_of[cpu] == node] for node in host.nodes}
+    if fitting := [node for node, cpus in by_node.items() if len(cpus) >= request.cpus]:
+        return fitting
+    if request.cpus <= len(free):
+        raise NitroError(
+            "numa_split",
+            f"the CPUs that are free for enclaves are of several NUMA nodes: write cpu_count, not cpu_pool, into "
+            f"{ALLOCATOR_FILE} and restart {ALLOCATOR_UNIT}",
+            expected=f"{request.cpus} CPUs of one node",
+            got="; ".join(f"node {node}: {','.join(map(str, cpus)) or 'none'}" for node, cpus in by_node.items()),
+        )
+    raise NitroError(
+        "cpus_missing",
+        f"too few CPUs are free for enclaves: `strongroom nitro bootstrap --cpus "
+        f"{len(host.pool) - len(free) + request.cpus} --memory-mib N` reserves more",
+        expected=f"{request.cpus} CPUs",
+        got=f"{len(free)} free of the {len(host.pool)} in the pool",
+    )
+
+
+def _require_memory(request: EnclaveRequest, host: EnclaveResources, nodes: Sequence[int]) -> None:
+    """On one of ``nodes``, where its CPUs are."""
+    pages = {node: host.hugepages.get(node, HugePages(0, 0)) for node in nodes}
+    node = max(pages, key=lambda each: pages[each].free)
+    reserved, free = pages[node].reserved, pages[node].free
+    if request.memory_mib > free:
+        elsewhere = sum(each.free for other, each in host.hugepages.items() if other not in nodes)
+        beside = f" ({elsewhere} MiB are free on other nodes, where its CPUs are not)" if elsewhere else ""
+        raise NitroError(
+            "hugepages_missing",
+            f"too little memory is free for enclaves in huge pages{beside}: `strongroom nitro bootstrap --memory-mib "
+            f"{reserved - free + request.memory_mib} --cpus {len(host.pool)}` reserves more",
+            expected=f"{request.memory_mib} MiB on NUMA node {node}",
+            got=f"{free} MiB free of {reserved} MiB reserved",
+        )
