@@ -225,14 +225,17 @@ class Header:
     """What the first 548 bytes say, where it can be true."""
 
     version: int
+    """Of the format: 3 or 4."""
     architecture: Architecture
+    """Of the kernel."""
     default_memory: int
     """Bytes."""
     default_cpus: int
+    """The number of virtual CPUs."""
     sizes: tuple[int, ...]
     """Bytes of each section's data, in the order of the file."""
     end: int
-    """Of the last section, and so of the file."""
+    """Bytes of the header and all sections, and so of the file."""
     crc: int
     """Over the whole file but these four bytes."""
 
