@@ -1,0 +1,312 @@
+"""The QEMU launcher: an enclave image in an emulated machine, the same image that a Nitro host would run.
+
+QEMU's nitro-enclave machine loads the image as Nitro's hypervisor does, measures it on its own and emulates the NSM's
+device, whose documents nobody signs; an image whose configuration names a vsock port for its NSM gets the software NSM
+instead. There is no network device in the machine, no disk and no display: only memory, CPUs, a console, the NSM and
+vsock. It keeps nothing from its host, and is for trying and testing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import os
+import subprocess
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from attestation.eif import Architecture
+from attestation.measure import read_image
+from attestation.reference import PcrSet
+from parent.config import LaunchConfiguration, LaunchConfigurationError
+from parent.launch.child import child, jailed, last_words
+from parent.launch.machine import LaunchError, Places
+from parent.launch.vsock_device import HEARTBEAT_PORT, VHOST_SOCKET, bridge, heartbeat, host_port, vsock_device
+from parent.registry import Instance
+from vsockrpc.address import VMADDR_CID_ANY, Address, UnixAddress, VsockAddress
+
+PARENT_CID = 3
+"""Of the parent on Nitro, as images name it. The device knows the host as 2 only: the kernel's command line says so,
+behind what is measured, and our init and the enclave take 2 for 3."""
+RPC_SOCKET = "rpc.sock"
+CONSOLE = "console.log"
+
+MIB = 1 << 20
+GIB = 1 << 30
+EIF_FACTOR = 4
+"""nitro-cli refuses an enclave with less memory than so many times its image's file, and so does this launcher: the
+root file system is unpacked into half of the memory, with the archive beside it."""
+SLACK = 768 * MIB
+"""Of the memory that an enclave gets by default: kernel, Python, llama.cpp's buffers and key-value cache."""
+
+HEARTBEAT_SECONDS = 120.0
+"""For the image's init to come up. With plain ramdisks it takes 2 to 5 s on two cores, with compressed ones 15."""
+MAX_CONSOLE = 1 << 20
+"""Bytes of the console that are kept, at most."""
+SHOWN_CONSOLE = 400
+"""Characters of its end that an error shows."""
+_READ_SIZE = 65_536
+
+
+# --- The tools --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What an emulated machine is made of."""
+
+    qemu: Path
+    firmware: Path
+    """A folder."""
+    vsock_device: Path
+
+    @classmethod
+    def find(cls) -> Tools:
+        """``$STRONGROOM_QEMU`` and ``$STRONGROOM_VSOCK_DEVICE`` name folders as the scripts make them; else it is the
+        newest in the cache. Raises LaunchError ``missing_tool``.
+        """
+        qemu = _made_by("qemu", "STRONGROOM_QEMU", "bin/qemu-system-x86_64")
+        device = _made_by("vsock-device", "STRONGROOM_VSOCK_DEVICE", "bin/vhost-device-vsock")
+        return cls(qemu / "bin/qemu-system-x86_64", qemu / "firmware", device / "bin/vhost-device-vsock")
+
+
+def cache_home() -> Path:
+    """Where ``scripts/machine`` keeps what it makes: in the cache folder of the XDG base directory specification."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "strongroom"
+
+
+def _made_by(script: str, variable: str, program: str) -> Path:
+    """A script's result, which is there as a whole or not at all."""
+    named = os.environ.get(variable)
+    if named:
+        found = [Path(named).absolute()]
+    else:
+        entries = cache_home().glob(f"{script}-" + "[0-9a-f]" * 16)
+        found = sorted(entries, key=lambda entry: entry.stat().st_mtime, reverse=True)
+    for folder in found:
+        if (folder / program).is_file():
+            return folder
+    raise LaunchError(
+        "missing_tool",
+        f"{Path(program).name} is not there: scripts/machine/{script} makes it",
+        expected=f"${variable} or {cache_home()}/{script}-*",
+        got=named or "no such folder",
+    )
+
+
+# --- The machine ------------------------------------------------------------------------------------------------------
+
+
+class QemuMachine:
+    """An enclave in an emulated machine."""
+
+    launcher = "qemu"
+
+    def __init__(
+        self, instance: Instance, image: Path, *, model_bytes: int, memory: int | None = None, cpus: int | None = None
+    ) -> None:
+        """``image`` is an EIF of x86_64, ``instance`` has its configuration. ``model_bytes`` is what it will be sent;
+        ``memory`` is bytes, of which the machine gets whole MiB, and ``cpus`` a count; None takes what image and model
+        need, and the CPUs that this process may use.
+
+        Raises LaunchError ``missing_tool``, ``unreadable_image``, ``too_little_memory``; LaunchConfigurationError for
+        addresses that an emulated machine does not have; AddressError for a folder whose path is too long.
+        """
+        self._instance = instance
+        self._image = image.absolute()
+        self._tools = Tools.find()
+        self._memory = machine_memory(image_size(image), model_bytes, memory)
+        self._cpus = cpus or len(os.sched_getaffinity(0))
+        configuration = LaunchConfiguration.load(instance.configuration)
+        kms = configuration.kms
+        self._rpc_port = _guest_port(configuration.listen)
+        self._rpc = UnixAddress(str(instance.directory / RPC_SOCKET))
+        self.places = Places(
+            rpc=self._rpc,
+            store=self._host_port("model.store", configuration.store),
+            egress=None if kms is None else self._host_port("kms.egress", kms.egress),
+            nsm=None if configuration.nsm is None else self._host_port("nsm.address", configuration.nsm),
+        )
+
+    def _host_port(self, key: str, address: Address) -> UnixAddress:
+        if not isinstance(address, VsockAddress) or address.cid != PARENT_CID:
+            raise LaunchConfigurationError(
+                key,
+                "a machine reaches its host by vsock",
+                expected=f"vsock:{PARENT_CID}:PORT",
+                got=str(address),
+            )
+        return host_port(self._instance, address.port)
+
+    async def measure(self) -> PcrSet:
+        image = await asyncio.to_thread(read_image, self._image)
+        if image.architecture is not Architecture.X86_64:
+            raise LaunchError(
+                "wrong_architecture",
+                "the emulated machine runs images of another architecture",
+                expected=Architecture.X86_64,
+                got=image.architecture,
+            )
+        return image.measurements
+
+    @contextlib.asynccontextmanager
+    async def boot(self, measured: PcrSet) -> AsyncIterator[RunningMachine]:
+        instance = self._instance
+        # QEMU unpacks the image's parts into temporary files, which it leaves behind when it is killed meanwhile.
+        environment = {"TMPDIR": str(instance.directory)}
+        command = jailed(self.command(), "--no-network")
+        async with (
+            heartbeat(host_port(instance, HEARTBEAT_PORT)) as heard,
+            bridge(self._rpc, instance, self._rpc_port, heard),
+            vsock_device(instance, self._tools.vsock_device) as device,
+            child(instance, command, stdout=subprocess.PIPE, environment=environment) as qemu,
+        ):
+            assert qemu.stdout is not None
+            console = Console(instance.directory / CONSOLE)
+            recording = asyncio.ensure_future(console.record(qemu.stdout))
+            try:
+                yield RunningMachine(instance, qemu, device, heard, console, recording)
+            finally:
+                recording.cancel()
+                await asyncio.gather(recording, return_exceptions=True)
+
+    def command(self) -> list[str]:
+        """QEMU's command line; it is to run in the instance's folder."""
+        return [
+            *(str(self._tools.qemu), "-L", str(self._tools.firmware), "-nodefaults", "-no-user-config", "-no-reboot"),
+            *("-M", f"nitro-enclave,vsock=vsock,id={self._instance.name}", "-accel", "tcg,thread=multi"),
+            # The default CPU of QEMU has no AVX; this one has AVX2, FMA, F16C and BMI2, and no AVX-512.
+            *("-cpu", "max", "-smp", str(self._cpus), "-m", f"{self._memory // MIB}M"),
+            *("-display", "none", "-monitor", "none", "-serial", "stdio"),
+            *("-chardev", f"socket,id=vsock,path={VHOST_SOCKET}"),
+            *("-kernel", str(self._image), "-append", "parent_cid=2"),
+        ]
+
+
+def image_size(image: Path) -> int:
+    """Bytes. Raises LaunchError ``unreadable_image``."""
+    try:
+        return image.stat().st_size
+    except OSError as error:
+        raise LaunchError("unreadable_image", f"{image}: {error.strerror}") from error
+
+
+def machine_memory(image: int, model: int, wanted: int | None) -> int:
+    """Bytes, in whole MiB, for an image's file and a model's of so many bytes. Raises LaunchError
+    ``too_little_memory``.
+    """
+    least = EIF_FACTOR * image
+    size = max(least, image + 2 * model + SLACK) if wanted is None else wanted
+    if size < least:
+        raise LaunchError(
+            "too_little_memory",
+            f"an enclave needs {EIF_FACTOR} times the size of its image, which is {_mib(image)} MiB",
+            expected=f">= {_mib(least)} MiB (--memory-gib {math.ceil(least / GIB * 100) / 100})",
+            got=f"{size / MIB:g} MiB",
+        )
+    return _mib(size) * MIB
+
+
+def _mib(size: int) -> int:
+    return -(-size // MIB)
+
+
+def _guest_port(address: Address) -> int:
+    if not isinstance(address, VsockAddress) or address.cid != VMADDR_CID_ANY:
+        raise LaunchConfigurationError(
+            "rpc.listen", "a machine is reached by vsock", expected="vsock:any:PORT", got=str(address)
+        )
+    return address.port
+
+
+# --- What runs --------------------------------------------------------------------------------------------------------
+
+
+class Console:
+    """What a machine writes to its console, in a file of at most :data:`MAX_CONSOLE` bytes: when half of that is full,
+    it takes the place of the half before it. The guest writes it, so nothing in it is believed or shown as it stands.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._older = path.with_name(path.name + ".1")
+        self._size = 0
+        self._end = b""
+        for old in (self._path, self._older):
+            old.unlink(missing_ok=True)
+
+    async def record(self, stream: asyncio.StreamReader) -> None:
+        """Until ``stream`` ends. A full disk loses the text and nothing else: the machine would stand still if nobody
+        read.
+        """
+        while data := await stream.read(_READ_SIZE):
+            self._end = (self._end + data)[-SHOWN_CONSOLE:]
+            with contextlib.suppress(OSError):
+                self._write(data)
+
+    def _write(self, data: bytes) -> None:
+        if self._size + len(data) > MAX_CONSOLE // 2:
+            self._path.replace(self._older)
+            self._size = 0
+        self._size += len(data)
+        with self._path.open("ab", buffering=0) as file:
+            file.write(data)
+
+    def end(self) -> str:
+        """The last of it, as text that a terminal can be shown."""
+        lines = self._end.decode("ascii", "replace").splitlines()
+        shown = ["".join(each if each.isascii() and each.isprintable() else "." for each in line) for line in lines]
+        return "\n".join(line for line in shown if line.strip("."))
+
+
+@dataclass(frozen=True, slots=True)
+class RunningMachine:
+    """QEMU and its vsock device. The end of one is that of both."""
+
+    instance: Instance
+    qemu: asyncio.subprocess.Process
+    device: asyncio.subprocess.Process
+    heard: asyncio.Event
+    """The image's init has come up."""
+    console: Console
+    recording: asyncio.Future[None]
+
+    async def network(self) -> str:
+        """The machine has no network device."""
+        return "none"
+
+    async def wait(self) -> LaunchError | None:
+        ends = [asyncio.ensure_future(process.wait()) for process in (self.qemu, self.device)]
+        came_up = asyncio.ensure_future(self.heard.wait())
+        try:
+            await asyncio.wait([*ends, came_up], timeout=HEARTBEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            if came_up.done():
+                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if self.qemu.returncode is not None:  # what it still wrote is on its way here
+                await asyncio.wait([self.recording], timeout=1)
+        finally:
+            for end in (*ends, came_up):
+                end.cancel()
+            await asyncio.gather(*ends, came_up, return_exceptions=True)
+        return self._reason()
+
+    def _reason(self) -> LaunchError | None:
+        """Of the end, where another boot would come to the same one."""
+        said = self.console.end() or "nothing was said"
+        if self.qemu.returncode is None and self.device.returncode is None:
+            return LaunchError(
+                "no_heartbeat",
+                f"the image's init sent no heartbeat within {HEARTBEAT_SECONDS:g} s; an init of AWS reaches its "
+                "parent on Nitro only: build the image with ours",
+                expected=f"one byte at port {HEARTBEAT_PORT}",
+                got=said,
+            )
+        if self.qemu.returncode == 1 and not self.heard.is_set():
+            return LaunchError("qemu_refused", "QEMU does not run this image", got=last_words(self.instance))
+        ended = "QEMU" if self.qemu.returncode is not None else "the vsock device"
+        with contextlib.suppress(OSError), self.instance.log.open("a") as log:
+            log.write(f"strongroom: {ended} ended; the end of {CONSOLE}:\n{said}\n")
+        return None
