@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -93,6 +94,15 @@ class EnclaveImage:
         registers = {f"PCR{index}": value.hex() for index, value in self.measurements.as_registers().items()}
         return {"Measurements": {"HashAlgorithm": HASH_ALGORITHM, **registers}}
 
+    def named_sections(self) -> dict[str, Section]:
+        """The sections in their order: ``kernel``, ``cmdline``, ``metadata``, ``signature``, ``ramdisk0`` and on."""
+        named: dict[str, Section] = {}
+        numbers = itertools.count()
+        for section in self.sections:
+            name = section.type.name.lower()
+            named[f"{name}{next(numbers)}" if section.type is SectionType.RAMDISK else name] = section
+        return named
+
     def require_boundary(self) -> None:
         """That nobody moved the beginning of the command line to the end of the kernel, which changes no register.
 
@@ -102,7 +112,7 @@ class EnclaveImage:
         """
         if self.architecture is not Architecture.X86_64:
             return
-        kernel = next(section for section in self.sections if section.type is SectionType.KERNEL)
+        kernel = self.named_sections()["kernel"]
         if self.kernel_length is None:
             message = "the kernel is no bzImage, and does not say where it ends"
             raise ImageError("no_boundary", message, offset=kernel.data_offset, expected="a bzImage", got="another")
@@ -220,32 +230,37 @@ def _located(offset: int) -> Iterator[None]:
 class SectionReader:
     """The data of one section of a file that was measured, read again: what it gives, up to its end, is what was
     measured, or ImageError ``changed_image``.
-
-    ``file`` can seek, and nobody else reads it meanwhile. It is itself enough of a file to be read by :meth:`read`.
     """
 
-    def __init__(self, file: BinaryIO, section: Section) -> None:
+    def __init__(
+        self, file: BinaryIO, section: Section, *, progress: Progress | None = None, before: int = 0, total: int = 0
+    ) -> None:
+        """``file`` can seek, and nobody else reads it meanwhile. ``progress`` is told of ``total`` bytes, of which
+        ``before`` were there before.
+        """
         self._file, self._section = file, section
+        self._progress, self._before, self._total = progress, before, total
         self._left, self._digest = section.size, hashlib.sha384()
         file.seek(section.data_offset)
-        self._require_unchanged()
 
-    def read(self, size: int) -> bytes:
-        """At most ``size`` bytes, at least one of them before the end. Raises ImageError ``changed_image``, with the
-        last of them at the latest; and what ``file.read`` raises.
+    def read(self, size: int, /) -> bytes:
+        """At most ``size`` bytes; none at the end. Raises ImageError ``changed_image`` there at the latest, and what
+        ``file.read`` raises.
         """
         data = self._file.read(min(size, self._left))
         self._digest.update(data)
         self._left -= len(data)
-        if not data and size and self._left:
-            self._left = 0
-        self._require_unchanged()
-        return data
-
-    def _require_unchanged(self) -> None:
-        if not self._left and self._digest.digest() != self._section.sha384:
+        if self._progress is not None:
+            self._progress(self._before + self._section.size - self._left, self._total)
+        if not data and self._digest.digest() != self._section.sha384:
             message = f"the section {self._section.type.name} is not what it was when the file was measured"
             raise ImageError("changed_image", message, offset=self._section.offset)
+        return data
+
+    def finish(self) -> None:
+        """Reads what is left. Nothing that was read may be used before. Raises as :meth:`read`."""
+        while self.read(CHUNK_SIZE):
+            pass
 
 
 class _Crc:

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from bench import Row
 
-PARTS = ("path", "roundtrip", "bulk", "model_envelope", "model_boot", "kms", "relay", "verification")
+PARTS = ("path", "roundtrip", "bulk", "model_envelope", "model_boot", "kms", "relay", "verification", "image_measuring")
 
 
 def machine() -> str:
