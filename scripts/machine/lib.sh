@@ -279,7 +279,7 @@ fetch() {
   local suite=$1 folder=$2 landing
   shift 2
   landing=$(mktemp -d "$scratch/landing-XXXXXX")
-  chmod 755 "$landing"
+  [ "$(id -u)" != 0 ] || chown _apt "$landing"
   (cd "$landing" && apt_in "$suite" apt-get -q "$@") >"$scratch/fetch.log" 2>&1 || { cat "$scratch/fetch.log" >&2; fail "could not fetch: $*"; }
   mv "$landing"/* "$folder"
 }
