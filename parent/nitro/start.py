@@ -1,14 +1,18 @@
-"""What is wanted of an enclave, and whether this host can give it: said in numbers before nitro-cli is asked."""
+"""Starting an enclave: what is wanted, whether this host can give it, said in numbers before nitro-cli is asked, and
+whether what runs then is what was wanted.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from parent.nitro.cli import RunningEnclave
+from attestation.reference import PcrSet
+from parent.nitro.cli import NitroCli, RunningEnclave
 from parent.nitro.errors import ALLOCATOR_FILE, ALLOCATOR_UNIT, NitroError
 from parent.nitro.resources import MIB, EnclaveResources, HugePages
 from vsockrpc.address import VMADDR_CID_ANY
@@ -69,12 +73,8 @@ def lowest_memory_mib(image_size: int) -> int:
     return max(LOWEST_MIB, -(-MEMORY_RATIO * image_size // MIB))
 
 
-def require_possible(
-    request: EnclaveRequest, image_size: int, host: EnclaveResources, running: Sequence[RunningEnclave]
-) -> None:
-    """Raises NitroError for what this host cannot give: ``memory_too_small``, ``cid_in_use``, ``bad_cpus``,
-    ``cpus_missing``, ``numa_split``, ``hugepages_missing``, each with what there is and what was wanted.
-    """
+def require_memory(request: EnclaveRequest, image_size: int) -> None:
+    """Raises NitroError ``memory_too_small``."""
     lowest = lowest_memory_mib(image_size)
     if request.memory_mib < lowest:
         raise NitroError(
@@ -83,6 +83,15 @@ def require_possible(
             expected=f"--memory-mib {lowest} at least",
             got=f"{request.memory_mib} MiB",
         )
+
+
+def require_possible(
+    request: EnclaveRequest, image_size: int, host: EnclaveResources, running: Sequence[RunningEnclave]
+) -> None:
+    """Raises NitroError for what this host cannot give: ``memory_too_small``, ``cid_in_use``, ``bad_cpus``,
+    ``cpus_missing``, ``numa_split``, ``hugepages_missing``, each with what there is and what was wanted.
+    """
+    require_memory(request, image_size)
     for other in running:
         if other.cid == request.cid:
             raise NitroError(
@@ -141,3 +150,59 @@ def _require_memory(request: EnclaveRequest, host: EnclaveResources, nodes: Sequ
             expected=f"{request.memory_mib} MiB on NUMA node {node}",
             got=f"{free} MiB free of {reserved} MiB reserved",
         )
+
+
+async def start_enclave(cli: NitroCli, request: EnclaveRequest, measured: PcrSet) -> RunningEnclave:
+    """Starts it and returns it as nitro-cli knows it, once it has reported that it is up.
+
+    nitro-cli measures the file again while it loads it: an enclave whose file was another one by then is terminated.
+    Where the caller gives up meanwhile, or nitro-cli does not come back, what it may have started is terminated too.
+    Raises NitroError.
+    """
+    try:
+        started = await cli.start(request.arguments(), memory_mib=request.memory_mib, asked=str(request))
+        known = {each.id: each for each in await cli.describe()}
+        enclave = known.get(started.id)
+        if enclave is None:
+            raise NitroError("boot_failed", "the enclave ended as soon as it had started", got=started.id)
+        require_same(enclave, measured)
+        if enclave.debug != request.debug:
+            raise NitroError("bad_nitro_cli_output", "the enclave's mode is not the one that was asked for")
+    except BaseException:
+        await asyncio.shield(terminate_named(cli, request.name))
+        raise
+    return enclave
+
+
+def require_same(enclave: RunningEnclave, measured: PcrSet) -> None:
+    """Raises NitroError ``measurements_differ`` when nitro-cli loaded another file than was measured. An older one that
+    says no measurements is believed: a client is told by the enclave's own Evidence.
+    """
+    said = {name: register.lower() for name, register in enclave.measurements.items()}
+    ours = {f"PCR{index}": value.hex() for index, value in measured.as_registers().items()}
+    for name in said.keys() & ours.keys():
+        if said[name] != ours[name]:
+            raise NitroError(
+                "measurements_differ",
+                "the image changed while it was loaded, and the enclave was terminated",
+                expected=f"{name} {ours[name]}",
+                got=said[name],
+            )
+
+
+async def terminate_named(cli: NitroCli, name: str) -> None:
+    """Ends every enclave of this name. One that is gone meanwhile is no error. Raises NitroError."""
+    for enclave in await cli.describe():
+        if enclave.name == name:
+            await terminate_if_there(cli, enclave.id)
+
+
+async def terminate_if_there(cli: NitroCli, enclave_id: str) -> bool:
+    """False when it was gone already. Raises NitroError."""
+    try:
+        await cli.terminate(enclave_id)
+    except NitroError as error:
+        if error.code not in ("no_such_enclave", "enclave_unanswering"):
+            raise
+        return False
+    return True
