@@ -145,7 +145,13 @@ def make_certificate(key: ec.EllipticCurvePrivateKey, subject: str, not_before: 
     serial = int.from_bytes(hashlib.sha256(said).digest()[:16], "big") | 1
     try:
         made = (
-            x509.CertificateBuilder(name, name, key.public_key(), serial, begin, begin + timedelta(days=days))
+            x509.CertificateBuilder()
+            .subject_name(name)
+            .issuer_name(name)
+            .public_key(key.public_key())
+            .serial_number(serial)
+            .not_valid_before(begin)
+            .not_valid_after(begin + timedelta(days=days))
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_USAGE, critical=True)
             .sign(key, number[1], ecdsa_deterministic=True)
