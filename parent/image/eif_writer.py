@@ -284,7 +284,7 @@ def _check_kernel(kernel: File, architecture: Architecture) -> None:
 
 
 def _encoded_cmdline(cmdline: str) -> bytes:
-    data = cmdline.encode("utf-8", "replace")
+    data = cmdline.encode("utf-8", "surrogatepass")
     if len(data) > MAX_CMDLINE_SIZE:
         expected = f"at most {MAX_CMDLINE_SIZE} bytes"
         raise ImageBuildError("bad_cmdline", "more than the kernel reads", expected=expected, got=f"{len(data)} bytes")
