@@ -5,6 +5,7 @@ whether what runs then is what was wanted.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -169,7 +170,8 @@ async def start_enclave(cli: NitroCli, request: EnclaveRequest, measured: PcrSet
         if enclave.debug != request.debug:
             raise NitroError("bad_nitro_cli_output", "the enclave's mode is not the one that was asked for")
     except BaseException:
-        await asyncio.shield(terminate_named(cli, request.name))
+        with contextlib.suppress(NitroError):  # what failed first is what there is to say
+            await asyncio.shield(terminate_named(cli, request.name))
         raise
     return enclave
 
