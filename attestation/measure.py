@@ -47,7 +47,7 @@ from attestation.strict_json import Json
 
 CHUNK_SIZE: Final = 1 << 20
 """Bytes that are read at once."""
-MAX_PENDING: Final = 4
+MAX_PENDING: Final = 16
 """Pieces that were read and are not hashed yet: with ``CHUNK_SIZE`` the memory that measuring takes."""
 _WORTH_A_THREAD: Final = 64 << 10
 """Bytes. What is shorter is hashed before another thread would have begun."""

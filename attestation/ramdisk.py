@@ -102,7 +102,9 @@ class RamdiskEntry:
     links: int
     """The number of names that the file has. Of several, all but one have no content."""
     inode: tuple[int, int, int]
-    """Number, and major and minor device number, 32 bits each: names with the same are one file."""
+    """Number, and major and minor device number, 32 bits each: names with the same, in one archive, are one file."""
+    archive: int
+    """The number of the archive within the ramdisk, from 0."""
 
 
 class Readable(Protocol):
@@ -123,7 +125,7 @@ class RamdiskReader:
         self._stream = _Stream(file, size, offset)
         self._content: Iterator[bytes] = iter(())
         self._entries = self._read()
-        self._count = 0
+        self._count = self._archives = 0
 
     def __iter__(self) -> Iterator[RamdiskEntry]:
         return self._entries
@@ -146,6 +148,7 @@ class RamdiskReader:
         """One archive, to its trailer."""
         if source.position % _ALIGNMENT:
             raise source.error("malformed_ramdisk", "an archive begins askew", expected="a multiple of 4 bytes")
+        self._archives += 1
         while (made := self._header(source)) is not None:
             entry, checksum = made
             content = self._pieces(source, entry, checksum)
@@ -206,6 +209,7 @@ class RamdiskReader:
             target=target,
             links=links,
             inode=(inode, device[0], device[1]),
+            archive=self._archives - 1,
         )
         return entry, checksum if magic == _MAGIC_WITH_SUM and kind is Kind.FILE else None
 

@@ -166,17 +166,17 @@ def init(**options: Any) -> None:
     """
     keys = take_keys(options)
     asked = Asked(keys=keys, **options)
-    _require_sense(asked)
+    require_sense(asked)
     root = None if asked.anchor is None else read_bounded(asked.anchor, MAX_CERTIFICATE)
     anchor = AWS_NITRO_G1 if root is None else Anchor.emulated(root)
     source = _source(asked, anchor)
-    made = _policy(asked, anchor, source)
+    made = policy_of(asked, anchor, source)
     source.require_accepted(made)
-    wrote = _write(made, asked.output, asked.anchor, source.notes)
+    wrote = write(made, asked.output, asked.anchor, source.notes)
     remarks = warnings(made, datetime.now(UTC))
     if source.is_first_use and not any(remark.code == FIRST_USE for remark in remarks):
         remarks += [first_use(release.name) for release in made.accepted_releases]
-    _report_init(made, wrote, source, remarks, asked.as_json)
+    report(made, wrote, source, remarks, asked.as_json)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,7 +210,7 @@ class Asked:
     as_json: bool
 
 
-def _require_sense(asked: Asked) -> None:
+def require_sense(asked: Asked) -> None:
     """Raises click.UsageError for options that contradict each other; OSError where no policy can be written."""
     if [asked.from_eif, asked.from_measurements, asked.from_evidence, asked.from_release].count(None) != 3:
         raise click.UsageError("name one of --from-eif, --from-measurements, --from-evidence and --from-release")
@@ -239,7 +239,7 @@ def _source(asked: Asked, anchor: Anchor) -> Source:
         return sources.from_measurements(asked.from_measurements, asked.release)
     if asked.from_evidence is not None:
         return _from_evidence(asked.from_evidence, asked, anchor)
-    assert asked.from_release is not None  # by _require_sense
+    assert asked.from_release is not None  # by require_sense
     return _from_release(asked.from_release, asked)
 
 
@@ -268,8 +268,11 @@ def _from_release(path: Path, asked: Asked) -> Source:
 # --- The policy ---------------------------------------------------------------------------------------------------
 
 
-def _policy(asked: Asked, anchor: Anchor, source: Source) -> AppraisalPolicy:
-    """Raises click.UsageError for what nobody says or what does not go together; PolicyError; what reading raises."""
+def policy_of(asked: Asked, anchor: Anchor, source: Source) -> AppraisalPolicy:
+    """What was asked for, by the values of ``source``.
+
+    Raises click.UsageError for what nobody says or what does not go together; PolicyError; what reading raises.
+    """
     models: ModelRule
     if asked.minimum_version is None:
         models = _rule("model", asked.model, asked.ignore_model, source.model, reference.model_digest)
@@ -366,7 +369,7 @@ def _stated(path: Path, folder: Path, field: str) -> str:
     return require_printable(field, os.path.relpath(path.parent.resolve() / path.name, folder.resolve()))
 
 
-def _write(made: AppraisalPolicy, output: Path, anchor: Path | None, notes: Sequence[str]) -> list[Path]:
+def write(made: AppraisalPolicy, output: Path, anchor: Path | None, notes: Sequence[str]) -> list[Path]:
     """Writes the policy, and a copy of its root beside it where none is; all, or nothing.
 
     What was written is read back, as it will be read: so a history is held to what this user remembers of it.
@@ -392,9 +395,10 @@ def _write(made: AppraisalPolicy, output: Path, anchor: Path | None, notes: Sequ
     return written
 
 
-def _report_init(
+def report(
     made: AppraisalPolicy, wrote: Sequence[Path], source: Source, remarks: Sequence[Remark], as_json: bool
 ) -> None:
+    """What was written, for people or for programs, and what to know of it."""
     if as_json:
         body = {
             "policy": str(wrote[-1]),

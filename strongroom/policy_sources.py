@@ -7,7 +7,7 @@ made of it, before anything is written; a release history is verified whole.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from attestation.commitment import Commitment, Evidence
 from attestation.cose import COSE_SIGN1_TAG, CoseSign1
 from attestation.document import PCR_COUNT, AttestationDocument
 from attestation.errors import AppraisalError, StrongroomError
+from attestation.measure import EnclaveImage
 from attestation.policy import AppraisalPolicy
 from attestation.reference import (
     PCR_APPLICATION,
@@ -99,9 +100,15 @@ class Source:
 
 def from_eif(path: Path, name: str | None) -> Source:
     """An enclave image file, measured here. Raises ImageError, and PolicyError for a name that is not printable."""
-    return _measured(
-        "eif", reference.image(path).measurements, name or path.name, "an enclave image file, measured here"
-    )
+    return of_image(reference.image(path), name or path.name)
+
+
+def of_image(
+    image: EnclaveImage, name: str, *, model: DigestRule | None = None, configuration: DigestRule | None = None
+) -> Source:
+    """An image that was measured, and what is known of its model and configuration. PolicyError as :func:`from_eif`."""
+    made = _measured("eif", image.measurements, name, "an enclave image file, measured here")
+    return replace(made, model=model, configuration=configuration)
 
 
 def from_measurements(path: Path, name: str | None) -> Source:

@@ -111,7 +111,7 @@ def _write(prepared: Prepared, settings: Settings, progress: Callable[[str], Non
     prepared.configuration.write_text(enclave_toml(prepared.manifest, settings))
     progress("measuring the enclave's code and configuration")
     image = measure_process_image(Path(sys.executable), prepared.configuration)
-    root = ensure_development_root().certificate_der
+    root = development_root()
     (prepared.directory / ROOT_DER).write_bytes(root)
     policy = AppraisalPolicy(
         anchor=Anchor.emulated(root),
@@ -131,6 +131,11 @@ def _write(prepared: Prepared, settings: Settings, progress: Callable[[str], Non
         kms={} if settings.kms is None else settings.kms.keys.rules(),
     )
     prepared.policy.write_text(write_policy(policy, root=ROOT_DER))
+
+
+def development_root() -> bytes:
+    """The certificate (DER) of this user's root for emulated enclaves, which is made where there is none. OSError."""
+    return ensure_development_root().certificate_der
 
 
 def enclave_toml(manifest: ModelManifest, settings: Settings) -> str:

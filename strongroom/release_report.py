@@ -28,14 +28,14 @@ def show_history(console: Console, history: ReleaseHistory, *, whole: bool) -> N
         ("expires", time_text(history.expires)),
     ):
         console.print(Text(f"{title:<8}").append(value), soft_wrap=True)
-    _show_table(console, RELEASE_TITLES, [_release_row(each, whole) for each in current.releases])
+    show_table(console, RELEASE_TITLES, [_release_row(each, whole) for each in current.releases])
     if not current.releases:
         console.print("no release counts: all have been taken back", soft_wrap=True)
     rows = [
         (str(entry.statement.sequence), time_text(entry.statement.issued), time_text(entry.statement.expires), change)
         for entry, change in zip(history.entries, _changes(history.entries), strict=True)
     ]
-    _show_table(console, ENTRY_TITLES, rows)
+    show_table(console, ENTRY_TITLES, rows)
 
 
 def as_json_object(history: ReleaseHistory) -> dict[str, object]:
@@ -94,7 +94,7 @@ def _changes(entries: Sequence[Entry]) -> Iterator[str]:
         before = now
 
 
-def _show_table(console: Console, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def show_table(console: Console, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A row on a line; where that does not fit, a row is a paragraph, and each of its cells a line."""
     sizes = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
     if sum(sizes) + len(_GAP) * (len(sizes) - 1) > console.width:
