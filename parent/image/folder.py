@@ -23,7 +23,7 @@ def read_folder(folder: Path) -> Source:
     if not folder.is_dir():
         raise ImageBuildError("unreadable_source", f"{str(folder)!a} is no folder", expected="a root file system")
     try:
-        entries, notes = without_bytecode(_entries(os.fspath(folder), ""))
+        entries, notes = without_bytecode(list_folder(folder))
         tree = Tree.of(entries)
         digest = tree_digest(tree)
     except OSError as error:
@@ -32,6 +32,11 @@ def read_folder(folder: Path) -> Source:
         ) from error
     material = Material("rootfs", {"sha256": digest}, {"kind": "canonical listing of a root file system"})
     return Source(tree, digest=f"sha256:{digest}", materials=(material,), notes=notes)
+
+
+def list_folder(folder: Path) -> Iterator[Entry]:
+    """All that is in ``folder``, as :func:`read_folder` has it. Raises ImageBuildError ``unusable_file``, OSError."""
+    return _entries(os.fspath(folder), "")
 
 
 def _entries(folder: str, path: str) -> Iterator[Entry]:

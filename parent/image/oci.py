@@ -53,6 +53,7 @@ _LAYERS: Final = {
 _TAGS: Final = ("org.opencontainers.image.ref.name", "io.containerd.image.name")
 _BASE_NAME: Final = "org.opencontainers.image.base.name"
 _BASE_DIGEST: Final = "org.opencontainers.image.base.digest"
+_LOCAL: Final = "localhost/"
 _ATTESTATION: Final = "vnd.docker.reference.type"
 
 
@@ -210,6 +211,8 @@ def _base(annotations: Mapping[str, str]) -> Iterator[Material]:
     """The base image, where the builder has put it into the manifest, as buildah does."""
     if text := annotations.get(_BASE_DIGEST):
         name = annotations.get(_BASE_NAME)
+        if name is not None and name.startswith(_LOCAL):
+            name = None  # buildah's name of a folder on this machine
         yield Material("base image", _by_algorithm(Digest.parse(text, _BASE_DIGEST)), {"name": name} if name else {})
 
 
