@@ -18,6 +18,10 @@ MOUNT_POINTS: Final = ("dev", "proc", "run", "sys", "tmp", "var")
 """In the root: what the init mounts on, and ``var``, which AWS's tool makes beside them."""
 MAX_LINE: Final = (1 << 17) - 1
 """Bytes of an argument or a variable: Linux's MAX_ARG_STRLEN less the final NUL."""
+MAX_LINES: Final = 4095
+"""Of ``cmd``, and of ``env``; with ``MAX_LINES_SIZE`` what our init reads (enclave/machine/init.c)."""
+MAX_LINES_SIZE: Final = (256 << 10) - 1
+"""Bytes of each."""
 
 
 def boot_ramdisk(*, init: Content, cmdline: str | None = None, nsm: Content | None = None) -> Tree:
@@ -74,4 +78,8 @@ def _lines(code: str, lines: Sequence[str]) -> bytes:
         if "\n" in line or "\0" in line or len(encoded[-1]) > MAX_LINE:
             expected = f"at most {MAX_LINE} bytes without line feed and NUL"
             raise ImageBuildError(code, "not a line", expected=expected, got=ascii(line)[:100])
-    return b"".join(line + b"\n" for line in encoded)
+    written = b"".join(line + b"\n" for line in encoded)
+    if len(lines) > MAX_LINES or len(written) > MAX_LINES_SIZE:
+        expected, got = f"{MAX_LINES} lines, {MAX_LINES_SIZE} bytes", f"{len(lines)} lines, {len(written)} bytes"
+        raise ImageBuildError(code, "more than the init reads", expected=f"at most {expected}", got=got)
+    return written

@@ -1,4 +1,6 @@
-"""docs/codes.md has every code that the verifier and the client's commands can end with, and no other."""
+"""docs/codes.md has every code that the verifier, the client's commands and the building of images can end with, and no
+other.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ import pytest
 from attestation.errors import StrongroomError
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = sorted([*ROOT.glob("attestation/**/*.py"), *ROOT.glob("strongroom/*.py")])
+FILES = sorted([*ROOT.glob("attestation/**/*.py"), *ROOT.glob("parent/image/*.py"), *ROOT.glob("strongroom/*.py")])
 PAGE = (ROOT / "docs/codes.md").read_text()
 PROTOCOL = (ROOT / "PROTOCOL.md").read_text()
 

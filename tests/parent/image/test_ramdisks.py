@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from parent.image.ramdisks import MAX_LINE, boot_ramdisk, customer_ramdisk
+from parent.image.ramdisks import MAX_LINE, MAX_LINES, MAX_LINES_SIZE, boot_ramdisk, customer_ramdisk
 from parent.image.tree import Device, Directory, Entry, File, ImageBuildError, Symlink, Tree
 
 ROOT = Tree.of([File.holding("usr/bin/python3", b"python", 0o755), Directory("tmp", 0o1777)])
@@ -65,6 +65,16 @@ def test_bad_variables(env: str) -> None:
     with pytest.raises(ImageBuildError) as caught:
         customer_ramdisk(ROOT, cmd=["a"], env=["GOOD=1", env])
     assert caught.value.code == "bad_environment"
+
+
+def test_no_more_than_the_init_reads() -> None:
+    halves = ["x" * MAX_LINE, "x" * (MAX_LINES_SIZE - MAX_LINE - 2)]
+    assert len(content(customer_ramdisk(ROOT, cmd=halves), "cmd")) == MAX_LINES_SIZE
+    assert content(customer_ramdisk(ROOT, cmd=["a"] * MAX_LINES), "cmd") == b"a\n" * MAX_LINES
+    for cmd in ([*halves, ""], ["a"] * (MAX_LINES + 1)):
+        with pytest.raises(ImageBuildError) as caught:
+            customer_ramdisk(ROOT, cmd=cmd)
+        assert caught.value.code == "bad_command"
 
 
 def test_a_variable_twice() -> None:
