@@ -85,6 +85,8 @@ run() {
   make_scratch
   log=$scratch/log
   say "$label"
+  # Inside a $(...) the script's own trap does not hold.
+  [ "$BASHPID" = $$ ] || trap 'end_group "$job"; end_group "$ticker"' EXIT
   # A group of its own, so that all of it can be ended; without the lock, so that nothing that stays behind holds it.
   set -m
   "$@" >"$log" 2>&1 </dev/null 9>&- &
@@ -214,11 +216,9 @@ mirror_of() {
   printf '%s\n' "$mirror"
 }
 
-# apt_in SUITE COMMAND...: COMMAND with apt's private state for SUITE, whose lists are fetched at the first use.
-apt_in() {
-  local suite=$1 tool=$2 state uri
-  shift 2
-  state=$scratch/apt-$suite
+# apt_open SUITE: a private state for SUITE in $scratch/apt-SUITE, whose apt.conf makes apt's tools use it. Its lists are fetched once.
+apt_open() {
+  local suite=$1 state=$scratch/apt-$1 uri
   if [ ! -f "$state/ready" ]; then
     uri=$(mirror_of "$suite")
     mkdir -p "$state"/{sources,lists/partial,archives/partial}
@@ -245,16 +245,27 @@ Acquire::Retries "3";
 #clear APT::Architectures;
 #clear Acquire::IndexTargets::deb::DEP-11;
 CONFIGURATION
-    if ! apt-get --config-file "$state/apt.conf" --error-on=any -q update >"$state/log" 2>&1; then
-      cat "$state/log" >&2
-      if grep -q -e NO_PUBKEY -e 'is not signed' "$state/log"; then
-        fail "this machine has no key for the suite $suite: install a newer debian-archive-keyring" 2
-      fi
-      fail "the archive could not be asked for the suite $suite" 2
-    fi
+    run "asking the archive for $suite" update_lists "$state/apt.conf" "$suite"
     touch "$state/ready"
   fi
-  "$tool" --config-file "$state/apt.conf" "$@"
+}
+
+# apt_in SUITE TOOL ARGUMENT...: one of apt's tools with that state.
+apt_in() {
+  local conf=$scratch/apt-$1/apt.conf tool=$2
+  apt_open "$1"
+  shift 2
+  "$tool" --config-file "$conf" "$@"
+}
+
+update_lists() {
+  local answer
+  answer=$(apt-get --config-file "$1" --error-on=any -q update 2>&1) && return
+  printf '%s\n' "$answer"
+  if grep -q -e NO_PUBKEY -e 'is not signed' <<<"$answer"; then
+    say "this machine has no key for the suite $2: install a newer debian-archive-keyring"
+  fi
+  return 1
 }
 
 # apt_version SUITE PACKAGE, apt_source_version SUITE SOURCE: the newest version there.
@@ -278,9 +289,10 @@ apt_source_version() {
 fetch() {
   local suite=$1 folder=$2 landing
   shift 2
+  apt_open "$suite"
   landing=$(mktemp -d "$scratch/landing-XXXXXX")
   [ "$(id -u)" != 0 ] || chown _apt "$landing"
-  (cd "$landing" && apt_in "$suite" apt-get -q "$@") >"$scratch/fetch.log" 2>&1 || { cat "$scratch/fetch.log" >&2; fail "could not fetch: $*"; }
+  run "fetching ${*: -1}" env -C "$landing" apt-get --config-file "$scratch/apt-$suite/apt.conf" -q "$@"
   mv "$landing"/* "$folder"
 }
 
