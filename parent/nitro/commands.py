@@ -209,13 +209,18 @@ def run(
 
 
 @nitro.command()
+@dry_run_option
 @json_option
-def describe(as_json: bool) -> None:
+def describe(dry_run: bool, as_json: bool) -> None:
     """List the enclaves of this host that you may see.
 
     Of a debug enclave nitro-cli prints what its image would measure, while its registers are zero: those are named
     build_measurements here, and are no reference values.
     """
+    if dry_run:
+        command = [PROGRAM, "describe-enclaves"]
+        click.echo(json.dumps({"run": [command]}) if as_json else f"run {' '.join(command)}")
+        return
     enclaves = asyncio.run(NitroCli().describe())
     if any(each.debug for each in enclaves):
         err.print(f"[bold red]{DEBUG_WARNING}[/bold red]")

@@ -116,6 +116,8 @@ def explain(failure: CliFailure, *, asked: str = "") -> NitroError:
         return _of_driver(failure, said, asked)
     if failure.code == "E36":
         return _of_boot(failure, said)
+    if failure.code == "E59" and "signature checker" in failure.root:
+        return NitroError("bad_image", f"{_BAD_IMAGE}; {said}")
     if failure.code == "E26":
         minimum = _MEMORY.search(failure.text)
         return NitroError(
@@ -204,6 +206,7 @@ _MORE_CPUS: Final = (
     "(`strongroom nitro bootstrap --memory-mib N --cpus M` does both)"
 )
 _NOT_SET_UP: Final = "this host is not set up for enclaves: `strongroom nitro bootstrap` does it"
+_BAD_IMAGE: Final = "nitro-cli cannot read the image: `strongroom image verify` says what is wrong with it"
 _INTERNAL: Final = "start what was asked for again"
 _ADVICE: Final[Mapping[str, tuple[str, str]]] = {
     "E01": ("bad_request", "nitro-cli lacks an argument"),
@@ -221,7 +224,7 @@ _ADVICE: Final[Mapping[str, tuple[str, str]]] = {
     "E25": ("hugepages_missing", _MORE_MEMORY),
     "E27": ("hugepages_missing", _MORE_MEMORY),
     "E31": ("hugepages_missing", _MORE_MEMORY),
-    "E35": ("bad_image", "nitro-cli cannot read the image: `strongroom image verify` says what is wrong with it"),
+    "E35": ("bad_image", _BAD_IMAGE),
     "E38": ("enclave_unanswering", "an enclave's process did not do what it was asked for"),
     "E39": ("enclave_unanswering", "an enclave's process does not answer: it ended, or another user's enclave it is"),
     "E40": ("no_such_enclave", "no enclave has this ID; `strongroom nitro describe` lists them"),
