@@ -108,7 +108,7 @@ class ImageError(StrongroomError):
     ``malformed_eif``, ``wrong_sections``, ``wrong_crc``, ``bad_cmdline``, ``malformed_metadata``,
     ``malformed_signature``, ``wrong_payload``, ``bad_signature``, ``signer_not_valid``, ``no_boundary``,
     ``changed_image``; of nitro-cli's output ``malformed_measurements``, ``unknown_hash``, ``not_reference_values``.
-    ``offset`` is the byte of the file at which it shows, where there is one.
+    ``offset`` is the byte of the file at which it shows, where there is one, and ``said`` the message without it.
     """
 
     exit_code = 2
@@ -126,11 +126,15 @@ class ImageError(StrongroomError):
             code, message if offset is None else f"{message}, at byte {offset}", expected=expected, got=got
         )
         self.offset = offset
-        self._said = message
+        self.said = message
+
+    def of(self, where: str) -> ImageError:
+        """The same error, said of ``where``: a file."""
+        return type(self)(self.code, f"{where}: {self.said}", offset=self.offset, expected=self.expected, got=self.got)
 
     def at(self, offset: int) -> ImageError:
         """The same error, of the byte at ``offset``, for a reader who knows where in the file the data begin."""
-        return type(self)(self.code, self._said, offset=offset, expected=self.expected, got=self.got)
+        return type(self)(self.code, self.said, offset=offset, expected=self.expected, got=self.got)
 
     def as_json(self) -> dict[str, str | None]:
         """For programs."""

@@ -161,6 +161,11 @@ _REGISTERS: Final = {
 """By a section's name. All other ramdisks are the application's."""
 
 
+def registers_over(section: str) -> tuple[int, ...]:
+    """The registers that the section of this name is measured in (PROTOCOL.md section 4)."""
+    return _REGISTERS.get(section, _APPLIES)
+
+
 def compare(before: ImageContents, after: ImageContents) -> ImageDifference:
     """What is in ``after`` not as it is in ``before``."""
     ours, theirs = before.image.named_sections(), after.image.named_sections()
@@ -178,7 +183,7 @@ def compare(before: ImageContents, after: ImageContents) -> ImageDifference:
                 name,
                 ours.get(name),
                 theirs.get(name),
-                _REGISTERS.get(name, _APPLIES),
+                registers_over(name),
                 _files(disks[0][name], disks[1][name]) if all(name in disk for disk in disks) else None,
             )
             for name in different
