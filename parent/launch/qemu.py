@@ -47,6 +47,8 @@ MAX_CONSOLE = 1 << 20
 """Bytes of the console that are kept, at most."""
 SHOWN_CONSOLE = 400
 """Characters of its end that an error shows."""
+CONSOLE_SECONDS = 5.0
+"""For the console's last words to be read, once the machine has ended."""
 _READ_SIZE = 65_536
 
 
@@ -158,20 +160,17 @@ class QemuMachine:
         # QEMU unpacks the image's parts into temporary files, which it leaves behind when it is killed meanwhile.
         environment = {"TMPDIR": str(instance.directory)}
         command = jailed(self.command(), "--no-network")
+        console = Console(instance.directory / CONSOLE)
         async with (
             heartbeat(host_port(instance, HEARTBEAT_PORT)) as heard,
             bridge(self._rpc, instance, self._rpc_port, heard),
             vsock_device(instance, self._tools.vsock_device) as device,
+            console,
             child(instance, command, stdout=subprocess.PIPE, environment=environment) as qemu,
         ):
             assert qemu.stdout is not None
-            console = Console(instance.directory / CONSOLE)
-            recording = asyncio.ensure_future(console.record(qemu.stdout))
-            try:
-                yield RunningMachine(instance, qemu, device, heard, console, recording)
-            finally:
-                recording.cancel()
-                await asyncio.gather(recording, return_exceptions=True)
+            console.record(qemu.stdout)
+            yield RunningMachine(instance, qemu, device, heard, console)
 
     def command(self) -> list[str]:
         """QEMU's command line; it is to run in the instance's folder."""
@@ -228,6 +227,8 @@ def _guest_port(address: Address) -> int:
 class Console:
     """What a machine writes to its console, in a file of at most :data:`MAX_CONSOLE` bytes: when half of that is full,
     it takes the place of the half before it. The guest writes it, so nothing in it is believed or shown as it stands.
+
+    A context that a machine's process ends in: it is left when everything has been read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -235,13 +236,29 @@ class Console:
         self._older = path.with_name(path.name + ".1")
         self._size = 0
         self._end = b""
+        self._recording: asyncio.Future[None] | None = None
         for old in (self._path, self._older):
             old.unlink(missing_ok=True)
 
-    async def record(self, stream: asyncio.StreamReader) -> None:
-        """Until ``stream`` ends. A full disk loses the text and nothing else: the machine would stand still if nobody
-        read.
-        """
+    async def __aenter__(self) -> Console:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.ended()
+        if self._recording is not None:
+            self._recording.cancel()
+
+    def record(self, stream: asyncio.StreamReader) -> None:
+        """Begins with that, and ends with ``stream``."""
+        self._recording = asyncio.ensure_future(self._record(stream))
+
+    async def ended(self) -> None:
+        """Returns when all has been read that a machine said that has ended, or is not to be had."""
+        if self._recording is not None:
+            await asyncio.wait([self._recording], timeout=CONSOLE_SECONDS)
+
+    async def _record(self, stream: asyncio.StreamReader) -> None:
+        """A full disk loses the text and nothing else: the machine would stand still if nobody read."""
         while data := await stream.read(_READ_SIZE):
             self._end = (self._end + data)[-SHOWN_CONSOLE:]
             with contextlib.suppress(OSError):
@@ -272,7 +289,6 @@ class RunningMachine:
     heard: asyncio.Event
     """The image's init has come up."""
     console: Console
-    recording: asyncio.Future[None]
 
     async def network(self) -> str:
         """The machine has no network device."""
@@ -285,8 +301,8 @@ class RunningMachine:
             await asyncio.wait([*ends, came_up], timeout=HEARTBEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             if came_up.done():
                 await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            if self.qemu.returncode is not None:  # what it still wrote is on its way here
-                await asyncio.wait([self.recording], timeout=1)
+            if self.qemu.returncode is not None:
+                await self.console.ended()
         finally:
             for end in (*ends, came_up):
                 end.cancel()

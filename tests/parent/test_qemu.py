@@ -368,7 +368,8 @@ def test_whatever_a_console_says_can_be_shown(tmp_path_factory: pytest.TempPathF
         for piece in pieces:
             stream.feed_data(piece)
         stream.feed_eof()
-        await console.record(stream)
+        async with console:
+            console.record(stream)
         return console
 
     shown = asyncio.run(record()).end()
@@ -383,7 +384,8 @@ def test_a_full_disk_stops_no_machine(tmp_path: Path) -> None:
         console, stream = Console(tmp_path / "gone" / "console.log"), asyncio.StreamReader()
         stream.feed_data(b"said\n")
         stream.feed_eof()
-        await console.record(stream)
+        async with console:
+            console.record(stream)
         return console
 
     assert asyncio.run(record()).end() == "said"
