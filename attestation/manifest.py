@@ -145,19 +145,34 @@ class ModelManifest:
         """
         try:
             with path.open("rb") as file:
-                header = read_header(file)
-                template = header.text("tokenizer.chat_template")
-                if template is None:
-                    raise ModelError(
-                        "no_chat_template",
-                        f"{path.name} carries no chat template, so no conversation can be put to it",
-                        expected="the metadata text tokenizer.chat_template",
-                        got="none",
-                    )
-                digest, size = _hash(file, progress)
+                return cls.of_open_gguf(file, path.name, name=name, version=version, progress=progress)
         except OSError as error:
             raise ModelError("unreadable_model", f"{path}: {error.strerror or type(error).__name__}") from error
-        return cls(name or path.name.removesuffix(".gguf"), (ManifestFile(path.name, size, digest),), template, version)
+
+    @classmethod
+    def of_open_gguf(
+        cls,
+        file: BinaryIO,
+        file_name: str,
+        *,
+        name: str | None = None,
+        version: int = 1,
+        progress: Progress | None = None,
+    ) -> ModelManifest:
+        """As :meth:`from_gguf`, of a file that is open and goes by ``file_name``: what is described here can be loaded
+        from the same descriptor. Raises ModelError, and OSError when it cannot be read.
+        """
+        header = read_header(file)
+        template = header.text("tokenizer.chat_template")
+        if template is None:
+            raise ModelError(
+                "no_chat_template",
+                f"{file_name} carries no chat template, so no conversation can be put to it",
+                expected="the metadata text tokenizer.chat_template",
+                got="none",
+            )
+        digest, size = _hash(file, progress)
+        return cls(name or file_name.removesuffix(".gguf"), (ManifestFile(file_name, size, digest),), template, version)
 
 
 def _hash(file: BinaryIO, progress: Progress | None) -> tuple[bytes, int]:

@@ -24,10 +24,12 @@ from attestation.errors import StrongroomError
 from enclave.boot import Enclave
 from enclave.config import EnclaveConfiguration
 from enclave.confine import forbid_core_dumps
+from enclave.cpu import stated_features
 from enclave.engine import Engine, LlamaEngine
 from enclave.log import EngineLost, EngineStarted, EventLog, InternalError, Phase
 from enclave.model import SealedModel
-from enclave.nsm import open_nsm
+from enclave.nsm import DeviceTransport, open_nsm
+from enclave.parent import find_parent
 from enclave.server import Server
 from vsockrpc.transport import serve
 
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     forbid_core_dumps()
     forget_environment()
     try:
-        configuration = EnclaveConfiguration.parse(options.config.read_bytes())
+        configuration = find_parent(EnclaveConfiguration.parse(options.config.read_bytes()))
         asyncio.run(run(configuration))
     except (StrongroomError, OSError) as error:
         # Nothing of a client can be in this text: the enclave has not listened yet.
@@ -59,7 +61,10 @@ def forget_environment() -> None:
 async def run(configuration: EnclaveConfiguration) -> None:
     """Listens, boots and serves until a signal. Raises StrongroomError or OSError when it cannot listen."""
     log = EventLog()
-    enclave = Enclave(configuration, open_nsm(configuration.nsm), make_engine, log)
+    nsm = open_nsm(configuration.nsm)
+    if isinstance(nsm.transport, DeviceTransport):
+        nsm.transport.keep_from_others()
+    enclave = Enclave(configuration, nsm, make_engine, log, cpu_features=stated_features())
     server = Server(enclave)
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()

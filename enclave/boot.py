@@ -21,10 +21,11 @@ from attestation.errors import StrongroomError
 from attestation.reference import PCR_CONFIGURATION, PCR_MODEL, ZERO_PCR, once_extended
 from attestation.secret import Secret
 from enclave.config import EnclaveConfiguration, KmsSettings, WrappedKey
+from enclave.cpu import check_cpu
 from enclave.engine import Engine
 from enclave.identity import Identity
 from enclave.log import EventLog, Halted, KeyOffered, Phase, PhaseReached, WeightsReceived
-from enclave.model import SealedModel, receive_model
+from enclave.model import Progress, SealedModel, open_model, receive_model
 from enclave.nsm import Nsm
 from enclave.release import EnvelopeKeys, GuardedKms, KeyService
 
@@ -64,7 +65,10 @@ class Enclave:
         *,
         make_kms: Callable[[KmsSettings, Nsm], KeyManagement] | None = None,
         rng_current: Path = RNG_CURRENT,
+        cpu_features: Path | None = None,
     ) -> None:
+        """``cpu_features``: what the engine's llama.cpp was compiled for (:mod:`enclave.cpu`), where its image says
+        so."""
         self.configuration = configuration
         self.nsm = nsm
         self.log = log
@@ -72,6 +76,7 @@ class Enclave:
         self._make_engine = make_engine
         self._make_kms = make_kms or _kms_over_the_tunnel
         self._rng_current = rng_current
+        self._cpu_features = cpu_features
         self._kms: KeyManagement | None = None
         self._anybodys_kms: GuardedKms | None = None
         """The same, for prompts."""
@@ -156,6 +161,7 @@ class Enclave:
         await self._commit(PCR_CONFIGURATION, self.configuration.digest)
 
     async def commit_model(self) -> None:
+        check_cpu(self._cpu_features)  # before weights come for an engine that could not run
         reported = 0
 
         def progress(received: int, total: int) -> None:
@@ -171,13 +177,13 @@ class Enclave:
             if configuration.kms.model is not None:
                 wrapped = configuration.kms.model
                 keys = self._envelope_keys(kms, EnvelopePurpose.MODEL, wrapped, configuration.manifest)
-        self._model = await receive_model(
-            configuration.model_store,
-            configuration.manifest,
-            max_bytes=configuration.max_model_bytes,
-            progress=progress,
-            keys=keys,
-        )
+        store, manifest, most = configuration.model_store, configuration.manifest, configuration.max_model_bytes
+        if isinstance(store, Path):
+            self._model = await asyncio.to_thread(
+                open_model, store, manifest, max_bytes=most, progress=_on_loop(progress)
+            )
+        else:
+            self._model = await receive_model(store, manifest, max_bytes=most, progress=progress, keys=keys)
         await self._commit(PCR_MODEL, self._model.manifest.digest())
 
     async def _open_kms(self, settings: KmsSettings) -> KeyManagement:
@@ -227,6 +233,16 @@ class Enclave:
             self.nsm.lock_pcr(index)
 
         await asyncio.to_thread(commit)
+
+
+def _on_loop(progress: Progress) -> Progress:
+    """For a thread that works for this loop."""
+    loop = asyncio.get_running_loop()
+
+    def forward(done: int, total: int) -> None:
+        loop.call_soon_threadsafe(progress, done, total)
+
+    return forward
 
 
 def reseed(pool: int) -> None:

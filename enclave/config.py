@@ -11,6 +11,7 @@ import base64
 import binascii
 import re
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
 from attestation import strict_toml
 from attestation.commitment import Entropy
@@ -26,6 +27,7 @@ MAX_CERTIFICATE_TEXT = 4096
 """Characters of a certificate in base64."""
 MAX_ROTATIONS = 8
 """Rotations that a key may outlive: so many are kept at once when none is used up early."""
+_FILE = "file:"
 
 
 class ConfigurationError(StrongroomError):
@@ -120,7 +122,8 @@ class EnclaveConfiguration:
     listen: Address
     nsm: str
     entropy: Entropy
-    model_store: Address
+    model_store: Address | Path
+    """Where the weights come from; a path is that of a file in the image."""
     manifest: bytes
     max_model_bytes: int
     engine: EngineSettings
@@ -150,7 +153,7 @@ class EnclaveConfiguration:
             listen=_address(rpc, "listen"),
             nsm=nsm.text("address"),
             entropy=_entropy(nsm, "entropy"),
-            model_store=_address(model, "store"),
+            model_store=_store(model),
             manifest=_digest(model, "manifest"),
             max_model_bytes=_integer(model, "max_bytes", 1, 1 << 40, default=64 << 30),
             engine=EngineSettings(
@@ -179,6 +182,9 @@ class EnclaveConfiguration:
         )
         for table in (rpc, nsm, model, engine, channel, pacing, limits, top):
             table.finish()
+        wrapped = configuration.kms is not None and configuration.kms.model is not None
+        if wrapped and isinstance(configuration.model_store, Path):
+            raise ConfigurationError("kms.model: weights that are in the image are not encrypted", got="kms.model")
         longest = MAX_ROTATIONS * configuration.channel.rotation_seconds
         if configuration.channel.lifetime_seconds > longest:
             raise wrong_value(
@@ -275,6 +281,16 @@ def _address(table: Table, key: str) -> Address:
         return parse_address(table.text(key))
     except AddressError as error:
         raise wrong_value(table.field(key), str(error.expected), error.got) from error
+
+
+def _store(table: Table) -> Address | Path:
+    text = table.text("store")
+    if not text.startswith(_FILE):
+        return _address(table, "store")
+    path = PurePosixPath(text.removeprefix(_FILE))
+    if not path.is_absolute() or ".." in path.parts or f"{_FILE}{path}" != text or not text.isprintable():
+        raise wrong_value(table.field("store"), "file: and an absolute path", ascii(text))
+    return Path(path)
 
 
 def _entropy(table: Table, key: str) -> Entropy:

@@ -4,6 +4,9 @@ What was hashed is what is loaded: the bytes stand in one memory object from the
 change before its digest is believed, and llama.cpp maps that same object. The store is the parent's and is believed
 in nothing. Where the configuration names a KMS key for the weights they come in an envelope, and what is hashed is the
 plaintext.
+
+Weights that are in the image already lie in memory, as all of its files do, and nothing but the server could write
+them: they are hashed and mapped where they are.
 """
 
 from __future__ import annotations
@@ -62,7 +65,7 @@ class Patience:
 
 @dataclass(frozen=True, slots=True)
 class SealedModel:
-    """A manifest and, in sealed memory, the weights that it describes."""
+    """A manifest and, in sealed memory or in a file of the image, the weights that it describes."""
 
     manifest: ModelManifest
     fd: int
@@ -109,6 +112,36 @@ async def receive_model(
                     got=digest.hex(),
                 )
             await asyncio.get_running_loop().run_in_executor(thread, _check_header, fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    return SealedModel(described, fd)
+
+
+def open_model(path: Path, manifest: bytes, *, max_bytes: int, progress: Progress) -> SealedModel:
+    """The model in a file of the image, whose manifest has the digest ``manifest``. It is hashed and then loaded by the
+    same descriptor, which cannot write; nothing is copied.
+
+    Blocks; ``progress`` is called on the caller's thread. Raises ModelRefused (``wrong_manifest``,
+    ``model_too_large``), ModelError for a GGUF that is broken, and OSError when the file cannot be read.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        size = os.fstat(fd).st_size
+        if size > max_bytes:
+            raise ModelRefused(
+                "model_too_large", "the model exceeds the configured bound", expected=max_bytes, got=size
+            )
+        with os.fdopen(os.dup(fd), "rb") as file:
+            described = ModelManifest.of_open_gguf(file, path.name, progress=progress)
+        got = described.digest()
+        if got != manifest:
+            raise ModelRefused(
+                "wrong_manifest",
+                f"the model in the image, {path.name}, is not the one that the configuration names",
+                expected=manifest.hex(),
+                got=got.hex(),
+            )
     except BaseException:
         os.close(fd)
         raise

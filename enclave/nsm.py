@@ -298,6 +298,16 @@ class DeviceTransport:
         except OSError as error:
             raise NsmUnavailable(f"cannot open the NSM at {path}: {error.strerror}") from error
 
+    def keep_from_others(self) -> None:
+        """From here on only this process's user can open the device, whatever made it: mode 0600. A document that the
+        engine could ask for would speak for the enclave. Raises :class:`NsmUnavailable`.
+        """
+        try:
+            os.fchown(self._descriptor, os.geteuid(), os.getegid())
+            os.fchmod(self._descriptor, 0o600)
+        except OSError as error:
+            raise NsmUnavailable(f"the NSM's device cannot be kept from other users: {error.strerror}") from error
+
     def exchange(self, request: bytes) -> bytes:
         if self._descriptor < 0:
             raise NsmUnavailable("the NSM's device was closed")

@@ -91,6 +91,7 @@ class EngineProcess:
         with theirs:
             ours.setblocking(False)
             options = ["-I"] if sys.pycache_prefix is None else ["-I", "-X", f"pycache_prefix={sys.pycache_prefix}"]
+            options += ["-B"] if sys.dont_write_bytecode else []
             try:
                 process = await asyncio.create_subprocess_exec(
                     sys.executable,

@@ -88,6 +88,7 @@ class Scene:
         self.log = EventLog()
         self.make_kms: Callable[[KmsSettings, Nsm], KeyManagement] | None = None
         self.encrypted = False
+        self.cpu_features: Path | None = None
         self.toml = f"""\
 version = 1
 [rpc]
@@ -117,6 +118,7 @@ manifest = "sha384:{self.manifest.digest().hex()}"
             self.log,
             make_kms=self.make_kms,
             rng_current=self.rng_current,
+            cpu_features=self.cpu_features,
         )
         store = ModelStore(self.manifest, self.model, self.encrypted)
         async with serve(self.store_address, store.handlers, on_error=fail):
@@ -191,6 +193,35 @@ async def test_each_register_gets_one_extend_and_its_lock_in_the_order_of_the_ph
 async def test_no_document_is_asked_for_while_booting(scene: Scene) -> None:
     async with scene.boot():
         assert "Attestation" not in {name for name, _ in scene.transport.requests}
+
+
+async def test_weights_in_the_image_take_the_place_of_the_store(scene: Scene) -> None:
+    scene.configuration = EnclaveConfiguration.parse(
+        scene.toml.replace(str(scene.store_address), f"file:{scene.model}").encode()
+    )
+    scene.store_address = UnixAddress(f"{scene.store_address.path}.unused")
+    async with scene.boot() as enclave:
+        assert enclave.phase is Phase.SERVING
+        assert enclave.model.manifest == scene.manifest
+    assert ("LockPCR", 16) in scene.transport.changes()
+    assert "weights" in {event["event"] for event in await scene.events()}
+
+
+async def test_another_model_in_the_image_halts_the_boot(scene: Scene) -> None:
+    scene.configuration = EnclaveConfiguration.parse(
+        scene.toml.replace(str(scene.store_address), f"file:{scene.model}").encode()
+    )
+    scene.model.write_bytes(scene.model.read_bytes() + b"more")
+    assert (await scene.halt())["code"] == "wrong_manifest"
+
+
+async def test_a_cpu_without_what_the_engine_needs_halts_the_boot_before_weights_come(scene: Scene) -> None:
+    scene.cpu_features = scene.model.with_name("cpu-features")
+    scene.cpu_features.write_text("avx1024\n")
+    halted = await scene.halt()
+    assert (halted["code"], halted["expected"], halted["got"]) == ("cpu_lacks_features", "avx1024", "without avx1024")
+    assert "weights" not in {event["event"] for event in await scene.events()}
+    assert ("ExtendPCR", 16) not in scene.transport.changes()
 
 
 async def test_a_boot_happens_once(scene: Scene) -> None:

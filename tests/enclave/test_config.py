@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import tomllib
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import get_type_hints
 
 import pytest
@@ -335,6 +336,26 @@ def test_what_is_wrong_with_kms_is_named(field: str, value: object) -> None:
 @pytest.mark.parametrize("root", [None, "", "not base64!", "A" * 5000])
 def test_an_emulators_authority_is_a_certificate(root: object) -> None:
     assert refusal(with_kms(trust="EMULATED", root=root)).message.startswith("kms.root: ")
+
+
+# --- Weights in the image -----------------------------------------------------------------------------------------
+
+
+def test_weights_may_be_a_file_of_the_image() -> None:
+    assert parsed(model__store="file:/opt/strongroom/model.gguf").model_store == Path("/opt/strongroom/model.gguf")
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["", "model.gguf", "./model.gguf", "/opt/../model.gguf", "/opt//model.gguf", "/opt/./m", "/opt/m/", "/o\u200b"],
+)
+def test_the_file_has_one_absolute_path(path: str) -> None:
+    assert refusal(written(model__store=f"file:{path}")).message.startswith("model.store: ")
+
+
+def test_weights_in_the_image_are_not_encrypted() -> None:
+    error = refusal(with_kms(model=WRAPPED).replace(b"vsock:3:5001", b"file:/opt/strongroom/model.gguf"))
+    assert error.message.startswith("kms.model: ")
 
 
 @pytest.mark.parametrize("table", ["model", "prompts"])

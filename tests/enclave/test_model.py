@@ -25,7 +25,7 @@ from attestation.manifest import MANIFEST_LABEL, MAX_MANIFEST_SIZE, ManifestFile
 from attestation.reference import h384
 from enclave.config import WrappedKey
 from enclave.kms_errors import KmsError
-from enclave.model import ModelRefused, Patience, SealedModel, StoreFailed, receive_model
+from enclave.model import ModelRefused, Patience, SealedModel, StoreFailed, open_model, receive_model
 from enclave.release import EnvelopeKeys
 from parent.modelstore import ModelStore
 from tests.gguf_files import TEXT, Gguf
@@ -773,3 +773,55 @@ async def test_a_cancelled_release_gives_its_memory_back(encrypted: Encrypted) -
     receiving.cancel()
     with pytest.raises(asyncio.CancelledError):
         await receiving
+
+
+# --- Weights in the image -----------------------------------------------------------------------------------------
+
+
+def open_baked(path: Path, *, manifest: ModelManifest | None = None, max_bytes: int = 1 << 30) -> SealedModel:
+    digest = (manifest or ModelManifest.from_gguf(path)).digest()
+    return open_model(path, digest, max_bytes=max_bytes, progress=lambda done, total: None)
+
+
+@pytest.fixture
+def baked(tmp_path: Path) -> Path:
+    path = tmp_path / "w.gguf"
+    path.write_bytes(WEIGHTS)
+    return path
+
+
+def test_a_model_in_the_image_is_read_where_it_is(baked: Path) -> None:
+    steps: list[tuple[int, int]] = []
+    manifest = ModelManifest.from_gguf(baked)
+    model = open_model(baked, manifest.digest(), max_bytes=len(WEIGHTS), progress=lambda *step: steps.append(step))
+    try:
+        assert model.manifest == manifest
+        assert os.pread(model.fd, len(WEIGHTS) + 1, 0) == WEIGHTS
+        assert not os.get_inheritable(model.fd)
+        assert steps[-1] == (len(WEIGHTS), len(WEIGHTS))
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.pwrite(model.fd, b"x", 0)
+    finally:
+        model.close()
+
+
+@pytest.mark.parametrize("spoil", [lambda data: data[:-1] + b"x", lambda data: data + b"x", lambda data: data[:-1]])
+def test_another_model_in_the_image_is_refused(baked: Path, spoil: Callable[[bytes], bytes]) -> None:
+    manifest = ModelManifest.from_gguf(baked)
+    baked.write_bytes(spoil(WEIGHTS))
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises((ModelRefused, ModelError)) as raised:
+        open_baked(baked, manifest=manifest)
+    assert raised.value.code in ("wrong_manifest", "malformed_gguf", "truncated_gguf")
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_model_in_the_image_keeps_to_the_bound(baked: Path) -> None:
+    with pytest.raises(ModelRefused) as raised:
+        open_baked(baked, max_bytes=len(WEIGHTS) - 1)
+    assert raised.value.code == "model_too_large"
+
+
+def test_a_model_that_is_not_in_the_image(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        open_baked(tmp_path / "absent.gguf", manifest=manifest_of(WEIGHTS))

@@ -105,6 +105,27 @@ def test_no_device(tmp_path: Path) -> None:
     assert raised.value.code == "nsm_unavailable"
 
 
+@pytest.mark.parametrize("mode", [0o666, 0o660, 0o600, 0o444])
+def test_a_device_is_kept_from_others(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "nsm"
+    path.touch()
+    path.chmod(mode)
+    if os.geteuid() != 0 and not mode & 0o200:
+        pytest.skip("only root opens this")
+    transport = DeviceTransport(str(path))
+    transport.keep_from_others()
+    transport.close()
+    assert path.stat().st_mode & 0o7777 == 0o600
+    assert path.stat().st_uid == os.geteuid()
+
+
+def test_a_device_that_cannot_be_kept_from_others() -> None:
+    transport = DeviceTransport("/dev/null")
+    transport.close()
+    with pytest.raises(NsmUnavailable, match="cannot be kept from other users"):
+        transport.keep_from_others()
+
+
 def test_closing_twice_is_closing_once() -> None:
     nsm = device(Ioctl())
     nsm.close()
