@@ -80,7 +80,8 @@ if behaviour != "mute":
     heart.sendall(b"\\xb7")
     assert heart.recv(1) == b"\\xb7"
 print("booted", flush=True)
-if behaviour == "reboot":
+if behaviour.startswith("say "):
+    print(behaviour.removeprefix("say "), end="\\r\\n", flush=True)
     sys.exit(0)
 time.sleep(600)
 """

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import math
 import os
+import re
 import subprocess
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -50,6 +51,9 @@ SHOWN_CONSOLE = 400
 CONSOLE_SECONDS = 5.0
 """For the console's last words to be read, once the machine has ended."""
 _READ_SIZE = 65_536
+_UNUSABLE = re.compile(r"^init: (halt: .*|the command exited with status 2)$", re.MULTILINE)
+"""What our init says when a boot cannot go on, and when the enclave could not begin, for its configuration or because
+it cannot listen: starting it again would not help. The machine itself only ends, in either case."""
 
 
 # --- The tools --------------------------------------------------------------------------------------------------------
@@ -322,6 +326,8 @@ class RunningMachine:
             )
         if self.qemu.returncode == 1 and not self.heard.is_set():
             return LaunchError("qemu_refused", "QEMU does not run this image", got=last_words(self.instance))
+        if _UNUSABLE.search(said):
+            return LaunchError("enclave_unusable", "the image's init ended the machine", got=said)
         ended = "QEMU" if self.qemu.returncode is not None else "the vsock device"
         with contextlib.suppress(OSError), self.instance.log.open("a") as log:
             log.write(f"strongroom: {ended} ended; the end of {CONSOLE}:\n{said}\n")

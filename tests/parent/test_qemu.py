@@ -308,12 +308,23 @@ async def test_the_death_of_either_process_is_that_of_both(instance: Instance, e
 
 
 async def test_a_machine_can_boot_again(instance: Instance) -> None:
-    behave(instance, "reboot")
+    behave(instance, "say init: the command was ended by signal 9")
     booted = machine(instance)
     for _ in range(2):
         async with booted.boot(ZERO) as running:
             assert await running.wait() is None
-            assert (instance.directory / "console.log").read_text() == "booted\n"
+            assert (instance.directory / "console.log").read_text().count("signal 9") == 1
+
+
+@pytest.mark.parametrize(
+    "said", ["init: halt: /proc/cmdline: it is not the measured one", "init: the command exited with status 2"]
+)
+async def test_an_enclave_that_cannot_begin_is_not_tried_again(instance: Instance, said: str) -> None:
+    behave(instance, f"say {said}")
+    async with machine(instance).boot(ZERO) as running:
+        reason = await running.wait()
+    assert reason is not None
+    assert (reason.code, reason.got) == ("enclave_unusable", f"booted\n{said}")
 
 
 async def test_an_image_that_qemu_refuses_is_not_tried_again(instance: Instance) -> None:
