@@ -9,6 +9,7 @@ registers of the image that is started.
 from __future__ import annotations
 
 import hashlib
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -65,6 +66,8 @@ class ContainerArchive:
 
 
 SourceChoice: TypeAlias = RootFolder | OciLayout | ContainerArchive | ContainerBuild
+_LOCAL_PATH: Final = re.compile(r"\A([^=]+=(?:(?:oci|oci-archive|docker-archive|dir):)?)/(?:[^/]*/)*([^/]*)\Z")
+"""A build argument that names a file on this machine, as base images are: the record has the file's own name alone."""
 _KINDS: Final = {RootFolder: "rootfs", OciLayout: "oci", ContainerArchive: "archive", ContainerBuild: "dockerfile"}
 
 
@@ -247,7 +250,8 @@ def _parameters(plan: ImagePlan, command: Sequence[str], env: Sequence[str]) -> 
         case OciLayout(tag=str(tag)) | ContainerArchive(tag=str(tag)):
             source["tag"] = tag
         case ContainerBuild(dockerfile=dockerfile, build_args=arguments, target=target):
-            source |= {"dockerfile": dockerfile.name, "buildArgs": list(arguments), "target": target}
+            named = [_LOCAL_PATH.sub(r"\1\2", each) for each in arguments]
+            source |= {"dockerfile": dockerfile.name, "buildArgs": list[Json](named), "target": target}
     return {
         "source": source,
         "architecture": plan.architecture.value,

@@ -235,7 +235,7 @@ def _show(built: BuiltImage) -> None:
     rows += [(f"PCR{index}", value.hex()) for index, value in built.image.measurements.as_registers().items()]
     rows += [("note", note) for note in built.notes]
     for name, text in rows:
-        click.echo(f"{name:<8}{text}")
+        click.echo(f"{name:<8}{_printable(text)}")
 
 
 # --- reproduce -----------------------------------------------------------------------------------------------------
@@ -288,9 +288,14 @@ def _show_reproduction(found: Reproduction) -> None:
     else:
         click.echo("NOT reproduced, first / second:")
         for line in found.lines():
-            click.echo(f"  {line}")
+            click.echo(f"  {_printable(line)}")
     if not found.records_equal:
         click.echo("the build records differ")
+
+
+def _printable(text: str) -> str:
+    """What stands in a container or an image may hold what moves a terminal's cursor."""
+    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 # --- progress ------------------------------------------------------------------------------------------------------

@@ -28,7 +28,9 @@ XATTR: Final = "SCHILY.xattr."
 
 _NAME_SIZE: Final = 100
 _POSIX, _GNU, _OLD = b"ustar\x0000", b"ustar  \x00", bytes(8)
-_IGNORED: Final = frozenset(("atime", "ctime", "mtime", "uname", "gname", "comment", "charset"))
+_IGNORED: Final = frozenset(
+    ("atime", "ctime", "mtime", "uname", "gname", "comment", "charset", "SCHILY.dev", "SCHILY.ino", "SCHILY.nlink")
+)
 _IGNORED_PREFIX: Final = "LIBARCHIVE."
 _TAKEN: Final = frozenset(("path", "linkpath", "size", "uid", "gid"))
 _RECORD: Final = re.compile(rb"([1-9][0-9]{0,6}) ")
