@@ -14,6 +14,7 @@
 # An entry is whole or absent: it is made beside its place and renamed; whatever ends the script removes what was half made.
 
 set -euo pipefail
+shopt -s inherit_errexit
 umask 022
 export LC_ALL=C
 
@@ -93,7 +94,7 @@ run() {
   job=$!
   (
     while sleep 30; do
-      say "still $label ($(((SECONDS - began) / 60)) min $(((SECONDS - began) % 60)) s): $(tail -c 300 "$log" | tail -n 1 | cut -c -100)"
+      say "still $label ($(((SECONDS - began) / 60)) min $(((SECONDS - began) % 60)) s) $(tail -c 300 "$log" | tail -n 1 | cut -c -100)"
     done
   ) >/dev/null 9>&- &
   ticker=$!
@@ -133,9 +134,10 @@ make_scratch() {
 
 # ---- the cache ----
 
-# recipe FILE... -- WORD...: the digest of this script, this library, the files' contents and the words.
+# recipe FILE... -- WORD...: the digest of this script, the files' contents and the words. This library is not in it: it fetches and
+# keeps, and a change here is no reason to compile for minutes.
 recipe() {
-  local files=("$0" "${BASH_SOURCE[0]}")
+  local files=("$0")
   while [ $# -gt 0 ] && [ "$1" != -- ]; do files+=("$1"); shift; done
   [ $# -eq 0 ] || shift
   local digests
@@ -210,7 +212,11 @@ mirror_of() {
   mirror=$(first "$codename|sid|unstable|testing|stable|oldstable")
   security=$(first "($codename|testing|stable|oldstable)-security")
   case $1 in
-    *-security) mirror=${security:-$(sed 's,/debian/\{0,1\}$,/debian-security/,' <<<"$mirror")} ;;
+    *-security)
+      # Beside the archive itself, where the configuration names none for it.
+      case $mirror in */debian | */debian/) mirror=${mirror%/}-security/ ;; *) mirror= ;; esac
+      mirror=${security:-$mirror}
+      ;;
   esac
   [ -n "$mirror" ] || fail "apt's configuration names no mirror of Debian for the suite $1 (see apt-get indextargets)" 2
   printf '%s\n' "$mirror"
