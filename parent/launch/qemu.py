@@ -14,6 +14,7 @@ import math
 import os
 import re
 import subprocess
+import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,20 +162,21 @@ class QemuMachine:
     @contextlib.asynccontextmanager
     async def boot(self, measured: PcrSet) -> AsyncIterator[RunningMachine]:
         instance = self._instance
-        # QEMU unpacks the image's parts into temporary files, which it leaves behind when it is killed meanwhile.
-        environment = {"TMPDIR": str(instance.directory)}
         command = jailed(self.command(), "--no-network")
         console = Console(instance.directory / CONSOLE)
-        async with (
-            heartbeat(host_port(instance, HEARTBEAT_PORT)) as heard,
-            bridge(self._rpc, instance, self._rpc_port, heard),
-            vsock_device(instance, self._tools.vsock_device) as device,
-            console,
-            child(instance, command, stdout=subprocess.PIPE, environment=environment) as qemu,
-        ):
-            assert qemu.stdout is not None
-            console.record(qemu.stdout)
-            yield RunningMachine(instance, qemu, device, heard, console)
+        with tempfile.TemporaryDirectory(prefix="image-", dir=instance.directory) as temporary:
+            # QEMU writes kernel and ramdisks into files there, and leaves them when it ends before it has loaded them.
+            environment = {"TMPDIR": temporary}
+            async with (
+                heartbeat(host_port(instance, HEARTBEAT_PORT)) as heard,
+                bridge(self._rpc, instance, self._rpc_port, heard),
+                vsock_device(instance, self._tools.vsock_device) as device,
+                console,
+                child(instance, command, stdout=subprocess.PIPE, environment=environment) as qemu,
+            ):
+                assert qemu.stdout is not None
+                console.record(qemu.stdout)
+                yield RunningMachine(instance, qemu, device, heard, console)
 
     def command(self) -> list[str]:
         """QEMU's command line; it is to run in the instance's folder."""
