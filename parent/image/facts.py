@@ -1,4 +1,4 @@
-"""What an image says of the machine that it needs: what it takes of memory, and the architecture."""
+"""What an image says of the machine that it needs: its size in memory, and the CPU that it was built for."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ from parent.image.sizing import ImageSize, rounded
 _PAGE: Final = 4096
 _INODE: Final = 1024
 """Bytes that a tmpfs keeps of an entry beside its content, about."""
+CPU_FEATURES: Final = "/llama_cpp/lib/cpu-features"
+"""How the path of the file ends in which an image says what its llama.cpp was compiled for: the kernel's names of
+features, one a line."""
+MAX_FEATURES_SIZE: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +27,8 @@ class ImageFacts:
 
     size: ImageSize
     architecture: Architecture
+    cpu_features: frozenset[str] | None = None
+    """The kernel's names of those that its llama.cpp was compiled for. None: the image does not say."""
 
 
 def read_facts(path: Path, *, progress: Callable[[int, int], None] | None = None) -> ImageFacts:
@@ -30,11 +36,14 @@ def read_facts(path: Path, *, progress: Callable[[int, int], None] | None = None
     try:
         with path.open("rb") as file:
             image = measure_image(file, progress=progress)
-            unpacked = 0
+            unpacked, features = 0, None
             for section in image.sections:
                 if section.type is SectionType.RAMDISK:
                     ramdisk = RamdiskReader(SectionReader(file, section), section.size, offset=section.data_offset)
-                    unpacked += sum(rounded(entry.size, _PAGE) + _INODE for entry in ramdisk)
-            return ImageFacts(ImageSize(path.stat().st_size, unpacked), image.architecture)
+                    for entry in ramdisk:
+                        unpacked += rounded(entry.size, _PAGE) + _INODE
+                        if entry.path.endswith(CPU_FEATURES) and entry.size <= MAX_FEATURES_SIZE:
+                            features = frozenset(b"".join(ramdisk.content()).decode("ascii", "replace").split())
+            return ImageFacts(ImageSize(path.stat().st_size, unpacked), image.architecture, features)
     except OSError as error:
         raise ImageError("unreadable_image", f"{path}: {error.strerror or type(error).__name__}") from error
