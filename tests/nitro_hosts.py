@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,20 @@ SCRIPTS: Final = {
 """The script of each command of ``strongroom nitro``."""
 GIB_PAGE, HUGE_PAGE = 1 << 20, 2048
 """kB."""
-IMAGE: Final = image(ramdisks=(b"init and nsm.ko", bytes(1 << 20)))
+
+
+def archive(**files: bytes) -> bytes:
+    """A ramdisk: a cpio archive (newc) of these files."""
+    found = b""
+    for number, (name, data) in enumerate([*files.items(), ("TRAILER!!!", b"")], start=1):
+        mode = 0 if name == "TRAILER!!!" else 0o100644
+        fields = (number, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(name) + 1, 0)
+        header = b"070701" + b"".join(b"%08X" % field for field in fields) + name.encode() + b"\0"
+        found += header + bytes(-len(header) % 4) + data + bytes(-len(data) % 4)
+    return found
+
+
+IMAGE: Final = image(ramdisks=(archive(init=b"init"), archive(cmd=b"run", env=bytes(1 << 20))))
 """A sound one, of more than 1 MiB."""
 
 
@@ -58,17 +72,19 @@ class NitroHost:
         host = cls(folder / "stand-in", folder / "root")
         host.folder.mkdir(parents=True)
         host.root.mkdir()
-        for each in STAND_INS.iterdir():
-            host.stand_in(each)
+        for name in ("nitro-cli", "docker"):
+            host.stand_in(STAND_INS / name, name)
+        for name in ("dnf", "usermod", "systemctl"):
+            host.stand_in(STAND_INS / "host-tool", name)
         host.lay_out({0: range(cpus)}, pool=pool, free_mib={0: free_mib})
         host.know(enclaves=[], pool=in_pool(pool), free_mib=free_mib, measurements=nitro_cli_text(IMAGE))
         return host
 
-    def stand_in(self, script: Path) -> None:
-        """Puts one on the path, for the interpreter of the tests and nothing of its packages: it starts in no time."""
+    def stand_in(self, script: Path, name: str) -> None:
+        """Puts one on the path as ``name``, for the tests' interpreter without its packages: that starts in no time."""
         _, _, text = script.read_text().partition("\n")
         python = getattr(sys, "_base_executable", sys.executable)
-        copy = self.folder / "bin" / script.name
+        copy = self.folder / "bin" / name
         copy.parent.mkdir(exist_ok=True)
         copy.write_text(f"#!{python} -IS\n{text}")
         copy.chmod(0o755)
@@ -77,6 +93,7 @@ class NitroHost:
         self, nodes: Mapping[int, Sequence[int]], *, pool: str, free_mib: Mapping[int, int], memory_mib: int = 32_768
     ) -> None:
         """Writes /sys anew: CPUs by NUMA node, of which those in the pool are off-line."""
+        shutil.rmtree(self.root / "sys", ignore_errors=True)
         count = sum(len(cpus) for cpus in nodes.values())
         for node, cpus in nodes.items():
             self.write(f"sys/devices/system/node/node{node}/meminfo", f"Node {node} MemTotal: {memory_mib << 10} kB\n")

@@ -12,6 +12,7 @@ from typing import Final
 
 from attestation.eif import measurements_from_nitro_cli
 from attestation.measure import EnclaveImage, read_image
+from attestation.reference import PcrSet
 from parent.nitro.cli import BUILD_SECONDS, NitroCli
 from parent.nitro.errors import NitroError
 
@@ -64,8 +65,9 @@ async def build(wanted: Build, cli: NitroCli) -> EnclaveImage:
     temporary = output.with_name(f".{output.name}.{os.getpid()}.new")
     try:
         said = await cli.build(wanted.nitro_cli(temporary))
+        claimed = measurements_from_nitro_cli(said)
         image = read_image(temporary)
-        require_equal(said, image)
+        require_equal(claimed, image.measurements)
         text = json.dumps(image.as_nitro_cli(), indent=2) + "\n"
         output.with_name(output.name + MEASUREMENTS_SUFFIX).write_text(text)
         temporary.replace(output)
@@ -74,12 +76,12 @@ async def build(wanted: Build, cli: NitroCli) -> EnclaveImage:
     return image
 
 
-def require_equal(said: bytes, image: EnclaveImage) -> None:
-    """Raises NitroError ``measurements_differ``, and ImageError for what is no output of ``build-enclave``."""
-    claimed, measured = measurements_from_nitro_cli(said).as_registers(), image.measurements.as_registers()
-    for index in sorted(claimed.keys() | measured.keys()):
-        if claimed.get(index) != measured.get(index):
-            one, other = (each[index].hex() if index in each else "none" for each in (measured, claimed))
+def require_equal(claimed: PcrSet, measured: PcrSet) -> None:
+    """Raises NitroError ``measurements_differ`` when nitro-cli claims other registers than the file has."""
+    said, ours = claimed.as_registers(), measured.as_registers()
+    for index in sorted(said.keys() | ours.keys()):
+        if said.get(index) != ours.get(index):
+            one, other = (each[index].hex() if index in each else "none" for each in (ours, said))
             raise NitroError(
                 "measurements_differ",
                 "nitro-cli measured another image than it wrote: believe neither, and build anew",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -16,7 +17,7 @@ from rich.console import Console
 
 from parent.nitro.cli import PROGRAM, NitroCli, RunningEnclave
 from parent.nitro.errors import NitroError
-from parent.nitro.host_commands import FILE, FOLDER, bootstrap, dry_run_option, json_option, launch
+from parent.nitro.host_commands import FILE, FOLDER, NEW_FILE, bootstrap, dry_run_option, json_option, launch
 from parent.nitro.resources import EnclaveResources
 from parent.nitro.start import (
     EnclaveRequest,
@@ -75,6 +76,8 @@ nitro.add_command(bootstrap)
 @click.option("--build-arg", "build_arguments", multiple=True, metavar="NAME=VALUE", help="Of the Dockerfile.")
 @click.option("--sign", metavar="KEY", help="A private key's file (PEM), or the ARN of a KMS key: gives PCR8.")
 @click.option("--certificate", type=FILE, help="Of --sign, PEM.")
+@click.option("--policy", type=NEW_FILE, help="Write the appraisal policy too; never overwritten.")
+@click.argument("policy_options", nargs=-1, type=click.UNPROCESSED, metavar="[-- POLICY OPTIONS]")
 @dry_run_option
 @json_option
 def build(
@@ -85,19 +88,25 @@ def build(
     build_arguments: tuple[str, ...],
     sign: str | None,
     certificate: Path | None,
+    policy: Path | None,
+    policy_options: tuple[str, ...],
     dry_run: bool,
     as_json: bool,
-) -> None:
+) -> int:
     """Build an enclave image with docker and nitro-cli, and measure it a second time.
 
     What nitro-cli says of the image has to equal what its file is, or there is none. The measurements are written
     beside the image in nitro-cli's shape. `strongroom image build` needs neither docker's daemon nor nitro-cli, and
     makes the same image every time.
 
+    With --policy, `strongroom image policy` writes it for the image, and gets what stands behind --: with
+    --kms-condition it writes what KMS has to ask of an enclave as well.
+
     \b
     Example:
-      strongroom nitro build --dockerfile Dockerfile.enclave --output enclave.eif
-      strongroom image policy enclave.eif --directory release
+      strongroom nitro build --dockerfile Dockerfile.enclave --output enclave.eif --policy policy.toml
+      strongroom nitro build --policy policy.toml -- --kms-condition key-policy.json --use model --context production \\
+          --user arn:aws:iam::111122223333:role/parent
     """
     from parent.nitro.build import MEASUREMENTS_SUFFIX, Build
     from parent.nitro.build import build as build_image
@@ -112,18 +121,35 @@ def build(
         certificate=certificate,
         private_key=sign,
     )
+    if policy_options and policy is None:
+        raise click.UsageError("what stands behind -- goes with --policy")
+    following = None
+    if policy is not None:
+        if policy.exists():
+            raise NitroError("bad_request", "a policy is never overwritten: move it away, or name another", got=policy)
+        following = policy_command(output, policy, policy_options, as_json)
     if dry_run:
         commands = [wanted.docker(), [PROGRAM, "build-enclave", *wanted.nitro_cli(output)]]
+        commands += [] if following is None else [["strongroom", *following]]
         click.echo(
             json.dumps({"run": commands}) if as_json else "\n".join(f"run {' '.join(each)}" for each in commands)
         )
-        return
+        return 0
     image = asyncio.run(build_image(wanted, NitroCli()))
     if as_json:
         click.echo(json.dumps({"image": str(output), **image.as_nitro_cli()}))
-        return
-    click.echo(f"wrote {output}\nwrote {output}{MEASUREMENTS_SUFFIX}")
-    show_registers(image)
+    else:
+        click.echo(f"wrote {output}\nwrote {output}{MEASUREMENTS_SUFFIX}")
+        show_registers(image)
+    if following is None:
+        return 0
+    sys.stdout.flush()
+    return subprocess.run([sys.executable, "-m", "strongroom", *following], check=False).returncode
+
+
+def policy_command(image: Path, policy: Path, options: Sequence[str], as_json: bool) -> list[str]:
+    """Another room's: it is run as a program, and says for itself what it did, on the line behind ours."""
+    return ["image", "policy", str(image), "--out", str(policy), *options, *(["--json"] if as_json else [])]
 
 
 def build_argument(text: str) -> tuple[str, str]:

@@ -17,6 +17,7 @@ from parent.nitro.units import Services
 from vsockrpc.address import VMADDR_CID_ANY
 
 FILE: Final = click.Path(path_type=Path, exists=True, dir_okay=False)
+NEW_FILE: Final = click.Path(path_type=Path, dir_okay=False)
 FOLDER: Final = click.Path(path_type=Path, exists=True, file_okay=False)
 DEFAULT_CID: Final = 16
 
