@@ -51,8 +51,8 @@ class ImageContents:
 def read_contents(image: EnclaveImage, file: BinaryIO, *, progress: Progress | None = None) -> ImageContents:
     """Lists the ramdisks of ``image``, which was measured from ``file``: one that can seek.
 
-    What cannot be listed is a problem of its ramdisk. Raises ImageError ``changed_image`` for a file that is another
-    one by now, and what ``file.read`` raises.
+    What cannot be listed, by RamdiskError, is a problem of its ramdisk. Raises ImageError ``changed_image`` for a file
+    that is another one by now, and what ``file.read`` raises.
     """
     sections = [section for section in image.sections if section.type is SectionType.RAMDISK]
     total, before, ramdisks = sum(section.size for section in sections), 0, []

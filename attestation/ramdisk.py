@@ -85,6 +85,7 @@ class RamdiskEntry:
     path: str
     """Relative to the root, without ``.`` and ``..``; the root itself is empty. UTF-8, else by ``surrogateescape``."""
     kind: Kind
+    """What it is."""
     mode: int
     """Permissions, set-user-id, set-group-id and sticky: 12 bits."""
     uid: int
@@ -189,7 +190,7 @@ class RamdiskReader:
         kind = _KINDS.get(stat.S_IFMT(mode))
         if kind is None or mode > 0o177777:
             raise source.error("malformed_ramdisk", "a mode that is none of a file", at=at, got=f"{mode:o}")
-        path = _path(source, at, name)
+        path = _path(source, at, name, is_folder=kind is Kind.DIRECTORY)
         target = None
         if kind is Kind.SYMLINK:
             target = _target(source, at, size)
@@ -226,14 +227,18 @@ class RamdiskReader:
             raise source.error("malformed_ramdisk", "a file's sum is wrong", at=at, expected=f"{checksum:08x}", got=got)
 
 
-def _path(source: _Bytes, at: int, name: bytes) -> str:
+def _path(source: _Bytes, at: int, name: bytes, *, is_folder: bool) -> str:
     """``name`` as Linux resolves it from the root, where there is but one way to do so."""
     text, nul, rest = name.partition(b"\0")
     if not text or not nul or rest:
         raise source.error("malformed_ramdisk", "a name that does not end with its NUL", at=at, got=ascii(name[:80]))
     parts = text.removeprefix(b"/").split(b"/")
+    if len(parts) > 1 and is_folder and not parts[-1]:
+        parts.pop()  # the slash that tar puts behind folders
     kept = [part for part in parts if part != b"."]
-    if b".." in kept or b"" in kept[:-1] or (kept[-1:] == [b""] and text != b"/"):
+    if kept == [b""]:
+        kept = []  # the root, as /
+    if b"" in kept or b".." in kept or not (kept or is_folder):
         raise source.error(
             "unsafe_path", "a path with .. or an empty part", at=at, expected="names alone", got=ascii(text)[1:][:80]
         )
