@@ -115,6 +115,7 @@ end_group() {
 }
 
 clean() {
+  [ "$BASHPID" = $$ ] || return 0 # a subshell that was ended before it had forgotten this trap
   end_group "$job"
   end_group "$ticker"
   [ -z "$work" ] || rm -rf "$work"
