@@ -18,7 +18,7 @@ from parent.image.oci import read_files
 from parent.image.source import Source
 from parent.image.spool import Spool
 from parent.image.tar import read_members
-from parent.image.tree import ImageBuildError
+from parent.image.tree import File, ImageBuildError
 from tests.parent.image.containers import (
     Container,
     Layout,
@@ -71,7 +71,7 @@ def _read(read: Callable[[Path], Source]) -> None:
             _hold_printable(error)
             return
         for entry in source.tree.values():
-            if hasattr(entry, "pieces"):
+            if isinstance(entry, File):
                 assert sum(map(len, entry.pieces())) == entry.size, "a file of another size"
 
 
