@@ -33,8 +33,10 @@ err = Console(stderr=True, highlight=False)
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 GIB = 1 << 30
-CONFIGURATION_PATH = "etc/strongroom/enclave.toml"
-"""In the image's root file system."""
+CONFIGURATION_PATH = "rootfs/etc/strongroom/enclave.toml"
+"""Of the measured configuration, in an image's ramdisk."""
+MAX_CONFIGURATION = 1 << 20
+"""Bytes."""
 
 
 @click.command()
@@ -166,10 +168,19 @@ def start(
 
 
 def configuration_of(image: Path) -> bytes:
-    """The ``enclave.toml`` in an image. Raises ImageError, and LaunchConfigurationError when there is none."""
-    from attestation.ramdisk import read_file  # what reads images takes time to load
+    """The ``enclave.toml`` in an image. Raises ImageError, OSError, and LaunchConfigurationError when there is none."""
+    from attestation.eif import SectionType  # what reads images takes time to load
+    from attestation.measure import SectionReader, measure_image
+    from attestation.ramdisk import RamdiskReader
 
-    text = read_file(image, CONFIGURATION_PATH)
+    text = None
+    with image.open("rb") as file:
+        for section in measure_image(file).sections:
+            if section.type is SectionType.RAMDISK:
+                ramdisk = RamdiskReader(SectionReader(file, section), section.size, offset=section.data_offset)
+                for entry in ramdisk:
+                    if entry.path == CONFIGURATION_PATH and entry.size <= MAX_CONFIGURATION:
+                        text = b"".join(ramdisk.content())
     if text is None:
         raise LaunchConfigurationError(image.name, "the image has no configuration", expected=CONFIGURATION_PATH)
     return text

@@ -33,7 +33,9 @@ COMMANDS = {
     "proxy": "parent.commands:proxy",
     "egress": "parent.egress_commands:egress",
     "model-store": "parent.modelstore_commands:model_store",
+    "image": "strongroom.cli:image",
     "nitro": "parent.nitro.commands:nitro",
+    "doctor": "parent.doctor.command:doctor",
     "verify": "strongroom.verification:verify_command",
     "inspect": "strongroom.verification:inspect_command",
     "evidence": "strongroom.verification:evidence_command",
@@ -54,9 +56,9 @@ IMAGE_COMMANDS = {
     "measure": "strongroom.image_commands:measure",
     "describe": "strongroom.image_commands:describe",
     "verify": "strongroom.image_commands:verify",
-    "extract": "strongroom.image_commands:extract",
+    "extract": "strongroom.image_extract:extract",
     "diff": "strongroom.image_commands:diff",
-    "policy": "strongroom.image_commands:policy",
+    "policy": "strongroom.image_policy:policy",
 }
 """Who writes images, and who judges them, do not share a room."""
 NEEDS = {
@@ -70,6 +72,7 @@ NEEDS = {
     "egress": ("parent",),
     "model-store": ("parent",),
     "nitro": ("parent",),
+    "doctor": ("parent",),
     "kms": ("kms",),
     "prompt": ("kms",),
     "model": ("kms",),
