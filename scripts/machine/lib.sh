@@ -87,7 +87,7 @@ run() {
   log=$scratch/log
   say "$label"
   # Inside a $(...) the script's own trap does not hold.
-  [ "$BASHPID" = $$ ] || trap 'end_group "$job"; end_group "$ticker"' EXIT
+  [ "$BASHPID" = $$ ] || trap 'kill_group "$ticker"; end_group "$job"' EXIT
   # A group of its own, so that all of it can be ended; without the lock, so that nothing that stays behind holds it.
   set -m
   "$@" >"$log" 2>&1 </dev/null 9>&- &
@@ -101,23 +101,33 @@ run() {
   set +m
   wait "$job" || status=$?
   job=
-  end_group "$ticker"
+  kill_group "$ticker"
   ticker=
   [ "$status" = 0 ] && return
   tail -n 30 "$log" >&2
   fail "$label failed with status $status"
 }
 
+# end_group PID: lets a job and all that it started end by itself, for 5 s.
 end_group() {
   [ -n "$1" ] || return 0
   kill -TERM -- "-$1" 2>/dev/null || true
+  for _ in {1..50}; do
+    kill -0 -- "-$1" 2>/dev/null || break
+    sleep 0.1
+  done
+  kill_group "$1"
+}
+kill_group() {
+  [ -n "$1" ] || return 0
+  kill -KILL -- "-$1" 2>/dev/null || true
   wait "$1" 2>/dev/null || true
 }
 
 clean() {
   [ "$BASHPID" = $$ ] || return 0 # a subshell that was ended before it had forgotten this trap
+  kill_group "$ticker"
   end_group "$job"
-  end_group "$ticker"
   [ -z "$work" ] || rm -rf "$work"
   [ -z "$scratch" ] || rm -rf "$scratch"
 }
