@@ -1,8 +1,6 @@
-"""One contract for the Nitro Secure Module, held to every backend: the core in process, the emulator's process behind a
-socket, the ioctl path over a stand-in for the driver, and the device itself where there is one.
-
-Expectations are those of AWS's ``nsm-check`` and driver. Registers stay locked on a real device, so each test takes
-registers that are still free, and the test that locks all of them comes last.
+"""The contract of the Nitro Secure Module on the core in process, the emulator's process behind a socket, the ioctl
+path over a stand-in for the driver, and the device itself where there is one. ``tests/boot`` holds an emulated machine's
+to it.
 """
 
 from __future__ import annotations
@@ -15,32 +13,15 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 
-import cbor2
 import pytest
 
-from attestation.chain import Anchor, Trust
-from attestation.reference import ZERO_PCR, PcrSet, extend, once_extended
-from attestation.verifier import authenticate
 from emulator.nsm import SoftwareNsm, boot_registers, new_module_id
 from emulator.pki import DevelopmentRoot, ensure_development_root
-from enclave.nsm import (
-    MAX_REQUEST,
-    NSM_IOCTL_RAW,
-    DeviceTransport,
-    Nsm,
-    NsmError,
-    NsmErrorCode,
-    Transport,
-    decode_response,
-    encode_request,
-    open_nsm,
-)
+from enclave.nsm import MAX_REQUEST, NSM_IOCTL_RAW, DeviceTransport, Nsm, Transport, open_nsm
+from tests.nsm_contract import IMAGE, INSTANCE, Backend, NsmContract
 
-INSTANCE = "i-026ae32a18c80f866"
-IMAGE = PcrSet(once_extended(b"image"), once_extended(b"boot"), once_extended(b"application"))
 DEVICE = Path("/dev/nsm")
 
 
@@ -74,21 +55,6 @@ class Driver:
         ctypes.memmove(response_at, response, len(response))
         argument[24:32] = len(response).to_bytes(8, sys.byteorder)
         return 0
-
-
-class Backend:
-    def __init__(self, nsm: Nsm, transport: Transport, anchor: DevelopmentRoot | None) -> None:
-        self.nsm = nsm
-        self.transport = transport
-        self.anchor = anchor
-        """None for a real device, whose anchor is AWS's."""
-
-    def free(self, count: int = 1) -> list[int]:
-        locked = self.nsm.describe_nsm().locked_pcrs
-        free = [index for index in range(16, 32) if index not in locked]
-        if len(free) < count:
-            pytest.skip("the device has no unlocked registers left: restart the enclave to run this test")
-        return free[:count]
 
 
 def software(directory: Path) -> tuple[SoftwareNsm, DevelopmentRoot]:
@@ -133,187 +99,10 @@ def backend(request: pytest.FixtureRequest, pki: Path, tmp_path: Path) -> Iterat
                 yield Backend(nsm, nsm.transport, None)
 
 
-def refused(code: NsmErrorCode) -> pytest.RaisesExc[NsmError]:
-    return pytest.raises(NsmError, check=lambda error: error.code == code)
-
-
-def payload(document: bytes) -> dict[str, object]:
-    value = cbor2.loads(cbor2.loads(document)[2])
-    assert isinstance(value, dict)
-    return value
-
-
 def test_device_is_among_the_backends() -> None:
     if not DEVICE.exists():
         pytest.skip(f"the contract was not run on a Nitro Secure Module: this machine has no {DEVICE}")
 
 
-def test_describes_itself(backend: Backend) -> None:
-    description = backend.nsm.describe_nsm()
-    assert description.max_pcrs == 32
-    assert description.digest == "SHA384"
-    assert "-enc" in description.module_id
-    assert set(description.locked_pcrs) >= set(range(16))
-    assert list(description.locked_pcrs) == sorted(description.locked_pcrs)
-
-
-def test_registers_at_boot(backend: Backend) -> None:
-    if backend.anchor is None:
-        pytest.skip("a device's upper registers may have been used since its enclave started")
-    assert backend.nsm.describe_nsm().locked_pcrs == tuple(range(16))
-    filled = {**IMAGE.as_registers(), 4: once_extended(INSTANCE.encode())}
-    for index in range(32):
-        register = backend.nsm.describe_pcr(index)
-        assert register.lock == (index < 16)
-        assert register.data == filled.get(index, ZERO_PCR)
-
-
-def test_extend_chains_over_what_the_register_held(backend: Backend) -> None:
-    (index,) = backend.free()
-    value = backend.nsm.describe_pcr(index).data
-    for data in (b"first", b"", bytes(48), b"first"):
-        value = extend(value, data)
-        assert backend.nsm.extend_pcr(index, data) == value
-    register = backend.nsm.describe_pcr(index)
-    assert register.data == value
-    assert not register.lock
-
-
-@pytest.mark.parametrize("index", [32, 255, 256, 0xFFFF])
-def test_index_out_of_range(backend: Backend, index: int) -> None:
-    with refused(NsmErrorCode.INVALID_INDEX):
-        backend.nsm.describe_pcr(index)
-    with refused(NsmErrorCode.INVALID_INDEX):
-        backend.nsm.extend_pcr(index, b"data")
-    with refused(NsmErrorCode.INVALID_INDEX):
-        backend.nsm.lock_pcr(index)
-
-
-def test_index_that_the_request_cannot_hold(backend: Backend) -> None:
-    for index in (-1, 0x1_0000):
-        with refused(NsmErrorCode.INVALID_ARGUMENT):
-            backend.nsm.describe_pcr(index)
-        with refused(NsmErrorCode.INVALID_ARGUMENT):
-            backend.nsm.lock_pcrs(index)
-
-
-def test_last_register_is_a_register(backend: Backend) -> None:
-    assert len(backend.nsm.describe_pcr(31).data) == 48
-
-
-@pytest.mark.parametrize("index", [0, 4, 15])
-def test_registers_of_the_system_are_read_only(backend: Backend, index: int) -> None:
-    before = backend.nsm.describe_pcr(index)
-    with refused(NsmErrorCode.READ_ONLY_INDEX):
-        backend.nsm.extend_pcr(index, b"data")
-    with refused(NsmErrorCode.READ_ONLY_INDEX):
-        backend.nsm.lock_pcr(index)
-    assert backend.nsm.describe_pcr(index) == before
-
-
-def test_lock_is_for_good(backend: Backend) -> None:
-    (index,) = backend.free()
-    backend.nsm.extend_pcr(index, b"data")
-    backend.nsm.lock_pcr(index)
-    locked = backend.nsm.describe_pcr(index)
-    assert locked.lock
-    with refused(NsmErrorCode.READ_ONLY_INDEX):
-        backend.nsm.lock_pcr(index)
-    with refused(NsmErrorCode.READ_ONLY_INDEX):
-        backend.nsm.extend_pcr(index, b"data")
-    assert backend.nsm.describe_pcr(index) == locked
-    assert index in backend.nsm.describe_nsm().locked_pcrs
-
-
-def test_random_is_256_bytes_and_new_each_time(backend: Backend) -> None:
-    drawn = [backend.nsm.get_random() for _ in range(16)]
-    assert {len(random) for random in drawn} == {256}
-    assert len(set(drawn)) == 16
-
-
-def test_document_holds_locked_registers_only(backend: Backend) -> None:
-    first, second = backend.free(2)
-    backend.nsm.extend_pcr(first, b"first")
-    backend.nsm.extend_pcr(second, b"second")
-    pcrs = payload(backend.nsm.attestation())["pcrs"]
-    assert isinstance(pcrs, dict)
-    assert tuple(pcrs) == backend.nsm.describe_nsm().locked_pcrs
-    backend.nsm.lock_pcr(first)
-    after = payload(backend.nsm.attestation())["pcrs"]
-    assert after == {**pcrs, first: backend.nsm.describe_pcr(first).data}
-
-
-def test_document_carries_what_was_asked_and_null_otherwise(backend: Backend) -> None:
-    assert {payload(backend.nsm.attestation())[name] for name in ("user_data", "nonce", "public_key")} == {None}
-    claims = payload(backend.nsm.attestation(user_data=b"u", nonce=b"n", public_key=b"k"))
-    assert (claims["user_data"], claims["nonce"], claims["public_key"]) == (b"u", b"n", b"k")
-    assert claims["module_id"] == backend.nsm.describe_nsm().module_id
-    assert claims["digest"] == "SHA384"
-
-
-@pytest.mark.parametrize("size", [1, 512, 513, 1024])
-def test_field_sizes_that_fit(backend: Backend, size: int) -> None:
-    claims = payload(backend.nsm.attestation(user_data=bytes(size), nonce=bytes(size), public_key=bytes(size)))
-    assert {claims[name] for name in ("user_data", "nonce", "public_key")} == {bytes(size)}
-
-
-@pytest.mark.parametrize("name", ["user_data", "nonce", "public_key"])
-def test_field_of_1025_bytes_is_never_asked_for(backend: Backend, name: str) -> None:
-    with refused(NsmErrorCode.INPUT_TOO_LARGE):
-        backend.nsm.attestation(**{name: bytes(1025)})
-
-
-def test_document_passes_the_verifier_under_its_own_anchor(backend: Backend) -> None:
-    if backend.anchor is None:
-        pytest.skip("AWS's own documents are verified in the attestation tests")
-    document = backend.nsm.attestation(user_data=b"u", nonce=bytes(32))
-    anchor = Anchor(Trust.EMULATED, backend.anchor.certificate_der)
-    authenticate(document, anchor=anchor, at=datetime.now(UTC))
-
-
-def test_request_of_4096_bytes_and_one_more(backend: Backend) -> None:
-    (index,) = backend.free()
-    overhead = len(encode_request("ExtendPCR", {"index": index, "data": bytes(1000)})) - 1000
-    value = backend.nsm.describe_pcr(index).data
-    longest = bytes(MAX_REQUEST - overhead)
-    assert len(encode_request("ExtendPCR", {"index": index, "data": longest})) == 0x1000
-    assert backend.nsm.extend_pcr(index, longest) == extend(value, longest)
-    with refused(NsmErrorCode.INPUT_TOO_LARGE):
-        backend.nsm.extend_pcr(index, longest + b"\x00")
-
-
-def test_oversized_request_is_refused_behind_the_client_too(backend: Backend) -> None:
-    request = encode_request("ExtendPCR", {"index": 31, "data": bytes(MAX_REQUEST)})
-    with refused(NsmErrorCode.INPUT_TOO_LARGE):  # the driver says it by errno, the software NSM by a response
-        decode_response("ExtendPCR", backend.transport.exchange(request))
-    assert backend.nsm.describe_pcr(31).data == ZERO_PCR or backend.anchor is None
-
-
-def test_unknown_request(backend: Backend) -> None:
-    response = cbor2.loads(backend.transport.exchange(cbor2.dumps({"UnlockPCR": {"index": 16}})))
-    assert response == {"Error": "InvalidOperation"}
-
-
-def test_ranges(backend: Backend) -> None:
-    first = min(backend.free(2))
-    before = backend.nsm.describe_nsm().locked_pcrs
-    backend.nsm.lock_pcrs(0)
-    backend.nsm.lock_pcrs(16)
-    assert backend.nsm.describe_nsm().locked_pcrs == before
-    for count in (33, 255, 256, 0xFFFF):
-        with refused(NsmErrorCode.INVALID_INDEX):
-            backend.nsm.lock_pcrs(count)
-    assert backend.nsm.describe_nsm().locked_pcrs == before
-    backend.nsm.lock_pcrs(first + 1)
-    assert first in backend.nsm.describe_nsm().locked_pcrs
-
-
-def test_range_of_all_registers_even_when_locked(backend: Backend) -> None:
-    """Last in this file: no register of a real device is free after it."""
-    backend.nsm.lock_pcrs(32)
-    assert backend.nsm.describe_nsm().locked_pcrs == tuple(range(32))
-    backend.nsm.lock_pcrs(32)
-    for index in range(32):
-        with refused(NsmErrorCode.READ_ONLY_INDEX):
-            backend.nsm.extend_pcr(index, b"data")
-    assert len(payload(backend.nsm.attestation())["pcrs"]) == 32  # type: ignore[arg-type]
+class TestNsm(NsmContract):
+    """On the backends of this file."""
