@@ -172,7 +172,7 @@ def program() -> str:
 
 
 def in_pool(pool: str) -> list[int]:
-    found = []
+    found: list[int] = []
     for part in pool.split(",") if pool else ():
         first, _, last = part.partition("-")
         found += range(int(first), int(last or first) + 1)

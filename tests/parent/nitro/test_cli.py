@@ -76,6 +76,25 @@ async def test_flags_that_nobody_knows_count_as_debug(cli: NitroCli, host: Nitro
     assert (await cli.describe())[0].debug
 
 
+CHANGES: list[dict[str, object]] = [
+    {"EnclaveID": 1},
+    {"EnclaveID": ""},
+    {"EnclaveID": "x" * 300},
+    {"EnclaveID": "\x1b[2J"},
+    {"EnclaveCID": 0},
+    {"EnclaveCID": True},
+    {"EnclaveCID": 1 << 32},
+    {"EnclaveCID": "16"},
+    {"CPUIDs": "1,3"},
+    {"CPUIDs": ["1"]},
+    {"MemoryMiB": -1},
+    {"ProcessID": None},
+    {"EnclaveName": 3},
+    {"State": []},
+    {"Measurements": []},
+]
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -87,26 +106,7 @@ async def test_flags_that_nobody_knows_count_as_debug(cli: NitroCli, host: Nitro
         "[" * 50 + "]" * 50,
         '[{"EnclaveID":"x","EnclaveID":"y"}]',
         json.dumps([ENCLAVE] * 65),
-        *(
-            json.dumps([{**ENCLAVE, **change}])
-            for change in (
-                {"EnclaveID": 1},
-                {"EnclaveID": ""},
-                {"EnclaveID": "x" * 300},
-                {"EnclaveID": "\x1b[2J"},
-                {"EnclaveCID": 0},
-                {"EnclaveCID": True},
-                {"EnclaveCID": 1 << 32},
-                {"EnclaveCID": "16"},
-                {"CPUIDs": "1,3"},
-                {"CPUIDs": ["1"]},
-                {"MemoryMiB": -1},
-                {"ProcessID": None},
-                {"EnclaveName": 3},
-                {"State": []},
-                {"Measurements": []},
-            )
-        ),
+        *(json.dumps([{**ENCLAVE, **change}]) for change in CHANGES),
     ],
 )
 async def test_an_answer_of_another_shape_is_refused(cli: NitroCli, host: NitroHost, text: str) -> None:

@@ -347,8 +347,9 @@ async def test_a_file_tree_is_set_up_once(amazon_linux: NitroHost, front: str) -
     host = amazon_linux
     model = host.folder / "model.gguf"
     model.write_bytes(tiny_model().encode())
-    options = ["--root", host.root, "--memory-mib", "4096", "--cpus", "4", "--user", "ec2-user"]
-    options += ["--program", "/opt/strongroom/bin/strongroom", "--model", model, "--allow", "kms.example:443"]
+    options = ["--root", str(host.root), "--memory-mib", "4096", "--cpus", "4", "--user", "ec2-user"]
+    options += ["--program", "/opt/strongroom/bin/strongroom", "--model", str(model)]
+    options += ["--allow", "kms.example:443"]
     dry = await host.run(front, "bootstrap", *options, "--dry-run")
     assert dry.status == 0, dry.err
     assert host.calls == []
@@ -373,7 +374,8 @@ async def test_a_file_tree_is_set_up_once(amazon_linux: NitroHost, front: str) -
 async def test_image_and_model_say_how_much(amazon_linux: NitroHost, eif: Path) -> None:
     model = amazon_linux.folder / "model.gguf"
     model.write_bytes(tiny_model().encode())
-    options = ["--root", amazon_linux.root, "--image", eif, "--model", model, "--context", "64", "--no-services"]
+    options = ["--root", str(amazon_linux.root), "--image", str(eif), "--model", str(model)]
+    options += ["--context", "64", "--no-services"]
     said = await amazon_linux.run("command", "bootstrap", *options, "--dry-run", "--json")
     assert said.status == 0, said.err
     assert said.json["memory_mib"] > 64
