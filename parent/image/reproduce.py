@@ -41,6 +41,8 @@ OTHER_ENVIRONMENT: Final = {
     "SOURCE_DATE_EPOCH": "86400",  # beside the one that is passed on: an option counts more
 }
 OTHER_UMASK: Final = 0o077
+FRONT_DOOR: Final = ("-P", "-m", "strongroom.cli")
+"""How Python starts the front door, without looking for it in the folder of the second build."""
 MAX_SHOWN: Final = 20
 """Files of one ramdisk that are told of."""
 
@@ -215,8 +217,7 @@ def _other_user(top: Path, folder: Path, plan: ImagePlan) -> int | None:
         needed = 0o500 if stat.S_ISDIR(status.st_mode) else 0o400
         if not stat.S_ISLNK(status.st_mode) and status.st_mode & needed != needed:
             return None
-    probe = [sys.executable, "-P", "-c", "import parent.image.build"]
-    if subprocess.run(probe, cwd="/", user=OTHER_USER, group=OTHER_USER, capture_output=True, check=False).returncode:
+    if not _runs_as(OTHER_USER):
         return None
     top.chmod(0o711)
     for path in _walk(folder):
@@ -227,6 +228,17 @@ def _other_user(top: Path, folder: Path, plan: ImagePlan) -> int | None:
     return OTHER_USER
 
 
+def _runs_as(user: int) -> bool:
+    """Whether this installation is readable to the user."""
+    probe = [sys.executable, "-P", "-c", "import parent.image.build, strongroom.cli"]
+    try:
+        return not subprocess.run(
+            probe, cwd="/", user=user, group=user, extra_groups=[], capture_output=True, check=False
+        ).returncode
+    except OSError:  # it may not even run the interpreter
+        return False
+
+
 def _walk(folder: Path) -> Iterator[Path]:
     for where, folders, files in os.walk(folder):
         yield from (Path(where, name) for name in (*folders, *files))
@@ -234,7 +246,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 def _build_elsewhere(plan: ImagePlan, folder: Path, user: int | None, progress: sources.Progress) -> None:
     progress("building again, elsewhere", 0, 0)
-    command = [sys.executable, "-P", "-m", "strongroom.cli", "image", "build", *arguments_of(plan)]
+    command = [sys.executable, *FRONT_DOOR, "image", "build", *arguments_of(plan)]
     command += ["--out", str(folder / "out" / "enclave.eif"), "--json"]
     child = subprocess.Popen(
         command,

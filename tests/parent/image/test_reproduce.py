@@ -1,0 +1,199 @@
+"""Two builds that must be the same, and what is said when they are not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from attestation.measure import read_image
+from parent.image import reproduce as module
+from parent.image.build import ContainerArchive, ImagePlan, OciLayout, build_image
+from parent.image.dockerfile import ContainerBuild
+from parent.image.reproduce import OTHER_USER, Reproduction, reproduce_image
+from parent.image.tree import ImageBuildError
+from tests.parent.image.containers import Container, docker_archive, layout, tar
+from tests.parent.image.test_build import blobs, plan_of
+from tests.parent.image.test_dockerfile import needs_buildah
+
+HELLO = Container([tar({"bin/": None, "bin/hello": b"hello"})])
+OTHERS = os.geteuid() == 0 and module._runs_as(OTHER_USER)
+"""Whether there can be another user here: an installation below a home is its owner's."""
+SEEN = """
+import json, os, sys
+with open({seen!r}, "w") as file:
+    variables = {{name: os.environ.get(name) for name in ("TZ", "LANG", "HOME", "PYTHONHASHSEED")}}
+    umask = os.umask(0)
+    os.umask(umask)
+    json.dump([os.getuid(), os.getcwd(), umask, variables], file)
+from strongroom.cli import main
+main()
+"""
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    pass
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where both builds are: below what everybody may enter, as /tmp is."""
+    with tempfile.TemporaryDirectory(prefix="reproduce-test-") as folder:
+        Path(folder).chmod(0o755)
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
+        assert os.listdir(folder) == []
+
+
+def reproduced(plan: ImagePlan) -> Reproduction:
+    found = reproduce_image(plan, progress=quiet)
+    assert found.is_exact == (found.difference is None) == (list(found.lines()) == [])
+    return found
+
+
+def test_a_root_folder_with_all_that_varies(tmp_path: Path) -> None:
+    configuration = tmp_path / "enclave.toml"
+    configuration.write_bytes(b"x = 1")
+    plan = plan_of(tmp_path, configuration=configuration, env=("A=b c",), epoch=7)
+    description = tmp_path / "blobs" / "kernel.json"
+    description.write_text('{"compiler": "gcc 12"}')
+    found = reproduced(plan)
+    assert found.is_exact
+    assert found.records_equal
+    assert ("user" in found.varied) == OTHERS
+    alone = build_image(plan, tmp_path / "enclave.eif", progress=quiet)
+    assert alone.image == read_image(alone.path, digest_file=True) == found.first == found.second
+
+
+@pytest.mark.parametrize("kind", ["oci", "archive"])
+def test_containers(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "archive").write_bytes(docker_archive((HELLO, ["a:1"])))
+    layout(HELLO).write(tmp_path / "layout")
+    source = OciLayout(tmp_path / "layout") if kind == "oci" else ContainerArchive(tmp_path / "archive", "a:1")
+    found = reproduced(ImagePlan(source=source, blobs=blobs(tmp_path)))
+    assert found.is_exact
+    assert found.records_equal
+
+
+@needs_buildah
+def test_a_dockerfile_is_built_twice(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "context"
+    folder.mkdir()
+    (folder / "Dockerfile").write_text('FROM scratch\nCOPY hello /\nCMD ["/hello"]\n')
+    (folder / "hello").write_bytes(b"hello")
+    source = ContainerBuild(dockerfile=folder / "Dockerfile", context=folder, engine="buildah")
+    found = reproduced(ImagePlan(source=source, blobs=blobs(tmp_path)))
+    assert found.is_exact
+    assert found.records_equal
+    assert "user" not in found.varied
+    assert capfd.readouterr().err.count("STEP 2/3") == 2
+
+
+def test_what_a_second_build_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user, where there can be one, in another folder and another environment."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        seen = Path(folder) / "seen"
+        program = Path(folder) / "program.py"
+        program.write_text(SEEN.format(seen=str(seen)))
+        monkeypatch.setattr(module, "FRONT_DOOR", (str(program),))
+        reproduced(plan_of(tmp_path))
+        user, place, umask, variables = json.loads(seen.read_text())
+    assert user == (OTHER_USER if OTHERS else os.geteuid())
+    assert umask == 0o077
+    assert place != os.getcwd()
+    assert variables == {"TZ": "Asia/Kathmandu", "LANG": "tr_TR.UTF-8", "HOME": place, "PYTHONHASHSEED": "1729"}
+
+
+def test_whose_files_are_for_their_owner_s_eyes_is_built_by_the_same_user(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    (tmp_path / "root" / "empty").chmod(0)
+    if os.geteuid() == 0:  # else it cannot be read at all
+        found = reproduced(plan)
+        assert found.is_exact
+        assert "user" not in found.varied
+
+
+def changing(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+    """Changes the copies before the second build."""
+    copied = module._copied
+
+    def wrapped(plan: ImagePlan, folder: Path) -> ImagePlan:
+        made = copied(plan, folder)
+        change(folder)
+        return made
+
+    monkeypatch.setattr(module, "_copied", wrapped)
+
+
+def test_what_differs_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(folder: Path) -> None:
+        (folder / "source" / "bin" / "tool").write_bytes(b"loot")
+        (folder / "source" / "empty").unlink()
+        (folder / "source" / "new").write_bytes(b"new")
+        (folder / "blobs" / "init").write_bytes(b"another init")
+
+    changing(monkeypatch, change)
+    found = reproduced(plan_of(tmp_path))
+    lines = list(found.lines())
+    assert not found.is_exact
+    assert not found.records_equal
+    assert {line.split(":")[0] for line in lines if line.startswith("PCR")} == {"PCR0", "PCR1", "PCR2"}
+    text = "\n".join(lines)
+    for expected in ("rootfs/bin/tool: content", "only in the first: rootfs/empty", "only in the second: rootfs/new"):
+        assert expected in text
+    assert "ramdisk0: " in text
+
+
+def test_many_differences_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(folder: Path) -> None:
+        for number in range(30):
+            (folder / "source" / f"new{number}").touch()
+
+    changing(monkeypatch, change)
+    lines = list(reproduced(plan_of(tmp_path)).lines())
+    assert lines[-1] == "  and 10 more"
+
+
+def test_a_second_build_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changing(monkeypatch, lambda folder: (folder / "blobs" / "kernel").write_bytes(b"no kernel"))
+    with pytest.raises(ImageBuildError, match="the second build: ") as caught:
+        reproduce_image(plan_of(tmp_path), progress=quiet)
+    assert caught.value.code == "bad_kernel"
+
+
+def test_a_second_build_that_ends_without_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FRONT_DOOR", ("-c", "import sys; sys.exit(9)"))
+    with pytest.raises(ImageBuildError, match="second_build_failed"):
+        reproduce_image(plan_of(tmp_path), progress=quiet)
+
+
+def test_an_interrupt_ends_the_second_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    children: list[subprocess.Popen[bytes]] = []
+
+    class Interrupted(subprocess.Popen[bytes]):
+        def communicate(self, *arguments: Any, **options: Any) -> Any:
+            children.append(self)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "FRONT_DOOR", ("-c", "import time; time.sleep(600)"))
+    monkeypatch.setattr("parent.image.reproduce.subprocess.Popen", Interrupted)
+    monkeypatch.setattr(module, "_other_user", lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce_image(plan_of(tmp_path), progress=quiet)
+    [child] = children
+    assert child.returncode is not None
+    assert child.stdout is not None
+    child.stdout.close()
+
+
+def test_the_front_door_is_there() -> None:
+    command = [sys.executable, *module.FRONT_DOOR, "image", "build", "--help"]
+    assert b"--rootfs" in subprocess.run(command, capture_output=True, check=True).stdout
