@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -29,6 +30,8 @@ from strongroom.reference_options import MAX_CONFIGURATION
 
 CONFIGURATION_PATH: Final = "/etc/strongroom/enclave.toml"
 """Where an image of ours has the configuration that is committed to PCR17."""
+CMDLINE_COPY: Final = "cmdline"
+"""In ramdisk 0: the command line as it was built, for an init of ours to compare."""
 BROKEN, NOT_EXPECTED = 3, 1
 
 
@@ -116,7 +119,7 @@ def check_image(contents: ImageContents, file: BinaryIO, wanted: Wanted, at: dat
         ImageCheck("structure", f"EIF version {image.version}, {len(image.sections)} sections, the CRC is right"),
         _signature(image, at),
         _kernel(image),
-        ImageCheck("command line", f"{len(image.cmdline)} printable characters: {image.cmdline}"),
+        _cmdline(contents),
         _files(contents),
     ]
     if wanted.history is not None:
@@ -142,6 +145,19 @@ def _kernel(image: EnclaveImage) -> ImageCheck:
     except ImageError:
         return ImageCheck("kernel", kernel_text(image), BROKEN)
     return ImageCheck("kernel", kernel_text(image), is_asked=image.architecture is Architecture.X86_64)
+
+
+def _cmdline(contents: ImageContents) -> ImageCheck:
+    """Printable it is, since it was measured. An init of ours halts unless the copy in its ramdisk is the beginning."""
+    text = contents.image.cmdline
+    boot = contents.ramdisks[0].entries
+    copies = [listed for listed in boot if listed.entry.path == CMDLINE_COPY]
+    if not copies:
+        return ImageCheck("command line", f"{len(text)} printable characters, and no copy for the init: {text}")
+    if copies[-1].sha384 != hashlib.sha384(text.encode()).digest():
+        said = f"not the copy that is in ramdisk0 for the init, which would halt: {text}"
+        return ImageCheck("command line", said, BROKEN)
+    return ImageCheck("command line", f"{len(text)} printable characters, as the init will ask: {text}")
 
 
 def _files(contents: ImageContents) -> ImageCheck:

@@ -22,7 +22,7 @@ from strongroom.image_check import Wanted, check_image
 from strongroom.image_report import difference_as_json, image_as_json, show_difference, show_image, show_registers
 from strongroom.options import err, json_option, out
 from strongroom.reference_options import ANY_FILE, PinnedKey, Product
-from strongroom.render import hashing_bar, printable
+from strongroom.render import hashing_bar, printable, shorten
 
 STREAM = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
 full_option = click.option("--full", is_flag=True, help="Print digests whole, and every file.")
@@ -155,7 +155,9 @@ def verify(
         click.echo(json.dumps({**body, **image.as_nitro_cli()}))
         return code
     for check in checks:
-        line = Text(f"{check.mark:<8}", check.style).append(f"{check.name}: {printable(check.said)}", "default")
+        line = Text(f"{check.mark:<8}", check.style).append(
+            f"{check.name}: {printable(shorten(check.said))}", "default"
+        )
         out.print(line, soft_wrap=True)
     show_registers(out, image)
     title, style = {0: ("VERIFIED", "bold green"), 1: ("NOT AS EXPECTED", "bold red"), 3: ("BROKEN", "bold red")}[code]

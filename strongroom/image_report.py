@@ -244,10 +244,11 @@ def _section_text(section: SectionDifference) -> str:
             return f"added, {size} bytes"
         case Section(size=size), None:
             return f"removed, {size} bytes"
-        case Section(size=before), Section(size=after):
-            sizes = f"{before} bytes" if before == after else f"{before} -> {after} bytes"
+        case before, after:
+            assert before is not None  # a section is in one of them
+            assert after is not None
+            sizes = f"{before.size} bytes" if before.size == after.size else f"{before.size} -> {after.size} bytes"
             return f"changed, {sizes}"
-    raise AssertionError(section)
 
 
 def _files_lines(files: RamdiskDifference, limit: int | None) -> Iterator[tuple[str, str]]:

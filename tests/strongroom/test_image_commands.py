@@ -167,6 +167,7 @@ def test_a_whole_image_is_verified(run: Terminal, tmp_path: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Eif, str]] = {
+    "another copy for the init": (built(boot=(*BOOT, Member("cmdline", b"quiet"))), "command line"),
     "command line behind the kernel": (GOOD.having(Part(KERNEL, kernel(b"init=/sh "))), "kernel"),
     "no bzImage": (GOOD.having(Part(KERNEL, b"something")), "kernel"),
     "expired": (GOOD.signed(replace(SIGNER, not_after=NOW - timedelta(hours=1))), "signature"),
@@ -192,6 +193,12 @@ def test_what_cannot_be_measured_is_worth_nothing(run: Terminal, tmp_path: Path,
     ran = run("image", "verify", kept(tmp_path, made), "--json")
     assert ran.code == 3
     assert ran.json["error"]["offset"] is not None or ran.json["error"]["code"] == "wrong_payload"
+
+
+def test_the_copy_of_the_command_line_is_compared(run: Terminal, tmp_path: Path) -> None:
+    made = built(boot=(*BOOT, Member("cmdline", CMDLINE_TEXT.encode())))
+    ran = run("image", "verify", kept(tmp_path, made))
+    assert (ran.code, "as the init will ask" in ran.out) == (0, True)
 
 
 def test_an_aarch64_kernel_is_not_asked(run: Terminal, tmp_path: Path) -> None:
@@ -247,6 +254,7 @@ def test_against_a_policy(run: Terminal, tmp_path: Path) -> None:
     assert ran.code == 0
     assert [each["name"] for each in ran.json["checks"]][-3:] == ["release", "signer", "configuration"]
     assert digest_text(configuration_digest(TOML)) in ran.json["checks"][-1]["text"]
+    assert "VERIFIED" in run("image", "verify", file, "--policy", good).out
     another = policy("another.toml", "--from-eif", file, "--configuration", "sha384:" + "cd" * 48)
     assert run("image", "verify", file, "--policy", another).code == 1
     any_of_them = policy("any.toml", "--from-eif", file, "--ignore-configuration", "for a test")

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from attestation.measure import read_image
 from attestation.manifest import ModelManifest
+from attestation.measure import read_image
 from attestation.reference import configuration_digest
 from attestation.release_heads import MemoryHeads
 from attestation.release_signing import PublicKey
