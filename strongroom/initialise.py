@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from attestation.reference import digest_text
 from strongroom.kms_options import key_options, take_keys
 from strongroom.options import engine_options, err, json_option
-from strongroom.prepare import KmsSettings, PrepareError, Settings, installed_model, prepare
+from strongroom.prepare import KmsSettings, PrepareError, Settings, Target, installed_model, prepare
 from strongroom.render import hashing_bar
 
 
@@ -41,6 +41,16 @@ def read_certificate(path: Path) -> bytes:
     show_default=True,
     help="Where the files go.",
 )
+@click.option(
+    "--target",
+    type=click.Choice([each.value for each in Target]),
+    default=Target.PROCESS.value,
+    show_default=True,
+    help="What the enclave runs in: a process of this machine, or an image, on Nitro or in QEMU.",
+)
+@click.option(
+    "--weights-inside", is_flag=True, help="With an image: the weights are in it (Dockerfile.enclave's WEIGHTS)."
+)
 @engine_options
 @click.option(
     "--tick-ms",
@@ -60,6 +70,8 @@ def read_certificate(path: Path) -> bytes:
 def init(
     model: Path | None,
     directory: Path,
+    target: str,
+    weights_inside: bool,
     context: int,
     threads: int,
     tick_ms: int,
@@ -73,10 +85,14 @@ def init(
     The policy pins what an emulated enclave will measure: its code, this configuration and this model. No enclave has
     to run for it, and none is asked: a policy made from the Evidence that it then judges would accept anything.
 
+    For an image (--target nitro or qemu) it is enclave.toml alone, which goes into the image; the policy is made from
+    the image then: strongroom image policy.
+
     \b
     Example:
       strongroom init --model SmolLM2.gguf --directory demo
       strongroom start --config demo/enclave.toml --model SmolLM2.gguf --name demo
+      strongroom init --model SmolLM2.gguf --target nitro
       strongroom init --model SmolLM2.gguf --directory demo --kms-context demo \\
         --kms-model-key arn:aws:kms:eu-central-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab \\
         --kms-administrator arn:aws:iam::111122223333:role/keys
@@ -84,21 +100,30 @@ def init(
     keys = take_keys(options)
     if keys is None and (kms_endpoint or kms_root):
         raise click.UsageError("name the key: --kms-model-key, --kms-prompts-key, or both")
+    runs_in = Target(target)
+    if weights_inside and not runs_in.is_image:
+        raise click.UsageError("--weights-inside goes with --target nitro or qemu")
     authority = None if kms_root is None else read_certificate(kms_root)
     kms = None if keys is None else KmsSettings(keys, kms_endpoint, authority)
-    settings = Settings(context=context, threads=threads, tick_ms=tick_ms, kms=kms)
+    settings = Settings(
+        context=context, threads=threads, tick_ms=tick_ms, kms=kms, target=runs_in, weights_inside=weights_inside
+    )
     with hashing_bar(err, "model") as hashing:
         prepared = prepare(model_or_installed(model), directory, settings, progress=err.print, hashing=hashing)
     if as_json:
         body = {
             "enclave": str(prepared.configuration),
-            "policy": str(prepared.policy),
+            "policy": None if runs_in.is_image else str(prepared.policy),
             "model": prepared.manifest.name,
             "manifest": digest_text(prepared.manifest.digest()),
         }
         click.echo(json.dumps(body))
+        return
+    click.echo(f"wrote {prepared.configuration}")
+    if runs_in.is_image:
+        click.echo("the policy comes from the image that holds this file: strongroom image policy enclave.eif")
     else:
-        click.echo(f"wrote {prepared.configuration}\nwrote {prepared.policy}")
+        click.echo(f"wrote {prepared.policy}")
 
 
 def model_or_installed(model: Path | None) -> Path:

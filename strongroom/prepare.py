@@ -9,11 +9,15 @@ from __future__ import annotations
 import base64
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
+from typing import Final
 
 from attestation.chain import Anchor
+from attestation.commitment import Entropy
+from attestation.envelope import EnvelopePurpose
 from attestation.errors import StrongroomError
 from attestation.manifest import ModelManifest
 from attestation.policy import AppraisalPolicy
@@ -47,6 +51,45 @@ class KmsSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where an enclave listens, and where it finds what the parent gives it."""
+
+    listen: str
+    nsm: str
+    entropy: Entropy
+    store: str
+    egress: str
+
+
+class Target(StrEnum):
+    """What an enclave runs in."""
+
+    PROCESS = "process"
+    NITRO = "nitro"
+    QEMU = "qemu"
+
+    @property
+    def is_image(self) -> bool:
+        return self is not Target.PROCESS
+
+
+_PARENT = "vsock:3"
+"""The parent's CID on Nitro; where it is another one, the enclave finds out (:mod:`enclave.parent`)."""
+TARGETS: Final[Mapping[Target, Addresses]] = {
+    Target.PROCESS: Addresses("unix:rpc.sock", "unix:nsm.sock", Entropy.HOST, "unix:models.sock", "unix:egress.sock"),
+    Target.NITRO: Addresses(
+        "vsock:any:5005", "device:/dev/nsm", Entropy.NSM_HWRNG, f"{_PARENT}:5006", f"{_PARENT}:5007"
+    ),
+    # The machine's own /dev/nsm feeds the kernel's generator, but its documents carry no signature.
+    Target.QEMU: Addresses(
+        "vsock:any:5005", f"{_PARENT}:5008", Entropy.NSM_HWRNG, f"{_PARENT}:5006", f"{_PARENT}:5007"
+    ),
+}
+WEIGHTS_FOLDER: Final = "/opt/strongroom"
+"""In an image with weights in it: Dockerfile.enclave."""
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """What ``strongroom init`` lets a person choose; the rest of ``enclave.toml`` has defaults that stand in
     PROTOCOL.md and in the file.
@@ -56,12 +99,15 @@ class Settings:
     threads: int = 0
     tick_ms: int = 50
     kms: KmsSettings | None = None
+    target: Target = Target.PROCESS
+    weights_inside: bool = False
+    """The weights are in the image, and no store is asked for them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A folder with ``enclave.toml``, ``policy.toml`` and the development root, and the manifest of the model that they
-    pin.
+    """A folder with ``enclave.toml`` and the manifest of the model that it pins; for an enclave that runs as a process,
+    ``policy.toml`` and the development root, too.
     """
 
     directory: Path
@@ -84,13 +130,15 @@ def prepare(
     progress: Callable[[str], None],
     hashing: Callable[[int, int], None] | None = None,
 ) -> Prepared:
-    """Writes the files into ``directory``, which must not hold them yet: all of them, or none.
+    """Writes the files into ``directory``, which must not hold them yet: all of them, or none. For an image that is
+    ``enclave.toml`` alone: its policy comes from the image (``strongroom image policy``).
 
     ``progress`` is told of each step, ``hashing`` how many of the model's bytes are done, and of how many.
 
     Raises PrepareError, ModelError, OSError.
     """
-    paths = [directory / name for name in (ENCLAVE_TOML, POLICY_TOML, ROOT_DER)]
+    names = (ENCLAVE_TOML,) if settings.target.is_image else (ENCLAVE_TOML, POLICY_TOML, ROOT_DER)
+    paths = [directory / name for name in names]
     for path in paths:
         if path.exists():
             raise PrepareError("file_exists", f"{path} exists already; nothing was changed", got=path.name)
@@ -109,6 +157,8 @@ def prepare(
 
 def _write(prepared: Prepared, settings: Settings, progress: Callable[[str], None]) -> None:
     prepared.configuration.write_text(enclave_toml(prepared.manifest, settings))
+    if settings.target.is_image:
+        return
     progress("measuring the enclave's code and configuration")
     image = measure_process_image(Path(sys.executable), prepared.configuration)
     root = development_root()
@@ -139,10 +189,16 @@ def development_root() -> bytes:
 
 
 def enclave_toml(manifest: ModelManifest, settings: Settings) -> str:
-    return _enclave_toml(manifest, settings) + ("" if settings.kms is None else _kms_toml(settings.kms))
+    """The text of ``enclave.toml``. Raises PrepareError ``encrypted_inside`` for weights in the image that KMS shall
+    open."""
+    addresses = TARGETS[settings.target]
+    kms = settings.kms
+    if kms is not None and settings.weights_inside and EnvelopePurpose.MODEL in kms.keys.keys:
+        raise PrepareError("encrypted_inside", "weights that are in the image are not encrypted: name no key for them")
+    return _enclave_toml(manifest, settings, addresses) + ("" if kms is None else _kms_toml(kms, addresses.egress))
 
 
-def _kms_toml(kms: KmsSettings) -> str:
+def _kms_toml(kms: KmsSettings, egress: str) -> str:
     keys = kms.keys
     trust = 'trust = "AMAZON"                # TLS to KMS leads to Amazon\'s own authorities, which are in the image'
     if kms.authority is not None:
@@ -151,7 +207,7 @@ def _kms_toml(kms: KmsSettings) -> str:
 [kms]
 region = "{keys.region}"
 endpoint = "{kms.endpoint or f"kms.{keys.region}.amazonaws.com:443"}"
-egress = "unix:egress.sock"     # the parent conveys TCP, and cannot read it
+egress = "{egress}"     # the parent conveys TCP, and cannot read it
 {trust}
 """
     for purpose, key in keys.keys.items():
@@ -164,22 +220,37 @@ minimum_version = 1
     return text
 
 
-def _enclave_toml(manifest: ModelManifest, settings: Settings) -> str:
+_HEADS: Final = {
+    Target.PROCESS: "# The measured configuration of an emulated enclave. ",
+    Target.NITRO: "# The measured configuration of an enclave on Nitro. ",
+    Target.QEMU: "# The measured configuration of an enclave in QEMU. ",
+}
+
+
+def _enclave_toml(manifest: ModelManifest, settings: Settings, addresses: Addresses) -> str:
+    where = "sockets stand in the enclave's own folder"
+    instead = '# on Nitro: "device:/dev/nsm"', '# on Nitro: "nsm-hwrng"'
+    if settings.target.is_image:
+        where, instead = "every CID may connect, and nobody is believed", ("", "# or the boot halts")
+    if settings.target is Target.QEMU:
+        instead = "# a software NSM at the parent", instead[1]
+    store = f"file:{WEIGHTS_FOLDER}/{manifest.files[0].name}" if settings.weights_inside else addresses.store
+    digest = digest_text(manifest.digest())
     return f"""\
-# The measured configuration of an emulated enclave. Its bytes are committed to PCR17: change one, and the policy
+{_HEADS[settings.target]}Its bytes are committed to PCR17: change one, and the policy
 # refuses the enclave.
 version = 1
 
 [rpc]
-listen = "unix:rpc.sock"        # sockets stand in the enclave's own folder
+{_line("listen", addresses.listen, f"# {where}")}
 
 [nsm]
-address = "unix:nsm.sock"       # on Nitro: "device:/dev/nsm"
-entropy = "host"                # on Nitro: "nsm-hwrng"
+{_line("address", addresses.nsm, instead[0])}
+{_line("entropy", addresses.entropy, instead[1])}
 
 [model]
-store = "unix:models.sock"
-manifest = "{digest_text(manifest.digest())}"   # {_comment(manifest.name)}
+store = "{store}"
+manifest = "{digest}"   # {_comment(manifest.name)}
 
 [engine]
 context = {settings.context}                  # tokens, prompt and answer together
@@ -195,6 +266,10 @@ tick_ms = {settings.tick_ms}
 record_bytes = 512
 bucket_records = 8
 """
+
+
+def _line(key: str, value: str, comment: str) -> str:
+    return f"{f'{key} = {chr(34)}{value}{chr(34)}':<32}{comment}".rstrip()
 
 
 def _comment(text: str) -> str:

@@ -1,0 +1,172 @@
+"""What goes into an enclave image is what is pinned, listed and measured; what the Dockerfile says of itself is so."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from attestation.dependencies import APPLICATION_PACKAGES, ENCLAVE_DEPENDENCIES
+from scripts.image import collect
+from strongroom.prepare import WEIGHTS_FOLDER
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCKERFILE = (ROOT / "Dockerfile.enclave").read_text()
+SCRIPTS = ["eif", "machine/base", "machine/wheels", "image/buildah", "image/toolchain", "image/wheels"]
+
+
+def pins(lock: str) -> Mapping[str, list[tuple[str, frozenset[str]]]]:
+    """By name: each version with its marker, and the hashes of its files."""
+    found: dict[str, list[tuple[str, frozenset[str]]]] = {}
+    for entry in re.split(r"\n(?=\S)", (ROOT / "requirements" / lock).read_text()):
+        if not entry.startswith("#"):
+            head, *hashes = entry.split("\\\n")
+            name, _, version = head.strip().partition("==")
+            found.setdefault(name, []).append((version, frozenset(line.strip() for line in hashes)))
+    return found
+
+
+def test_the_image_s_lock_is_the_trusted_computing_base() -> None:
+    assert pins("enclave.txt").keys() == ENCLAVE_DEPENDENCIES.keys()
+
+
+def test_the_image_s_lock_pins_what_is_tested() -> None:
+    tested = pins("all.txt")
+    for name, entries in pins("enclave.txt").items():
+        assert entries == tested[name]
+        assert all(hashes for _, hashes in entries)
+
+
+def test_the_locks_are_renewed_together() -> None:
+    assert "enclave.in -o enclave.txt" in (ROOT / "requirements/lock.sh").read_text()
+
+
+def test_the_base_is_named_by_digest() -> None:
+    [base] = re.findall(r"^ARG BASE=(\S+)$", DOCKERFILE, re.MULTILINE)
+    assert toolchain(base) is None
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        "debian:bookworm-slim",
+        "public.ecr.aws/amazonlinux/amazonlinux:2023",
+        "debian@sha256:1234",
+        f"debian@sha256:{'g' * 64}",
+        f"debian@sha256:{'0' * 64}:latest",
+    ],
+)
+def test_a_base_without_a_digest_is_refused(base: str) -> None:
+    assert "must end in the digest" in (toolchain(base) or "")
+
+
+def toolchain(base: str) -> str | None:
+    """What the build says against a base; None where it goes on."""
+    script = (ROOT / "scripts/image/toolchain").read_text()
+    check = script[: script.index("if command -v dpkg-query")]
+    ran = subprocess.run(["sh", "-c", check, "toolchain", base, "python3"], capture_output=True, text=True, timeout=60)
+    assert ran.returncode in (0, 2)
+    return ran.stderr if ran.returncode else None
+
+
+def test_the_last_stage_is_empty_but_for_what_was_laid_out() -> None:
+    last = DOCKERFILE[DOCKERFILE.rindex("FROM ") :].splitlines()
+    assert [line for line in last if line] == [
+        "FROM scratch",
+        "COPY --from=root /image/ /",
+        'CMD ["/usr/bin/python3", "-I", "-B", "-m", "enclave", "--config", "/etc/strongroom/enclave.toml"]',
+    ]
+
+
+def test_the_build_s_own_settings_are_secrets() -> None:
+    assert re.findall(r"type=secret,id=(\S+)", DOCKERFILE) == ["sources.list", "pip.conf", "ca.pem"]
+    assert not re.search(r"https?://", DOCKERFILE)
+    arguments = re.findall(r"^ARG (\w+)", DOCKERFILE, re.MULTILINE)
+    assert set(arguments) == {"BASE", "PYTHON", "VARIANT", "CONFIG", "WEIGHTS"}
+
+
+def test_the_context_has_what_the_build_reads_and_no_more() -> None:
+    allowed = re.findall(r"^!(\S+)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE)
+    assert {*APPLICATION_PACKAGES, "requirements", "scripts/image", "enclave.toml", "*.gguf"} == set(allowed)
+
+
+def test_weights_lie_where_the_configuration_looks_for_them() -> None:
+    assert f'"{WEIGHTS_FOLDER}/' in (ROOT / "scripts/image/collect.py").read_text()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_are_executable_and_pass_shellcheck(name: str) -> None:
+    script = ROOT / "scripts" / name
+    assert script.stat().st_mode & 0o111
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed: apt-get install shellcheck")
+    ran = subprocess.run(
+        ["shellcheck", "-x", "-P", "SCRIPTDIR", str(script)], capture_output=True, text=True, timeout=120
+    )
+    assert ran.stdout == ""
+
+
+@pytest.mark.parametrize("name", ["eif", "machine/base", "machine/wheels"])
+def test_help_is_there_and_does_nothing(name: str) -> None:
+    ran = subprocess.run([str(ROOT / "scripts" / name), "--help"], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0
+    assert "usage:" in ran.stdout
+    assert ran.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--variant", "fast"], ["--config"], ["--config", "/absent"], ["--colour"], ["--weights", "/absent"]]
+)
+def test_mistakes_of_usage_are_said_first(arguments: list[str]) -> None:
+    ran = subprocess.run([str(ROOT / "scripts/eif"), *arguments], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("eif: ")
+    assert ran.stdout == ""
+
+
+# --- What is laid out ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("numpy/__init__.py", True),
+        ("numpy/_core/tests/test_api.py", False),
+        ("numpy/f2py/__init__.py", False),
+        ("numpy/_core/lib/libnpymath.a", False),
+        ("numpy/__init__.pyi", False),
+        ("numpy.libs/libgfortran.so.5", True),
+        ("botocore/data/kms/2014-11-01/service-2.json.gz", True),
+        ("botocore/data/s3/2006-03-01/service-2.json.gz", False),
+        ("botocore/data/endpoints.json", True),
+        ("botocore/cacert.pem", False),
+        ("llama_cpp/llama.py", True),
+        ("llama_cpp/server/app.py", False),
+        ("cryptography-50.0.2.dist-info/licenses/LICENSE", True),
+        ("cryptography-50.0.2.dist-info/RECORD", False),
+    ],
+)
+def test_what_is_taken_of_a_package(name: str, wanted: bool) -> None:
+    assert collect._wanted(name) is wanted
+
+
+def test_equal_libraries_become_links_to_the_one_that_is_asked_for(tmp_path: Path) -> None:
+    for name in ("libllama.so", "libllama.so.0", "libllama.so.0.5.0"):
+        (tmp_path / name).write_bytes(b"\x7fELF llama")
+    (tmp_path / "libggml.so").write_bytes(b"\x7fELF other")
+    (tmp_path / "libggml.so.0").write_bytes(b"\x7fELF ggml")
+    collect._link_equals(tmp_path)
+    links = {path.name: path.readlink().name for path in tmp_path.iterdir() if path.is_symlink()}
+    assert links == {"libllama.so": "libllama.so.0", "libllama.so.0.5.0": "libllama.so.0"}
+
+
+def test_the_engine_s_user_is_the_one_of_the_configuration() -> None:
+    from enclave.config import EnclaveConfiguration
+
+    smallest = '[rpc]\nlisten = "unix:r"\n[nsm]\naddress = "unix:n"\nentropy = "host"\n[model]\nstore = "unix:m"\n'
+    parsed = EnclaveConfiguration.parse(f'version = 1\n{smallest}manifest = "sha384:{"00" * 48}"\n'.encode())
+    assert parsed.engine.uid == collect.ENGINE_UID
