@@ -7,6 +7,7 @@ lock() { uv pip compile -q --universal --python-version 3.11 --generate-hashes -
 lock --upgrade build.in -o build.txt
 lock --upgrade all.in -o all.txt
 lock --upgrade parent.in -o parent.txt
+lock enclave.in -o enclave.txt
 lock --upgrade bench.in -o bench.txt
 lock --upgrade mutants.in -o mutants.txt
 lock --upgrade meson.in -o meson.txt
