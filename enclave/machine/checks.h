@@ -1,5 +1,6 @@
-/* What init believes about the bytes it is given: the kernel's command line, and the files /cmd and /env. No system calls, so that the
- * tests (tests/machine) compile this file alone. Every function returns NULL, or the reason for which the machine has to halt. */
+/* What init believes about the bytes it is given: the kernel's command line, and the files /cmd and /env. No system
+ * calls, so that the tests (tests/machine) compile this file alone. Each check returns NULL, or the reason for which
+ * the machine has to halt. */
 #ifndef CHECKS_H
 #define CHECKS_H
 
@@ -8,7 +9,7 @@
 #include <stdint.h>
 #include <string.h>
 
-/* linux/vm_sockets.h: 0 is the hypervisor, 1 is local, 2 is the host, and the highest number stands for any. AWS's parent is 3. */
+/* linux/vm_sockets.h: 0 is the hypervisor, 1 local, 2 the host; the highest number stands for any. AWS's parent is 3. */
 enum { PARENT_CID_DEFAULT = 3, PARENT_CID_LOWEST = 2 };
 #define PARENT_CID_HIGHEST 0xfffffffeU
 
@@ -47,8 +48,8 @@ static bool skip_number(struct cursor *c, uint64_t *value)
     return digits > 0;
 }
 
-/* <size>[K|M]@<address>:<interrupt>[:<id>], the kernel's syntax (admin-guide/kernel-parameters, virtio_mmio.device). Firecracker writes
- * 4K@0xd0000000:5, QEMU's microvm and nitro-enclave machines 512@0xfeb00e00:12. */
+/* <size>[K|M]@<address>:<interrupt>[:<id>], the kernel's syntax (admin-guide/kernel-parameters, virtio_mmio.device).
+ * Firecracker writes 4K@0xd0000000:5, QEMU's microvm and nitro-enclave machines 512@0xfeb00e00:12. */
 static bool skip_device(struct cursor *c)
 {
     uint64_t number;
@@ -61,13 +62,15 @@ static bool skip_device(struct cursor *c)
     return !skip_text(c, ":") || skip_number(c, &number);
 }
 
-/* The command line that the kernel got has to be the measured one, followed by nothing but what a hypervisor has to add: its virtio devices
- * and, where the parent is not CID 3, parent_cid=<decimal>, once.
+/* The command line that the kernel got has to be the measured one, followed by nothing but what a hypervisor has to
+ * add: its virtio devices and, where the parent is not CID 3, parent_cid=<decimal>, once.
  *
- * Why: PCR0 is a hash over kernel || command line || ramdisks, without separators or lengths, so an image in which the command line begins
- * some bytes later, its first bytes appended to the kernel, has the same PCRs and boots with other parameters. This copy lies in ramdisk 0,
- * behind all that could be shifted: where the boundary was moved, it and the real one differ. */
-static const char *check_cmdline(const char *actual, size_t actual_length, const char *measured, size_t measured_length, uint32_t *parent_cid)
+ * Why: PCR0 and PCR1 are hashes over kernel || command line || ramdisks, without separators or lengths. An image whose
+ * command line begins some bytes later, its first bytes appended to the kernel, has the same PCRs and boots with other
+ * parameters. The copy of the line lies in ramdisk 0, behind all that could be shifted: where the boundary was moved,
+ * the copy and the real one differ. */
+static const char *check_cmdline(const char *actual, size_t actual_length, const char *measured, size_t measured_length,
+                                 uint32_t *parent_cid)
 {
     struct cursor c = {actual, actual + actual_length};
     bool named = false;
@@ -96,7 +99,8 @@ static const char *check_cmdline(const char *actual, size_t actual_length, const
             uint64_t cid;
             if (named)
                 return "parent_cid stands twice on the kernel's command line";
-            if (skip_text(&digits, "0x") || !skip_number(&c, &cid) || cid < PARENT_CID_LOWEST || cid > PARENT_CID_HIGHEST)
+            if (skip_text(&digits, "0x") || !skip_number(&c, &cid) || cid < PARENT_CID_LOWEST ||
+                cid > PARENT_CID_HIGHEST)
                 return "parent_cid on the kernel's command line is not a number from 2 to 4294967294";
             *parent_cid = (uint32_t)cid;
             named = true;
@@ -109,8 +113,8 @@ static const char *check_cmdline(const char *actual, size_t actual_length, const
     return NULL;
 }
 
-/* Cuts text, of which text[length] may be written, into its lines; entries gets a pointer to each and a final NULL. A last line needs no
- * newline. `most` is the number of pointers that entries has room for, the final NULL included. */
+/* Cuts text, of which text[length] may be written, into its lines; entries gets a pointer to each and a final NULL. A
+ * last line needs no newline. `most` is the number of pointers that entries has room for, the NULL included. */
 static const char *split_lines(char *text, size_t length, char **entries, size_t most)
 {
     char *end = text + length;

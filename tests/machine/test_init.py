@@ -84,6 +84,22 @@ def test_a_module_that_is_none_halts(ramdisk: Path) -> None:
     assert boot(ramdisk).startswith("init: halt: /nsm.ko: ")
 
 
+@needs_root
+@pytest.mark.parametrize(
+    ("options", "fill"),
+    [("size=8m", "cat /dev/zero >rest"), ("nr_inodes=40", "for n in $(seq 60); do touch rest$n || break; done")],
+)
+def test_a_root_that_was_cut_off_halts(ramdisk: Path, options: str, fill: str) -> None:
+    """Ramdisks in too little memory: the kernel goes on with the files that fitted."""
+    mounted = ramdisk / "mounted"
+    mounted.mkdir()
+    unpack = f"mount -t tmpfs -o {options} none {mounted} && cp -a {ramdisk}/init {ramdisk}/cmdline {mounted}"
+    script = f"{unpack} && cd {mounted} && mkdir dev && {{ {fill}; }} 2>/dev/null; exec chroot {mounted} /init"
+    command = ["unshare", "--mount", "--pid", "--fork", "sh", "-c", script]
+    ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=120, check=False)
+    assert ended.stderr == b"init: halt: /: the ramdisks did not fit: the machine needs more memory\n"
+
+
 @pytest.mark.skipif(shutil.which("musl-gcc") is None, reason="musl-gcc is missing: apt-get install musl-tools")
 def test_the_same_bytes_in_another_folder(tmp_path: Path) -> None:
     copy = tmp_path / "elsewhere"
