@@ -50,11 +50,17 @@ def payload(document: bytes) -> dict[str, object]:
 class NsmContract:
     """The tests; a subclass's module has the fixture ``backend``."""
 
+    beyond_8_bits = NsmErrorCode.INVALID_INDEX
+    """What a module says to an index or a range above 255. AWS's API has 16 bits for it; QEMU's module reads 8."""
+
+    def out_of_range(self, index: int) -> NsmErrorCode:
+        return self.beyond_8_bits if index > 0xFF else NsmErrorCode.INVALID_INDEX
+
     def test_describes_itself(self, backend: Backend) -> None:
         description = backend.nsm.describe_nsm()
         assert description.max_pcrs == 32
         assert description.digest == "SHA384"
-        assert "-enc" in description.module_id
+        assert "-enc" in description.module_id, description.module_id
         assert set(description.locked_pcrs) >= set(range(16))
         assert list(description.locked_pcrs) == sorted(description.locked_pcrs)
 
@@ -80,11 +86,11 @@ class NsmContract:
 
     @pytest.mark.parametrize("index", [32, 255, 256, 0xFFFF])
     def test_index_out_of_range(self, backend: Backend, index: int) -> None:
-        with refused(NsmErrorCode.INVALID_INDEX):
+        with refused(self.out_of_range(index)):
             backend.nsm.describe_pcr(index)
-        with refused(NsmErrorCode.INVALID_INDEX):
+        with refused(self.out_of_range(index)):
             backend.nsm.extend_pcr(index, b"data")
-        with refused(NsmErrorCode.INVALID_INDEX):
+        with refused(self.out_of_range(index)):
             backend.nsm.lock_pcr(index)
 
     def test_index_that_the_request_cannot_hold(self, backend: Backend) -> None:
@@ -186,7 +192,7 @@ class NsmContract:
         backend.nsm.lock_pcrs(16)
         assert backend.nsm.describe_nsm().locked_pcrs == before
         for count in (33, 255, 256, 0xFFFF):
-            with refused(NsmErrorCode.INVALID_INDEX):
+            with refused(self.out_of_range(count)):
                 backend.nsm.lock_pcrs(count)
         assert backend.nsm.describe_nsm().locked_pcrs == before
         backend.nsm.lock_pcrs(first + 1)

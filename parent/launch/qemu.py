@@ -182,7 +182,7 @@ class QemuMachine:
         """QEMU's command line; it is to run in the instance's folder."""
         return [
             *(str(self._tools.qemu), "-L", str(self._tools.firmware), "-nodefaults", "-no-user-config", "-no-reboot"),
-            *("-M", f"nitro-enclave,vsock=vsock,id={self._instance.name}", "-accel", "tcg,thread=multi"),
+            *("-M", f"nitro-enclave,vsock=vsock,id=i-emulated-enc-{self._instance.name}", "-accel", "tcg,thread=multi"),
             # The default CPU of QEMU has no AVX; this one has AVX2, FMA, F16C and BMI2, and no AVX-512.
             *("-cpu", "max", "-smp", str(self._cpus), "-m", f"{self._memory // MIB}M"),
             *("-display", "none", "-monitor", "none", "-serial", "stdio"),

@@ -34,6 +34,8 @@ class Home:
     folder: Path
     python: str = sys.executable
     processes: list[subprocess.Popen[str]] = field(default_factory=list)
+    patience: int = PATIENCE_SECONDS
+    """Seconds for a command to end."""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -52,7 +54,7 @@ class Home:
             input=stdin,
             capture_output=True,
             text=True,
-            timeout=PATIENCE_SECONDS,
+            timeout=self.patience,
             cwd=self.folder,
             check=False,
         )

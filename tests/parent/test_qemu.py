@@ -255,7 +255,7 @@ async def test_the_machine_gets_what_it_needs_and_nothing_of_the_host(
         assert await running.network() == "none"
     line = " ".join(told["arguments"])
     for part in (
-        "-M nitro-enclave,vsock=vsock,id=t",
+        "-M nitro-enclave,vsock=vsock,id=i-emulated-enc-t",
         "-accel tcg",
         "-cpu max",
         "-smp 3",
