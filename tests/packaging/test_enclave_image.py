@@ -6,13 +6,22 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 
+import botocore
 import pytest
+from botocore.loaders import Loader
 
+import enclave.kms_client
 from attestation.dependencies import APPLICATION_PACKAGES, ENCLAVE_DEPENDENCIES
+from attestation.secret import Secret
+from enclave.config import EnclaveConfiguration
+from enclave.kms_client import KmsClient
+from enclave.kms_https import Attempt, Credentials
 from scripts.image import collect
 from strongroom.prepare import WEIGHTS_FOLDER
+from vsockrpc.address import TcpAddress
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (ROOT / "Dockerfile.enclave").read_text()
@@ -165,8 +174,34 @@ def test_equal_libraries_become_links_to_the_one_that_is_asked_for(tmp_path: Pat
 
 
 def test_the_engine_s_user_is_the_one_of_the_configuration() -> None:
-    from enclave.config import EnclaveConfiguration
-
     smallest = '[rpc]\nlisten = "unix:r"\n[nsm]\naddress = "unix:n"\nentropy = "host"\n[model]\nstore = "unix:m"\n'
     parsed = EnclaveConfiguration.parse(f'version = 1\n{smallest}manifest = "sha384:{"00" * 48}"\n'.encode())
     assert parsed.engine.uid == collect.ENGINE_UID
+
+
+def test_botocore_s_data_that_is_taken_is_enough_for_kms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = Path(botocore.__file__).parents[1]
+    for path in (site / "botocore" / "data").rglob("*"):
+        name = path.relative_to(site)
+        if path.is_file() and collect._wanted(str(name)):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, tmp_path / name)
+    loader = Loader([str(tmp_path / "botocore" / "data")], include_default_search_paths=False)
+    monkeypatch.setattr(enclave.kms_client, "_LOADER", loader)
+    pool = Answering()
+    client = KmsClient("eu-west-1", TcpAddress("kms.eu-west-1.amazonaws.com", 443), pool)  # type: ignore[arg-type]
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    attempt = Attempt(now, Credentials("AKIDEXAMPLE", Secret(b"secret"), None, None), seconds=60)
+    assert client.call("generate_random", attempt, {"NumberOfBytes": 1})["Plaintext"] == b"\x00"
+    assert pool.asked == [b'{"NumberOfBytes": 1}']
+
+
+class Answering:
+    """In the place of a connection."""
+
+    def __init__(self) -> None:
+        self.asked: list[bytes] = []
+
+    def post(self, path: str, body: bytes, headers: Mapping[str, str]) -> tuple[int, Mapping[str, str], bytes]:
+        self.asked.append(body)
+        return 200, {}, b'{"Plaintext": "AA=="}'
