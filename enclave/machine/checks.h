@@ -95,12 +95,11 @@ static const char *check_cmdline(const char *actual, size_t actual_length, const
         if (c.at == c.end)
             break;
         if (skip_text(&c, "parent_cid=")) {
-            struct cursor digits = c;
+            bool leading_zero = c.at < c.end && *c.at == '0'; /* of 0x as well */
             uint64_t cid;
             if (named)
                 return "parent_cid stands twice on the kernel's command line";
-            if (skip_text(&digits, "0x") || !skip_number(&c, &cid) || cid < PARENT_CID_LOWEST ||
-                cid > PARENT_CID_HIGHEST)
+            if (leading_zero || !skip_number(&c, &cid) || cid < PARENT_CID_LOWEST || cid > PARENT_CID_HIGHEST)
                 return "parent_cid on the kernel's command line is not a number from 2 to 4294967294";
             *parent_cid = (uint32_t)cid;
             named = true;

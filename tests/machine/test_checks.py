@@ -26,7 +26,7 @@ const char *environment(char *const *e) { return check_environment(e); }
 """
 _NUMBER = rb"(?:0x[0-9a-f]{1,16}|[0-9]{1,10})"
 _DEVICE = rb"virtio_mmio\.device=%b[KM]?@%b:%b(?::%b)?" % ((_NUMBER,) * 4)
-_BEHIND = re.compile(rb"(?: +(?:parent_cid=[0-9]{1,10}|%b))* *\n?" % _DEVICE)
+_BEHIND = re.compile(rb"(?: +(?:parent_cid=[1-9][0-9]{0,9}|%b))* *\n?" % _DEVICE)
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +90,7 @@ def test_what_a_hypervisor_adds(library: ctypes.CDLL, behind: bytes, cid: int) -
         OURS + b" parent_cid=-2",
         OURS + b" parent_cid=0x2",
         OURS + b" parent_cid=0",
+        OURS + b" parent_cid=02",
         OURS + b" parent_cid=1",
         OURS + b" parent_cid=4294967295",
         OURS + b" parent_cid=4294967298",
