@@ -332,5 +332,6 @@ class RunningMachine:
             return LaunchError("enclave_unusable", "the image's init ended the machine", got=said)
         ended = "QEMU" if self.qemu.returncode is not None else "the vsock device"
         with contextlib.suppress(OSError), self.instance.log.open("a") as log:
-            log.write(f"strongroom: {ended} ended; the end of {CONSOLE}:\n{said}\n")
+            when = "" if self.heard.is_set() else " before the image's init came up"
+            log.write(f"strongroom: {ended} ended{when}; the end of {CONSOLE}:\n{said}\n")
         return None

@@ -341,7 +341,9 @@ async def test_a_panic_is_told_without_what_drives_a_terminal(instance: Instance
     behave(instance, "panic")
     async with machine(instance).boot(ZERO) as running:
         assert await running.wait() is None
-    assert "Kernel panic.[31m - not syncing" in instance.log.read_text()
+    log = instance.log.read_text()
+    assert "QEMU ended before the image's init came up" in log
+    assert "Kernel panic.[31m - not syncing" in log
 
 
 async def test_an_init_that_does_not_come_up_is_given_up(instance: Instance, monkeypatch: pytest.MonkeyPatch) -> None:
