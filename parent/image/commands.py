@@ -39,7 +39,7 @@ MAX_PEM = 65_536
 
 _KMS_KEY = re.compile(r"arn:aws[a-z-]*:kms:")
 _NAME_AND_VALUE = re.compile(r"[^=\0\n]+=[^\0\n]*")
-_DOCKERFILE_ALONE = ("context", "build_args", "target", "engine")
+_DOCKERFILE_ALONE = ("context", "build_args", "secrets", "target", "engine")
 
 
 def source_options(command: F) -> F:
@@ -54,6 +54,13 @@ def source_options(command: F) -> F:
             click.option("--context", type=FOLDER, help="With --dockerfile.  [default: the Dockerfile's folder]"),
             click.option(
                 "--build-arg", "build_args", metavar="NAME=VALUE", multiple=True, help="With --dockerfile; repeatable."
+            ),
+            click.option(
+                "--secret",
+                "secrets",
+                metavar="id=NAME,src=FILE",
+                multiple=True,
+                help="With --dockerfile: for steps that mount it; repeatable.",
             ),
             click.option("--target", metavar="STAGE", help="With --dockerfile: the stage to build."),
             click.option("--engine", type=click.Choice(ENGINES), help="With --dockerfile.  [default: what is there]"),
@@ -141,7 +148,7 @@ def _source(taken: dict[str, Any]) -> SourceChoice:
     if sum(each is not None for each in (rootfs, oci, archive, dockerfile)) != 1:
         raise click.UsageError("name one source: --rootfs, --oci, --archive or --dockerfile")
     if dockerfile is None and any(taken[name] for name in _DOCKERFILE_ALONE):
-        raise click.UsageError("--context, --build-arg, --target and --engine go with --dockerfile")
+        raise click.UsageError("--context, --build-arg, --secret, --target and --engine go with --dockerfile")
     if taken["tag"] is not None and oci is None and archive is None:
         raise click.UsageError("--tag goes with --oci or --archive")
     if rootfs is not None:
@@ -154,6 +161,7 @@ def _source(taken: dict[str, Any]) -> SourceChoice:
         dockerfile=dockerfile,
         context=taken["context"] or dockerfile.parent,
         build_args=taken["build_args"],
+        secrets=taken["secrets"],
         target=taken["target"],
         engine=taken["engine"],
     )

@@ -44,6 +44,8 @@ class ContainerBuild:
     context: Path
     build_args: tuple[str, ...] = ()
     """``NAME=value``, or ``NAME`` with the environment's value."""
+    secrets: tuple[str, ...] = ()
+    """``id=NAME,src=FILE``: what single steps see and no layer keeps. The record has none of it."""
     target: str | None = None
     engine: str | None = None
     """One of ``ENGINES``; None: the first that is installed."""
@@ -110,6 +112,8 @@ def _arguments(build: ContainerBuild, wanted: Wanted) -> list[str]:
     arguments = ["--file", str(build.dockerfile)]
     for each in build.build_args:
         arguments += ["--build-arg", each]
+    for each in build.secrets:
+        arguments += ["--secret", each]
     if build.target is not None:
         arguments += ["--target", build.target]
     if wanted.architecture is not _host():

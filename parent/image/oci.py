@@ -7,6 +7,7 @@ on its word, and the source's digest says which container was taken.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +35,9 @@ MAX_INDEXES: Final = 64
 """Indexes within indexes, in all."""
 LAYOUT_FILE: Final = "oci-layout"
 
+INPUT: Final = "strongroom.input."
+"""What annotations begin with that name an input of the build and its digest."""
+
 _INDEXES: Final = (
     "application/vnd.oci.image.index.v1+json",
     "application/vnd.docker.distribution.manifest.list.v2+json",
@@ -53,6 +57,8 @@ _LAYERS: Final = {
 _TAGS: Final = ("org.opencontainers.image.ref.name", "io.containerd.image.name")
 _BASE_NAME: Final = "org.opencontainers.image.base.name"
 _BASE_DIGEST: Final = "org.opencontainers.image.base.digest"
+_REVISION: Final = "org.opencontainers.image.revision"
+_COMMIT: Final = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _LOCAL: Final = "localhost/"
 _ATTESTATION: Final = "vnd.docker.reference.type"
 
@@ -128,7 +134,7 @@ def read_files(files: Files, wanted: Wanted, spool: Spool) -> Source:
     return replace(
         read_container(files, layers, _read_blob(files, config), wanted, spool),
         digest=str(descriptor.digest),
-        materials=(container, *_base(annotations)),
+        materials=(container, *_told(annotations)),
     )
 
 
@@ -207,13 +213,23 @@ def _layer(descriptor: Descriptor) -> Layer:
     return Layer(descriptor.blob, descriptor.digest, descriptor.size, _LAYERS[descriptor.media_type])
 
 
-def _base(annotations: Mapping[str, str]) -> Iterator[Material]:
-    """The base image, where the builder has put it into the manifest, as buildah does."""
+def _told(annotations: Mapping[str, str]) -> Iterator[Material]:
+    """What the container was made from, where its builder has put it into the manifest: the base image, as buildah
+    does, the commit of its source, and, from ours, the files that pin what went in. It is the builder's word.
+    """
     if text := annotations.get(_BASE_DIGEST):
         name = annotations.get(_BASE_NAME)
         if name is not None and name.startswith(_LOCAL):
             name = None  # buildah's name of a folder on this machine
-        yield Material("base image", _by_algorithm(Digest.parse(text, _BASE_DIGEST)), {"name": name} if name else {})
+        digest = _by_algorithm(Digest.parse(text, _BASE_DIGEST))
+        yield Material("base image", digest, {"name": name} if name else {})
+    if revision := annotations.get(_REVISION):
+        if not _COMMIT.fullmatch(revision):
+            raise malformed(_REVISION, expected="a commit of git", got=ascii(revision)[:100])
+        yield Material("source", {"gitCommit": revision})
+    for key, text in sorted(annotations.items()):
+        if key.startswith(INPUT):
+            yield Material(key.removeprefix(INPUT), _by_algorithm(Digest.parse(text, ascii(key)[:100])))
 
 
 def _by_algorithm(digest: Digest) -> Mapping[str, str]:

@@ -138,6 +138,8 @@ def _source_arguments(source: SourceChoice) -> list[str]:
             arguments = ["--dockerfile", str(source.dockerfile.absolute()), "--context", str(source.context.absolute())]
             for each in source.build_args:
                 arguments += ["--build-arg", each]
+            for each in source.secrets:
+                arguments += ["--secret", each]
             arguments += ["--target", source.target] if source.target else []
             return [*arguments, *(["--engine", source.engine] if source.engine else [])]
 
@@ -252,7 +254,7 @@ def _build_elsewhere(plan: ImagePlan, folder: Path, user: int | None, progress: 
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
-        cwd=folder,
+        cwd=None if isinstance(plan.source, ContainerBuild) else folder,  # its arguments may name files from here
         env={**os.environ, **OTHER_ENVIRONMENT, "HOME": str(folder), "TMPDIR": str(folder / "tmp")},
         umask=OTHER_UMASK,
         user=user,

@@ -203,7 +203,12 @@ def plans() -> list[ImagePlan]:
         ImagePlan(source=ContainerArchive(Path("key.pem")), configuration=Path("key.pem"), epoch=7),
         ImagePlan(
             source=ContainerBuild(
-                dockerfile=file, context=file.parent, build_args=("A=1", "B"), target="x", engine="docker"
+                dockerfile=file,
+                context=file.parent,
+                build_args=("A=1", "B"),
+                secrets=("id=a,src=/x",),
+                target="x",
+                engine="docker",
             ),
             blobs=BlobChoice(folder="own", cmdline_copy=True),
             architecture=Architecture.AARCH64,

@@ -235,6 +235,38 @@ def test_the_base_image_is_told_by_digest(tmp_path: Path) -> None:
     )
 
 
+def test_what_our_builder_says_of_its_inputs(tmp_path: Path) -> None:
+    said = {
+        "org.opencontainers.image.base.digest": "",
+        "org.opencontainers.image.base.name": "localhost/tmp/base",
+        "org.opencontainers.image.revision": "1" * 40,
+        "strongroom.input.requirements/enclave.txt": "sha256:" + "2" * 64,
+        "strongroom.input.Dockerfile": "sha256:" + "3" * 64,
+    }
+    made = Layout()
+    made.manifests = [made.manifest(HELLO, annotations=said)]
+    told = [(each.name, dict(each.digest)) for each in read_folder_of(made, tmp_path).materials[1:]]
+    assert told == [
+        ("source", {"gitCommit": "1" * 40}),
+        ("Dockerfile", {"sha256": "3" * 64}),
+        ("requirements/enclave.txt", {"sha256": "2" * 64}),
+    ]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"org.opencontainers.image.base.digest": "latest"},
+        {"org.opencontainers.image.revision": "main"},
+        {"strongroom.input.Dockerfile": "sha256:"},
+    ],
+)
+def test_inputs_that_nobody_could_find(tmp_path: Path, said: dict[str, str]) -> None:
+    made = Layout()
+    made.manifests = [made.manifest(HELLO, annotations=said)]
+    refused("malformed_container", lambda: read_folder_of(made, tmp_path))
+
+
 # --- Broken ones ---------------------------------------------------------------------------------------------------
 
 

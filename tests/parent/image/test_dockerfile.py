@@ -81,14 +81,26 @@ def asked(log: Path) -> list[list[str]]:
 
 def test_what_docker_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, log = context(tmp_path), docker(tmp_path, monkeypatch)
-    source = build(tmp_path, epoch=77, build_args=("BASE=debian@sha256:1", "A"), target="final")
+    source = build(
+        tmp_path, epoch=77, build_args=("BASE=debian@sha256:1", "A"), secrets=("id=s,src=f",), target="final"
+    )
     assert list(source.tree) == ["hello"]
     built, saved, removed = asked(log)
     tag = built[built.index("--tag") + 1]
     assert tag.startswith("strongroom-build:")
     assert built == [
         *("build", "--no-cache", "--tag", tag, "--file", str(folder / "Dockerfile")),
-        *("--build-arg", "BASE=debian@sha256:1", "--build-arg", "A", "--target", "final", str(folder)),
+        *(
+            "--build-arg",
+            "BASE=debian@sha256:1",
+            "--build-arg",
+            "A",
+            "--secret",
+            "id=s,src=f",
+            "--target",
+            "final",
+            str(folder),
+        ),
     ]
     assert (saved[0], saved[-1], removed) == ("save", tag, ["image", "rm", tag])
     assert {json.loads(line)[1] for line in log.read_text().splitlines()} == {"77"}
