@@ -1,9 +1,9 @@
 """Measures an enclave image file: one reading, from a file or a pipe, in constant memory, and on several CPUs.
 
 PROTOCOL.md section 4 says which bytes a register is over. PCR0 and PCR2 have no prefix in common, so that every byte of
-an application goes through SHA-384 twice and through the CRC once; PCR1 is over what PCR0 begins with. Each of these
-runs on a thread of its own, behind a few pieces of the file: ``hashlib`` and ``zlib`` leave the interpreter to the
-others meanwhile.
+an application goes through SHA-384 twice and through the CRC once; PCR1 is over what PCR0 begins with. Each hash runs
+on a thread of its own, a few pieces behind the one that reads and does the CRC: ``hashlib`` and ``zlib`` leave the
+interpreter to the others meanwhile.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ from attestation.eif import (
 from attestation.reference import PcrSet, once_extended
 from attestation.strict_json import Json
 
-CHUNK_SIZE: Final = 1 << 20
+CHUNK_SIZE: Final = 4 << 20
 """Bytes that are read at once."""
-MAX_PENDING: Final = 16
+MAX_PENDING: Final = 4
 """Pieces that were read and are not hashed yet: with ``CHUNK_SIZE`` the memory that measuring takes."""
 _WORTH_A_THREAD: Final = 64 << 10
 """Bytes. What is shorter is hashed before another thread would have begun."""
@@ -187,8 +187,8 @@ def measure_image(
             held[kind] = offset + SECTION_HEADER.size, bytes(kept)
         source.require_end(header.end)
         hashes.finish()
-        if source.crc.value != header.crc:
-            expected, got = hex(header.crc), hex(source.crc.value)
+        if source.crc != header.crc:
+            expected, got = hex(header.crc), hex(source.crc)
             raise ImageError("wrong_crc", "the file is damaged", offset=CRC_AT, expected=expected, got=got)
     sections = tuple(Section(*place, digest.digest()) for place, digest in zip(places, digests, strict=True))
     require_sections(header, held)
@@ -263,23 +263,13 @@ class SectionReader:
             pass
 
 
-class _Crc:
-    """A CRC-32 with the shape of a hash."""
-
-    def __init__(self) -> None:
-        self.value = 0
-
-    def update(self, data: bytes) -> None:
-        self.value = zlib.crc32(data, self.value)
-
-
 class _Source:
     """The file, once from its beginning to its end. ``crc`` is over what it covers, ``sha384`` over all."""
 
     def __init__(self, file: BinaryIO, hashes: _Hashes, digest_file: bool) -> None:
         self._file, self._hashes = file, hashes
         self.position = 0
-        self.crc = _Crc()
+        self.crc = 0
         self.sha384 = hashlib.sha384() if digest_file else None
 
     def pieces(self, size: int, *updates: _Update | None, is_covered: bool = True) -> Iterator[bytes]:
@@ -288,7 +278,7 @@ class _Source:
         Each is fed to all of ``updates``. What they come to is there once the hashes are finished.
         """
         end = self.position + size
-        always = (self.crc.update if is_covered else None, None if self.sha384 is None else self.sha384.update)
+        of_file = None if self.sha384 is None else self.sha384.update
         while self.position < end:
             piece = self._file.read(min(CHUNK_SIZE, end - self.position))
             if not piece:
@@ -296,16 +286,17 @@ class _Source:
                 message = "the file ends too early"
                 raise ImageError("truncated_eif", message, offset=self.position, expected=expected, got=got)
             self.position += len(piece)
-            self._hashes.feed(piece, (*always, *updates))
+            self._hashes.feed(piece, (of_file, *updates))
+            if is_covered:
+                self.cover(piece)
             yield piece
 
     def take(self, size: int, *, is_covered: bool = True) -> bytes:
         return b"".join(self.pieces(size, is_covered=is_covered))
 
     def cover(self, data: bytes) -> None:
-        """Feeds to the CRC what it is over, of what it was not fed with."""
-        self._hashes.finish()
-        self.crc.update(data)
+        """The CRC is over these bytes too."""
+        self.crc = zlib.crc32(data, self.crc)
 
     def require_end(self, end: int) -> None:
         if self._file.read(1):

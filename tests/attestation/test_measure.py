@@ -46,7 +46,8 @@ def kernel(*, sectors: int = 15, paragraphs: int = 100, length: int | None = Non
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("digest_file", [False, True])
-def test_large_sections_are_measured_alike(count: int, digest_file: bool) -> None:
+def test_large_sections_are_measured_alike(count: int, digest_file: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "CHUNK_SIZE", 100_000)
     disks = [LARGE[number:] for number in range(count)]
     made = image(ramdisks=disks).having(Part(KERNEL, LARGE)).signed()
     data = made.encode()
