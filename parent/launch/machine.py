@@ -63,6 +63,11 @@ class Machine(Protocol):
     @property
     def places(self) -> Places: ...
 
+    @property
+    def listen_seconds(self) -> float:
+        """How long a boot may take until the enclave's RPC listens: beyond it, it never will."""
+        ...
+
     async def measure(self) -> PcrSet:
         """What the next boot will have in its registers. Raises StrongroomError."""
         ...

@@ -81,6 +81,10 @@ class NitroMachine:
         return "nitro"
 
     @property
+    def listen_seconds(self) -> float:
+        return 120.0
+
+    @property
     def places(self) -> Places:
         return self._places
 

@@ -36,6 +36,7 @@ class ProcessMachine:
     """An enclave as processes. ``memory`` is bytes of address space of each, ``cpus`` a count; 0 takes all CPUs."""
 
     launcher = "process"
+    listen_seconds = 60.0
 
     def __init__(self, instance: Instance, *, memory: int, cpus: int = 0) -> None:
         """Raises LaunchConfigurationError for a configuration that a process cannot have."""

@@ -43,7 +43,7 @@ root file system is unpacked into half of the memory, with the archive beside it
 SLACK = 768 * MIB
 """Of the memory that an enclave gets by default: kernel, Python, llama.cpp's buffers and key-value cache."""
 
-HEARTBEAT_SECONDS = 120.0
+HEARTBEAT_SECONDS = 300.0
 """For the image's init to come up. With plain ramdisks it takes 2 to 5 s on two cores, with compressed ones 15."""
 MAX_CONSOLE = 1 << 20
 """Bytes of the console that are kept, at most."""
@@ -111,6 +111,8 @@ class QemuMachine:
     """An enclave in an emulated machine."""
 
     launcher = "qemu"
+    listen_seconds = 600.0
+    """Without hardware acceleration about 10 s, on two cores of its own; a busy host has taken ten times that."""
 
     def __init__(
         self, instance: Instance, image: Path, *, model_bytes: int, memory: int | None = None, cpus: int | None = None

@@ -43,7 +43,6 @@ MAX_FRUITLESS_BOOTS = 5
 """Boots in a row that end before they serve."""
 PKI_ENVIRONMENT = ("HOME", "STRONGROOM_HOME", "XDG_DATA_HOME")
 """By which the software NSM finds this user's development root. An enclave gets none of the environment."""
-LISTEN_SECONDS = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +223,7 @@ class Supervisor:
         """Writes the enclave's events down as they come. Returns when the boot has halted; ends with ConnectionLost
         when the enclave dies, and with EventError when it says what is no event.
         """
-        deadline = time.monotonic() + LISTEN_SECONDS
+        deadline = time.monotonic() + self._machine.listen_seconds
         while True:
             try:
                 async with connect(self._places.rpc) as client, client.call("events", {}) as call:
