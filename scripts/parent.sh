@@ -1,9 +1,9 @@
 # shellcheck shell=bash
 # Sourced by the scripts for a real parent: finds strongroom, makes it where there is none, and hands over to it.
-# STRONGROOM names another one.
+# STRONGROOM names another one, STRONGROOM_PREFIX another place for what bootstrap-parent installs.
 set -euo pipefail
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-installed=/opt/strongroom
+installed=${STRONGROOM_PREFIX:-/opt/strongroom}
 script=$(basename "$0")
 
 say() { printf '%s: %s\n' "$script" "$1" >&2; }

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from parent.nitro.cli import NitroCli
+from tests.cpio_files import Member, archive, folder, packed
 from tests.eif_files import Eif, image
 
 REPOSITORY: Final = Path(__file__).resolve().parents[1]
@@ -29,21 +30,22 @@ SCRIPTS: Final = {
 """The script of each command of ``strongroom nitro``."""
 GIB_PAGE, HUGE_PAGE = 1 << 20, 2048
 """kB."""
-
-
-def archive(**files: bytes) -> bytes:
-    """A ramdisk: a cpio archive (newc) of these files."""
-    found = b""
-    for number, (name, data) in enumerate([*files.items(), ("TRAILER!!!", b"")], start=1):
-        mode = 0 if name == "TRAILER!!!" else 0o100644
-        fields = (number, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(name) + 1, 0)
-        header = b"070701" + b"".join(b"%08X" % field for field in fields) + name.encode() + b"\0"
-        found += header + bytes(-len(header) % 4) + data + bytes(-len(data) % 4)
-    return found
-
-
-IMAGE: Final = image(ramdisks=(archive(init=b"init"), archive(cmd=b"run", env=bytes(1 << 20))))
-"""A sound one, of more than 1 MiB."""
+CONFIGURATION: Final = f"""version = 1
+[nsm]
+address = "device:/dev/nsm"
+entropy = "nsm-hwrng"
+[model]
+store = "vsock:3:5006"
+manifest = "sha384:{"ab" * 48}"
+"""
+_ROOT: Final = (
+    Member("cmd"),
+    folder("rootfs"),
+    Member("rootfs/etc/strongroom/enclave.toml", CONFIGURATION.encode()),
+    Member("rootfs/usr/data", bytes(1 << 20)),
+)
+IMAGE: Final = image(ramdisks=[packed(archive(folder("dev"))), packed(archive(*_ROOT))])
+"""A sound one of Strongroom's, of more than 1 MiB."""
 
 
 @dataclass(frozen=True)

@@ -263,6 +263,32 @@ async def test_the_policy_is_written_with_the_image(host: NitroHost, dockerfile:
     assert host.calls == []
 
 
+KMS = ["--kms-condition", "key-policy.json", "--use", "model", "--context", "production"]
+KMS += ["--user", "arn:aws:iam::111122223333:role/parent"]
+
+
+@ALL
+async def test_an_image_its_policy_and_what_kms_asks(host: NitroHost, dockerfile: Path, front: str) -> None:
+    said = await host.run(front, "build", "--policy", "policy.toml", "--json", "--", *KMS)
+    assert said.status == 0, said.err
+    built, policy = (json.loads(line) for line in said.out.splitlines())
+    pcr0 = read_image(host.folder / "enclave.eif").measurements.pcr0.hex()
+    assert built["Measurements"]["PCR0"] == pcr0
+    assert policy
+    assert pcr0 in (host.folder / "policy.toml").read_text()
+    condition = (host.folder / "key-policy.json").read_text()
+    assert "kms:RecipientAttestation:PCR0" in condition
+    assert pcr0 in condition.lower()
+
+
+async def test_a_policy_that_cannot_be_written_is_the_commands_end(host: NitroHost, dockerfile: Path) -> None:
+    options = ["--policy", "policy.toml", "--", "--use", "model"]
+    said = await host.run("command", "build", *options)
+    assert said.status == 2
+    assert "--kms-condition" in said.err
+    assert (host.folder / "enclave.eif").exists()
+
+
 @ALL
 @pytest.mark.parametrize(
     ("state", "code"),
