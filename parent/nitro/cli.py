@@ -77,10 +77,7 @@ class NitroCli:
 
     async def describe(self) -> list[RunningEnclave]:
         """Every enclave that this user may see. Raises NitroError."""
-        value = _json(await self.output(["describe-enclaves"], seconds=ANSWER_SECONDS))
-        if not isinstance(value, list) or len(value) > MAX_ENCLAVES:
-            raise _bad_output("describe-enclaves prints a list of at most 64 enclaves")
-        return [_enclave(each) for each in value]
+        return parse_enclaves(await self.output(["describe-enclaves"], seconds=ANSWER_SECONDS))
 
     async def start(self, arguments: Sequence[str], *, memory_mib: int, asked: str) -> RunningEnclave:
         """Runs ``run-enclave``, which stands in ``arguments``. ``asked`` says in an error what was wanted. Raises
@@ -181,6 +178,14 @@ async def _last(stream: asyncio.StreamReader, passing: Passing) -> bytes:
         passing(piece)
         found = (found + piece)[-MAX_OUTPUT:]
     return found
+
+
+def parse_enclaves(answer: bytes) -> list[RunningEnclave]:
+    """What ``describe-enclaves`` printed. Raises NitroError ``bad_nitro_cli_output``."""
+    value = _json(answer)
+    if not isinstance(value, list) or len(value) > MAX_ENCLAVES:
+        raise _bad_output(f"describe-enclaves prints a list of at most {MAX_ENCLAVES} enclaves")
+    return [_enclave(each) for each in value]
 
 
 def _json(data: bytes) -> Json:
