@@ -13,15 +13,12 @@ from pathlib import Path
 from typing import Final
 
 from attestation.reference import PcrSet
+from parent.image.sizing import EIF_FACTOR
 from parent.nitro.cli import NitroCli, RunningEnclave
 from parent.nitro.errors import ALLOCATOR_FILE, ALLOCATOR_UNIT, NitroError
 from parent.nitro.resources import MIB, EnclaveResources, HugePages
 from vsockrpc.address import VMADDR_CID_ANY
 
-MEMORY_RATIO: Final = 4
-"""An enclave has at least so many times the memory of its image: ``ENCLAVE_MEMORY_EIF_SIZE_RATIO`` in nitro-cli's
-src/enclave_proc/resource_manager.rs.
-"""
 LOWEST_MIB: Final = 64
 """The driver gives no enclave less."""
 FIRST_CID: Final = 4
@@ -71,7 +68,7 @@ class EnclaveRequest:
 
 def lowest_memory_mib(image_size: int) -> int:
     """MiB that an enclave of an image of ``image_size`` bytes has at least."""
-    return max(LOWEST_MIB, -(-MEMORY_RATIO * image_size // MIB))
+    return max(LOWEST_MIB, -(-EIF_FACTOR * image_size // MIB))
 
 
 def require_memory(request: EnclaveRequest, image_size: int) -> None:
@@ -80,7 +77,7 @@ def require_memory(request: EnclaveRequest, image_size: int) -> None:
     if request.memory_mib < lowest:
         raise NitroError(
             "memory_too_small",
-            f"the enclave's memory is less than {MEMORY_RATIO} times its image of {-(-image_size // MIB)} MiB",
+            f"the enclave's memory is less than {EIF_FACTOR} times its image of {-(-image_size // MIB)} MiB",
             expected=f"--memory-mib {lowest} at least",
             got=f"{request.memory_mib} MiB",
         )
