@@ -1,17 +1,20 @@
 """Containers built from a Dockerfile, by buildah or docker, whichever is there.
 
 buildah builds in a storage of its own that is removed afterwards: nothing comes from a cache or stays in one, and every
-time in the container is SOURCE_DATE_EPOCH. A base image may then be named as buildah names any, ``oci:FOLDER`` among
-them. docker builds where it always does, without its cache; the times that it writes have no way into an image.
+time in the container is SOURCE_DATE_EPOCH. A base image may then be named as buildah names any: also ``oci:FOLDER``,
+whose name has to be one that an image could have, so a relative one in small letters. docker builds where it always
+does, without its cache; the times that it writes have no way into an image.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
 import secrets
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -127,26 +130,32 @@ def _host() -> Architecture | None:
 
 
 def _run(command: Sequence[str], epoch: int) -> None:
-    """Its output goes to standard error, as it comes. Whatever interrupts us ends it, too."""
+    """Its output goes to standard error, as it comes. Whatever interrupts us ends it, with all that it has started."""
     environment = {**os.environ, "SOURCE_DATE_EPOCH": str(epoch)}
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2, env=environment)
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2, env=environment, start_new_session=True)
     try:
         code = child.wait()
     except BaseException:
-        child.terminate()
-        try:
-            child.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+        _end(child)
         raise
     if code:
         raise ImageBuildError(
             "container_build_failed",
-            f"`{' '.join(command[:1])}` failed: what it said stands above",
+            f"`{command[0]}` failed: what it said stands above",
             expected="exit code 0",
             got=code,
         )
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """A step of a Dockerfile outlives an engine that is ended alone, so the whole session is."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(_STOP_SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
 
 
 def _remove(workspace: Path) -> None:

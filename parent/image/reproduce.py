@@ -257,6 +257,7 @@ def _build_elsewhere(plan: ImagePlan, folder: Path, user: int | None, progress: 
         cwd=None if isinstance(plan.source, ContainerBuild) else folder,  # its arguments may name files from here
         env={**os.environ, **OTHER_ENVIRONMENT, "HOME": str(folder), "TMPDIR": str(folder / "tmp")},
         umask=OTHER_UMASK,
+        start_new_session=True,  # Ctrl-C comes to us, and we end it once
         user=user,
         group=user,
         extra_groups=None if user is None else [],
