@@ -45,16 +45,16 @@ from attestation.eif import (
 from attestation.reference import PcrSet, once_extended
 from attestation.strict_json import Json
 
-CHUNK_SIZE: Final = 4 << 20
+CHUNK_SIZE: Final = 512 << 10
 """Bytes that are read at once."""
-MAX_PENDING: Final = 4
-"""Pieces that were read and are not hashed yet: with ``CHUNK_SIZE`` the memory that measuring takes."""
+BUFFERS: Final = 8
+"""Pieces that are held at a time: with ``CHUNK_SIZE`` the memory that measuring takes."""
 _WORTH_A_THREAD: Final = 64 << 10
 """Bytes. What is shorter is hashed before another thread would have begun."""
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Told bytes read and bytes in all."""
-_Update: TypeAlias = Callable[[bytes], object]
+_Update: TypeAlias = Callable[[memoryview], object]
 _MEASURED: Final = (SectionType.KERNEL, SectionType.CMDLINE, SectionType.RAMDISK)
 
 
@@ -136,11 +136,11 @@ def read_image(
 def measure_image(
     file: BinaryIO, *, at: datetime | None = None, progress: Progress | None = None, digest_file: bool = False
 ) -> EnclaveImage:
-    """Reads an image from ``file``'s position to its end, once, without seeking, and holds a few MiB of it at most.
+    """Reads an image from ``file``'s position to its end, once, without seeking, and holds ``BUFFERS`` pieces at most.
 
     A signature must verify. Whether its certificate is valid is judged when ``at``, with a time zone, is given; else
     the period is only reported. ``digest_file`` asks for the digest of the whole file too, which takes a third pass.
-    Raises ImageError, and what ``file.read`` raises.
+    Raises ImageError, and what ``file.readinto`` raises.
     """
     with _Hashes() as hashes:
         source = _Source(file, hashes, digest_file)
@@ -173,7 +173,7 @@ def measure_image(
                 if kind in LIMITS:
                     kept += piece
                 if kind is SectionType.KERNEL and len(kernel) < KERNEL_HEAD:
-                    kernel += piece[: KERNEL_HEAD - len(kernel)]
+                    kernel += bytes(piece[: KERNEL_HEAD - len(kernel)])
                 if progress is not None:
                     progress(source.position, header.end)
             if kind is SectionType.RAMDISK:
@@ -268,33 +268,36 @@ class _Source:
 
     def __init__(self, file: BinaryIO, hashes: _Hashes, digest_file: bool) -> None:
         self._file, self._hashes = file, hashes
+        self._readinto: Callable[[memoryview], int] = file.readinto  # type: ignore[attr-defined]  # as all of io have it
         self.position = 0
         self.crc = 0
         self.sha384 = hashlib.sha384() if digest_file else None
 
-    def pieces(self, size: int, *updates: _Update | None, is_covered: bool = True) -> Iterator[bytes]:
+    def pieces(self, size: int, *updates: _Update | None, is_covered: bool = True) -> Iterator[memoryview]:
         """The next ``size`` bytes, which nobody has to believe in: a piece at a time, as they are there.
 
-        Each is fed to all of ``updates``. What they come to is there once the hashes are finished.
+        Each is fed to all of ``updates``. What they come to is there once the hashes are finished. A piece is there
+        until the next one is asked for.
         """
         end = self.position + size
         of_file = None if self.sha384 is None else self.sha384.update
         while self.position < end:
-            piece = self._file.read(min(CHUNK_SIZE, end - self.position))
+            buffer = self._hashes.buffer()
+            piece = buffer[: self._readinto(buffer[: end - self.position])]
             if not piece:
                 expected, got = f"at least {end} bytes", f"{self.position} bytes"
                 message = "the file ends too early"
                 raise ImageError("truncated_eif", message, offset=self.position, expected=expected, got=got)
             self.position += len(piece)
-            self._hashes.feed(piece, (of_file, *updates))
+            self._hashes.feed(buffer, piece, (of_file, *updates))
             if is_covered:
                 self.cover(piece)
             yield piece
 
     def take(self, size: int, *, is_covered: bool = True) -> bytes:
-        return b"".join(self.pieces(size, is_covered=is_covered))
+        return b"".join(map(bytes, self.pieces(size, is_covered=is_covered)))
 
-    def cover(self, data: bytes) -> None:
+    def cover(self, data: bytes | memoryview) -> None:
         """The CRC is over these bytes too."""
         self.crc = zlib.crc32(data, self.crc)
 
@@ -305,11 +308,14 @@ class _Source:
 
 
 class _Hashes:
-    """Feeds every piece to several hashes, each on a thread of its own, ``MAX_PENDING`` pieces behind at most."""
+    """Feeds every piece to several hashes, each on a thread of its own, some pieces behind at most: as many as there
+    are buffers, which are used again and again.
+    """
 
     def __init__(self) -> None:
         self._threads: dict[int, ThreadPoolExecutor] = {}
-        self._pending: deque[list[Future[object]]] = deque()
+        self._pending: deque[tuple[memoryview, list[Future[object]]]] = deque()
+        self._free: list[memoryview] = []
 
     def __enter__(self) -> _Hashes:
         return self
@@ -318,17 +324,27 @@ class _Hashes:
         for thread in self._threads.values():
             thread.shutdown(cancel_futures=True)
 
-    def feed(self, piece: bytes, updates: Sequence[_Update | None]) -> None:
-        """Each of ``updates`` sees the pieces in their order if it always has the same place among them."""
-        if len(piece) < _WORTH_A_THREAD:
-            self.finish()
-            for update in updates:
-                if update is not None:
-                    update(piece)
-            return
-        self._pending.append([self._thread(index).submit(each, piece) for index, each in enumerate(updates) if each])
-        if len(self._pending) > MAX_PENDING:
+    def buffer(self) -> memoryview:
+        """``CHUNK_SIZE`` bytes to be read into. What was in them is in all the hashes."""
+        if not self._free and len(self._pending) < BUFFERS:
+            return memoryview(bytearray(CHUNK_SIZE))
+        if not self._free:
             self._wait()
+        return self._free.pop()
+
+    def feed(self, buffer: memoryview, piece: memoryview, updates: Sequence[_Update | None]) -> None:
+        """``piece``, of ``buffer``. Each of ``updates`` sees the pieces in their order if it always has the same place
+        among them.
+        """
+        if len(piece) >= _WORTH_A_THREAD:
+            fed = [self._thread(index).submit(each, piece) for index, each in enumerate(updates) if each is not None]
+            self._pending.append((buffer, fed))
+            return
+        self.finish()
+        for update in updates:
+            if update is not None:
+                update(piece)
+        self._pending.append((buffer, []))
 
     def finish(self) -> None:
         """All that was fed is in the hashes."""
@@ -336,8 +352,10 @@ class _Hashes:
             self._wait()
 
     def _wait(self) -> None:
-        for future in self._pending.popleft():
+        buffer, fed = self._pending.popleft()
+        for future in fed:
             future.result()
+        self._free.append(buffer)
 
     def _thread(self, index: int) -> ThreadPoolExecutor:
         if index not in self._threads:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cbor2
 import pytest
@@ -28,11 +29,15 @@ from attestation.eif import (
     SigningCertificate,
     measurements_from_nitro_cli,
 )
-from attestation.measure import CHUNK_SIZE, MAX_PENDING, EnclaveImage, measure_image, read_image
+from attestation.measure import BUFFERS, CHUNK_SIZE, EnclaveImage, measure_image, read_image
 from attestation.reference import ZERO_PCR, PcrSet, once_extended
 from tests import eif_files
 from tests.eif_files import CMDLINE, KERNEL, METADATA, RAMDISK, SIGNATURE, Eif, Part, Signer, image
 from tests.pki.forge import NOW, private_key
+
+if TYPE_CHECKING:  # typing has it from Python 3.12 on
+    from _typeshed import WriteableBuffer as Buffer
+
 
 VECTORS = Path(__file__).parents[3] / "shared" / "vectors" / "nitro"
 GOOD = image()
@@ -157,9 +162,11 @@ class _Trickle(io.RawIOBase):
     def __init__(self, data: bytes) -> None:
         self._left = data
 
-    def read(self, size: int = -1, /) -> bytes:
-        taken, self._left = self._left[: min(size, 7)], self._left[min(size, 7) :]
-        return taken
+    def readinto(self, buffer: Buffer, /) -> int:
+        view = memoryview(buffer)
+        size = min(len(view), 7, len(self._left))
+        view[:size], self._left = self._left[:size], self._left[size:]
+        return size
 
 
 def test_short_reads_are_no_end() -> None:
@@ -175,12 +182,14 @@ class _Sparse(io.RawIOBase):
         lying = replace(made, parts=(*made.parts[:-1], Part(RAMDISK, b"", size=size)), sizes={last: size})
         self._head, self._zeros = io.BytesIO(lying.encode()), size
 
-    def read(self, size: int = -1, /) -> bytes:
-        if data := self._head.read(size):
-            return data
-        size = min(size, self._zeros)
+    def readinto(self, buffer: Buffer, /) -> int:
+        view = memoryview(buffer)
+        if size := self._head.readinto(view):
+            return size
+        size = min(len(view), self._zeros)
         self._zeros -= size
-        return bytes(size)
+        view[:size] = bytes(size)
+        return size
 
 
 def test_memory_does_not_grow_with_the_image() -> None:
@@ -193,7 +202,7 @@ def test_memory_does_not_grow_with_the_image() -> None:
     finally:
         tracemalloc.stop()
     assert caught.value.code == "wrong_crc"  # read to the end
-    assert peak < (MAX_PENDING + 4) * CHUNK_SIZE
+    assert peak < (BUFFERS + 4) * CHUNK_SIZE
 
 
 # --- One lie each

@@ -9,6 +9,7 @@ import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -20,9 +21,13 @@ from attestation.eif import (
     SectionType,
     bzimage_length,
 )
-from attestation.measure import CHUNK_SIZE, MAX_PENDING, SectionReader, measure_image
+from attestation.measure import BUFFERS, CHUNK_SIZE, SectionReader, measure_image
 from attestation.reference import PcrSet
 from tests.eif_files import AARCH64, CMDLINE, CMDLINE_TEXT, KERNEL, RAMDISK, Eif, Part, Signer, image
+
+if TYPE_CHECKING:  # typing has it from Python 3.12 on
+    from _typeshed import WriteableBuffer as Buffer
+
 
 LARGE = bytes(range(251)) * 10_000  # some pieces, and no multiple of one
 
@@ -73,10 +78,10 @@ def test_no_thread_stays(damage: Callable[[bytes], bytes]) -> None:
 
 def test_an_interruption_ends_the_threads() -> None:
     class Interrupted(io.BytesIO):
-        def read(self, size: int | None = -1, /) -> bytes:
+        def readinto(self, buffer: Buffer, /) -> int:
             if self.tell() > len(LARGE):
                 raise KeyboardInterrupt
-            return super().read(size)
+            return super().readinto(buffer)
 
     before = threading.active_count()
     with pytest.raises(KeyboardInterrupt):
@@ -93,12 +98,14 @@ class _Sparse(io.RawIOBase):
         lying = replace(made, parts=(*made.parts[:-1], Part(RAMDISK, b"", size=claimed)), sizes={last: claimed})
         self._head, self._zeros = io.BytesIO(lying.encode()), there
 
-    def read(self, size: int = -1, /) -> bytes:
-        if data := self._head.read(size):
-            return data
-        size = min(size, self._zeros)
+    def readinto(self, buffer: Buffer, /) -> int:
+        view = memoryview(buffer)
+        if size := self._head.readinto(view):
+            return size
+        size = min(len(view), self._zeros)
         self._zeros -= size
-        return bytes(size)
+        view[:size] = bytes(size)
+        return size
 
 
 @pytest.mark.parametrize("claimed", [64 << 20, 64 << 30, 1 << 63, (1 << 64) - 1])
@@ -107,7 +114,7 @@ def test_a_claim_is_not_allocated(claimed: int) -> None:
     try:
         with pytest.raises(ImageError) as caught:
             measure_image(_Sparse(claimed, 32 << 20))  # type: ignore[arg-type]  # as much as is used
-        assert tracemalloc.get_traced_memory()[1] < (MAX_PENDING + 4) * CHUNK_SIZE
+        assert tracemalloc.get_traced_memory()[1] < (BUFFERS + 4) * CHUNK_SIZE
     finally:
         tracemalloc.stop()
     assert caught.value.code == "truncated_eif"
