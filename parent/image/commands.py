@@ -190,6 +190,8 @@ def build(
 ) -> None:
     """Build an enclave image (EIF) and say what a Nitro enclave started from it will have in its registers.
 
+    The source is one of --dockerfile, --oci, --archive and --rootfs.
+
     \b
     Examples:
       strongroom image build --dockerfile Dockerfile.enclave --config enclave.toml --out enclave.eif

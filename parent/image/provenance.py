@@ -18,7 +18,7 @@ from parent.image.source import Material
 STATEMENT_TYPE: Final = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE: Final = "https://slsa.dev/provenance/v1"
 BUILD_TYPE: Final = "urn:strongroom:image-build:v1"
-"""What the parameters mean: those of ``strongroom image build``, docs/codes.md and ``--help``."""
+"""What the parameters mean: they are those of ``strongroom image build``, as its ``--help`` explains them."""
 BUILDER: Final = "urn:strongroom:builder:local"
 """Whoever ran the command: nothing vouches for this record but who hands it on."""
 SUFFIX: Final = ".provenance.json"
