@@ -35,7 +35,7 @@ from tests import eif_files
 from tests.eif_files import CMDLINE, KERNEL, METADATA, RAMDISK, SIGNATURE, Eif, Part, Signer, image
 from tests.pki.forge import NOW, private_key
 
-if TYPE_CHECKING:  # typing has it from Python 3.12 on
+if TYPE_CHECKING:  # collections.abc has it from Python 3.12 on
     from _typeshed import WriteableBuffer as Buffer
 
 

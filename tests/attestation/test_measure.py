@@ -25,7 +25,7 @@ from attestation.measure import BUFFERS, CHUNK_SIZE, SectionReader, measure_imag
 from attestation.reference import PcrSet
 from tests.eif_files import AARCH64, CMDLINE, CMDLINE_TEXT, KERNEL, RAMDISK, Eif, Part, Signer, image
 
-if TYPE_CHECKING:  # typing has it from Python 3.12 on
+if TYPE_CHECKING:  # collections.abc has it from Python 3.12 on
     from _typeshed import WriteableBuffer as Buffer
 
 
