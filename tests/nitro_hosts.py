@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from parent.nitro.cli import NitroCli
-from tests.cpio_files import Member, archive, folder, packed
+from tests.cpio_files import Member, archive, folder
 from tests.eif_files import Eif, image
 
 REPOSITORY: Final = Path(__file__).resolve().parents[1]
@@ -44,7 +44,7 @@ _ROOT: Final = (
     Member("rootfs/etc/strongroom/enclave.toml", CONFIGURATION.encode()),
     Member("rootfs/usr/data", bytes(1 << 20)),
 )
-IMAGE: Final = image(ramdisks=[packed(archive(folder("dev"))), packed(archive(*_ROOT))])
+IMAGE: Final = image(ramdisks=[archive(folder("dev")), archive(*_ROOT)])
 """A sound one of Strongroom's, of more than 1 MiB."""
 
 

@@ -144,12 +144,11 @@ async def run_program(
         ) from error
     assert process.stdout is not None
     assert process.stderr is not None
+    reading = asyncio.ensure_future(_last(process.stderr, passing or (lambda piece: None)))
     try:
         async with asyncio.timeout(seconds):
-            stdout, stderr = await asyncio.gather(
-                _bounded(process.stdout), _last(process.stderr, passing or (lambda piece: None))
-            )
-            return await process.wait(), stdout, stderr
+            stdout = await _bounded(process.stdout)
+            return await process.wait(), stdout, await reading
     except TimeoutError:
         raise NitroError(
             "nitro_cli_timeout",
@@ -160,6 +159,8 @@ async def run_program(
         if process.returncode is None:
             process.kill()
             await process.wait()
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
 
 
 async def _bounded(stream: asyncio.StreamReader) -> bytes:

@@ -226,7 +226,7 @@ _ADVICE: Final[Mapping[str, tuple[str, str]]] = {
     "E31": ("hugepages_missing", _MORE_MEMORY),
     "E35": ("bad_image", _BAD_IMAGE),
     "E38": ("enclave_unanswering", "an enclave's process did not do what it was asked for"),
-    "E39": ("enclave_unanswering", "an enclave's process does not answer: it ended, or another user's enclave it is"),
+    "E39": ("enclave_unanswering", "an enclave's process does not answer: it ended, or it is another user's"),
     "E40": ("no_such_enclave", "no enclave has this ID; `strongroom nitro describe` lists them"),
     "E42": ("hugepages_missing", _MORE_MEMORY),
     "E44": ("not_debug", "there is no console: only an enclave that was started in debug mode has one"),

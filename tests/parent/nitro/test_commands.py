@@ -183,6 +183,14 @@ async def test_ending_is_done_once(host: NitroHost, eif: Path, front: str) -> No
     assert host.enclaves == []
 
 
+async def test_another_users_enclave_is_not_said_to_be_gone(host: NitroHost, eif: Path) -> None:
+    assert (await run(host, "command", eif, *SIZE)).status == 0
+    host.know(faults={"terminate-enclave": "another-user"})
+    said = await host.run("command", "terminate", "enclave")
+    assert said.status == 4
+    assert "enclave_unanswering" in said.err
+
+
 @ALL
 async def test_all_are_ended(host: NitroHost, eif: Path, front: str) -> None:
     for name in ("one", "other"):
