@@ -5,7 +5,6 @@ NSM's driver. AWS's where nitro-cli has installed them, else ours, which ``scrip
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Final
 from attestation.eif import Architecture
 from attestation.errors import EvidenceError
 from attestation.strict_json import decode_foreign
+from parent.cache import newest
 from parent.image.source import Material
 from parent.image.tree import ImageBuildError
 
@@ -116,15 +116,13 @@ def _of_folder(folder: Path, architecture: Architecture) -> _Folder:
 
 
 def _own(architecture: Architecture) -> _Folder:
-    kernel, init = _newest("kernel", KERNELS[architecture]), _newest("init", "init")
-    return _Folder(kernel, init, None if init is None else _read_cmdline(init.with_name("cmdline")), None)
-
-
-def _newest(kind: str, name: str) -> Path | None:
-    """From the newest entry of the cache. An entry is renamed to its place when it is whole."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    found = [path for path in (Path(home) / "strongroom").glob(f"{kind}-*/{name}") if path.is_file()]
-    return max(found, key=lambda path: (path.parent.stat().st_mtime_ns, path), default=None)
+    kernel, init = newest("kernel", KERNELS[architecture]), newest("init", "init")
+    return _Folder(
+        None if kernel is None else kernel / KERNELS[architecture],
+        None if init is None else init / "init",
+        None if init is None else _read_cmdline(init / "cmdline"),
+        None,
+    )
 
 
 def _read_cmdline(path: Path | None) -> str | None:

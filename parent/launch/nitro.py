@@ -188,8 +188,8 @@ def cid_of(name: str) -> int:
 
 
 def default_memory_mib(image_size: int, model_bytes: int) -> int:
-    """MiB, for sizes in bytes: what nitro-cli asks for, or the image unpacked and the weights, of which half may be held
-    twice, beside what runs. `strongroom image size` says it more closely.
+    """MiB, for sizes in bytes: what nitro-cli asks for, or the image unpacked and the weights, of which half may be
+    held twice, beside what runs. `strongroom image size` says it more closely.
     """
     needed = max(lowest_memory_mib(image_size), -(-(image_size + model_bytes * 3 // 2) // MIB) + SLACK_MIB)
     return -(-needed // STEP_MIB) * STEP_MIB

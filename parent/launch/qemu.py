@@ -22,6 +22,7 @@ from pathlib import Path
 from attestation.eif import Architecture
 from attestation.measure import read_image
 from attestation.reference import PcrSet
+from parent.cache import cache_home, newest
 from parent.config import LaunchConfiguration, LaunchConfigurationError
 from parent.launch.child import child, jailed, last_words
 from parent.launch.machine import LaunchError, Places
@@ -79,29 +80,18 @@ class Tools:
         return cls(qemu / "bin/qemu-system-x86_64", qemu / "firmware", device / "bin/vhost-device-vsock")
 
 
-def cache_home() -> Path:
-    """Where ``scripts/machine`` keeps what it makes: in the cache folder of the XDG base directory specification."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "strongroom"
-
-
 def _made_by(script: str, variable: str, program: str) -> Path:
     """A script's result, which is there as a whole or not at all."""
     named = os.environ.get(variable)
-    if named:
-        found = [Path(named).absolute()]
-    else:
-        entries = cache_home().glob(f"{script}-" + "[0-9a-f]" * 16)
-        found = sorted(entries, key=lambda entry: entry.stat().st_mtime, reverse=True)
-    for folder in found:
-        if (folder / program).is_file():
-            return folder
-    raise LaunchError(
-        "missing_tool",
-        f"{Path(program).name} is not there: scripts/machine/{script} makes it",
-        expected=f"${variable} or {cache_home()}/{script}-*",
-        got=named or "no such folder",
-    )
+    found = Path(named).absolute() if named else newest(script, program)
+    if found is None or not (found / program).is_file():
+        raise LaunchError(
+            "missing_tool",
+            f"{Path(program).name} is not there: scripts/machine/{script} makes it",
+            expected=f"${variable} or {cache_home()}/{script}-*",
+            got=named or "no such folder",
+        )
+    return found
 
 
 # --- The machine ------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from attestation.manifest import ModelManifest
 from attestation.reference import PcrSet, digest_text
 from parent.config import LaunchConfiguration
 from parent.events import Event, EventError, EventReader
-from parent.launch.child import child, last_words
+from parent.launch.child import child, jailed, last_words
 from parent.launch.machine import LaunchError, Machine
 from parent.modelstore import ModelStore
 from parent.registry import Instance, State
@@ -210,7 +210,7 @@ class Supervisor:
         registers = [
             argument for index, value in measured.as_registers().items() for argument in (f"--pcr{index}", value.hex())
         ]
-        command = [sys.executable, "-I", "-m", "emulator.nsm", "--listen", str(self._places.nsm), *registers]
+        command = jailed([sys.executable, "-I", "-m", "emulator.nsm", "--listen", str(self._places.nsm), *registers])
         pki = {name: os.environ[name] for name in PKI_ENVIRONMENT if name in os.environ}
         async with child(self._instance, command, stdout=subprocess.PIPE, environment=pki) as process:
             assert process.stdout is not None

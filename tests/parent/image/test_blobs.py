@@ -50,7 +50,7 @@ def test_those_of_nitro_cli_where_they_are_installed(tmp_path: Path) -> None:
 
 
 def test_ours_from_the_cache(tmp_path: Path, nothing_installed: Path) -> None:
-    for number, key in enumerate(("old", "new")):
+    for number, key in enumerate(("0" * 16, "1" * 16)):
         put(
             nothing_installed / f"kernel-{key}",
             bzImage=bzimage(key.encode()),
@@ -59,9 +59,9 @@ def test_ours_from_the_cache(tmp_path: Path, nothing_installed: Path) -> None:
         put(nothing_installed / f"init-{key}", init=b"init", cmdline=b"console=ttyS0")
         for kind in ("kernel", "init"):
             os.utime(nothing_installed / f"{kind}-{key}", (number, number))
-    put(nothing_installed / "kernel-broken")
+    put(nothing_installed / ("kernel-" + "2" * 16))
     found = find()
-    assert found.kernel.read_bytes() == bzimage(b"new")
+    assert found.kernel.read_bytes() == bzimage(b"1" * 16)
     assert (found.cmdline, found.cmdline_copy, found.nsm_module) == ("console=ttyS0", True, None)
     assert dict(next(found.materials()).annotations) == {"compiler": "gcc"}
     aws(tmp_path / "aws")
