@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from parent.launch.child import child, jailed, last_words
 from parent.launch.machine import LaunchError, Machine
 from parent.modelstore import ModelStore
 from parent.registry import Instance, State
+from vsockrpc.address import VsockAddress
 from vsockrpc.transport import ConnectionLost, Fault, connect, serve
 
 if TYPE_CHECKING:
@@ -128,6 +129,8 @@ class Supervisor:
         from parent.egress_service import EgressSettings, serve_egress
 
         settings = self._launch.egress or EgressSettings([Allowed.parse(kms.endpoint)])
+        if isinstance(self._places.rpc, VsockAddress):  # a port of vsock is open to every enclave of the host
+            settings = replace(settings, enclave_cid=self._places.rpc.cid)
         async with serve_egress(address, settings, on_error=self._note, warn=self._say):
             yield
 

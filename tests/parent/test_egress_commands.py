@@ -320,6 +320,17 @@ async def test_a_supervised_enclave_has_its_egress_beside_it(launch: Launch, aws
             assert (await credentials(client))["access_key"] == "AKIADEV"
 
 
+async def test_on_vsock_the_egress_is_for_the_supervised_enclave_alone(launch: Launch, aws: None) -> None:
+    """Its port is open to every enclave of the host, and to the host itself."""
+    machine = ProcessMachine(launch.instance, memory=MEMORY_SLACK)
+    machine.places = replace(machine.places, rpc=VsockAddress(16, 5005))
+    told = replace(launch, machine=machine)
+    address = UnixAddress(str(launch.instance.directory / "egress.sock"))
+    async with supervisor(told)._egress(), connect(address) as client:
+        with pytest.raises(Fault, match="no_credentials"):
+            await credentials(client)
+
+
 async def test_without_a_word_it_reaches_its_own_endpoint_alone(
     launch: Launch, aws: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
