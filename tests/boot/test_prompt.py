@@ -69,7 +69,7 @@ def test_sixteen_tokens_from_a_machine_that_was_verified(prepared: Prepared, ima
     state = home.state("boot")
     assert (state["launcher"], state["network"], state["restarts"]) == ("qemu", "none", 0)
     verdict = home.json("verify", "--url", url, "--policy", str(prepared.policy))
-    assert verdict["verdict"] == "ACCEPTED"
+    assert verdict["verdict"] == "accepted"
     asked = ["ask", "Name one planet.", "--url", url, "--policy", str(prepared.policy)]
     answer = home.json(*asked, "--max-tokens", "16", "--temperature", "0")
     assert answer["usage"]["completion_tokens"] <= 16
