@@ -69,6 +69,7 @@ needs_met() {
   local packages
   packages=$(printf '%s\n' "${missing_packages[@]}" | sort -u | tr '\n' ' ')
   if $install_missing && [ "$(id -u)" = 0 ]; then
+    run "asking for Debian's packages" apt-get update # a fresh container has no lists
     # shellcheck disable=SC2086  # one word for each package
     run "installing $packages" env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $packages
     missing_tools=() missing_packages=()
