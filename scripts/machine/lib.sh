@@ -214,12 +214,18 @@ cache_end() {
 # this machine's keyring of Debian, and every file by its digest.
 debian_keyring=/usr/share/keyrings/debian-archive-keyring.gpg
 
+# shellcheck disable=SC2016  # the $(...) are apt's
+index_targets() { apt-get indextargets --format '$(REPO_URI) $(RELEASE) $(COMPONENT)' 'Created-By: Packages' 2>/dev/null || true; }
+
 # mirror_of SUITE: its URI.
 mirror_of() {
   local codename targets mirror security
   codename=$(sed -n 's/^VERSION_CODENAME=//p' /etc/os-release)
-  # shellcheck disable=SC2016  # the $(...) are apt's
-  targets=$(apt-get indextargets --format '$(REPO_URI) $(RELEASE) $(COMPONENT)' 'Created-By: Packages' 2>/dev/null || true)
+  targets=$(index_targets)
+  if [ -z "$targets" ] && $install_missing && [ "$(id -u)" = 0 ]; then
+    apt-get -qq update >&2 # a fresh container has no lists, and without them apt does not say what it would ask
+    targets=$(index_targets)
+  fi
   first() { awk -v release="^($1)\$" '$2 ~ release && $3 == "main" { print $1; exit }' <<<"$targets"; }
   mirror=$(first "$codename|sid|unstable|testing|stable|oldstable")
   security=$(first "($codename|testing|stable|oldstable)-security")
@@ -230,7 +236,7 @@ mirror_of() {
       mirror=${security:-$mirror}
       ;;
   esac
-  [ -n "$mirror" ] || fail "apt's configuration names no mirror of Debian for the suite $1 (see apt-get indextargets)" 2
+  [ -n "$mirror" ] || fail "apt's lists name no mirror of Debian for the suite $1: apt-get update (or run as root with --install)" 2
   printf '%s\n' "$mirror"
 }
 

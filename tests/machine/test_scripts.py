@@ -212,7 +212,7 @@ def test_a_machine_without_a_mirror(tmp_path: Path) -> None:
     tools = fake_apt(tmp_path, "mirror://other/ nodistro main\n")
     ran = run(write_script(tmp_path, "mirror=$(mirror_of sid)"), cache=tmp_path, path=tools)
     assert ran.returncode == 2
-    assert "names no mirror of Debian for the suite sid" in ran.stderr
+    assert "name no mirror of Debian for the suite sid" in ran.stderr
 
 
 def test_a_suite_without_a_key_here(tmp_path: Path) -> None:
