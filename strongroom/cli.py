@@ -41,7 +41,7 @@ COMMANDS = {
     "evidence": "strongroom.verification:evidence_command",
     "release": "strongroom.release_commands:release",
     "policy": "strongroom.policy_commands:policy",
-    "kms": "strongroom.kms_commands:kms",
+    "kms": "strongroom.kms.commands:kms",
     "prompt": "strongroom.prompt_commands:prompt",
     "model": "strongroom.model_commands:model",
     "ask": "strongroom.conversation:ask",
@@ -53,12 +53,12 @@ IMAGE_COMMANDS = {
     "build": "parent.image.commands:build",
     "reproduce": "parent.image.commands:reproduce",
     "size": "parent.image.size_command:size",
-    "measure": "strongroom.image_commands:measure",
-    "describe": "strongroom.image_commands:describe",
-    "verify": "strongroom.image_commands:verify",
-    "extract": "strongroom.image_extract:extract",
-    "diff": "strongroom.image_commands:diff",
-    "policy": "strongroom.image_policy:policy",
+    "measure": "strongroom.image.commands:measure",
+    "describe": "strongroom.image.commands:describe",
+    "verify": "strongroom.image.commands:verify",
+    "extract": "strongroom.image.extract:extract",
+    "diff": "strongroom.image.commands:diff",
+    "policy": "strongroom.image.policy:policy",
 }
 """Who writes images, and who judges them, do not share a room."""
 NEEDS = {
@@ -173,7 +173,7 @@ def image() -> None:
 
 def kms_signer(arn: str) -> Signer:
     """A key of KMS that signs. Commands of other rooms get it as their context's object."""
-    from strongroom.kms_signer import KmsSigner  # an SDK, which hardly any command needs
+    from strongroom.kms.signer import KmsSigner  # an SDK, which hardly any command needs
 
     return KmsSigner(arn)
 

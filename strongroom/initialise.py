@@ -11,7 +11,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from attestation.reference import digest_text
-from strongroom.kms_options import key_options, take_keys
+from strongroom.kms.options import key_options, take_keys
 from strongroom.options import engine_options, err, json_option
 from strongroom.prepare import KmsSettings, PrepareError, Settings, Target, installed_model, prepare
 from strongroom.render import hashing_bar

@@ -14,7 +14,7 @@ from attestation.keyrelease import judge_key
 from attestation.manifest import ModelManifest
 from attestation.reference import digest_text
 from strongroom.files import require_new, write_new
-from strongroom.kms_client import KmsClient
+from strongroom.kms.client import KmsClient
 from strongroom.model_file import encrypt_model
 from strongroom.options import err, json_option, key_option, load_policy, policy_option, require_key
 from strongroom.render import hashing_bar, show_verdict, waiting, warn_of_labels

@@ -40,7 +40,7 @@ from attestation.strict_toml import printable as require_printable
 from strongroom import policy_sources as sources
 from strongroom import reference_options as reference
 from strongroom.files import read_bounded, read_evidence, require_new, write_new
-from strongroom.kms_options import NamedKeys, key_options, take_keys
+from strongroom.kms.options import NamedKeys, key_options, take_keys
 from strongroom.options import Octets, err, json_option, load_policy, out
 from strongroom.policy_sources import Source
 from strongroom.policy_text import FIRST_USE, Remark, first_use, warnings

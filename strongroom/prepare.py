@@ -26,7 +26,7 @@ from attestation.process_image import measure_process_image
 from attestation.reference import PCR_INSTANCE, PCR_ROLE, PCR_SIGNER, configuration_digest, digest_text
 from attestation.rules import ChannelBinding, Forbid, Ignore, Release, Require
 from emulator.pki import ensure_development_root
-from strongroom.kms_options import NamedKeys
+from strongroom.kms.options import NamedKeys
 
 ENCLAVE_TOML = "enclave.toml"
 POLICY_TOML = "policy.toml"

@@ -16,7 +16,7 @@ from attestation.keyrelease import judge_key
 from attestation.policy import AppraisalPolicy
 from strongroom.conversation import Sampling, prompt_text, sampling_options, write_now
 from strongroom.files import new_file, read_bounded, require_new, write_new
-from strongroom.kms_client import KmsClient
+from strongroom.kms.client import KmsClient
 from strongroom.options import err, json_option, key_option, load_policy, policy_option, require_key, url_option
 from strongroom.prompt_file import MAX_ANSWER, MAX_REPLY, Reply, open_answer, seal_prompt
 from strongroom.proxy_client import ClearFault, ProxyClient, bounded

@@ -113,7 +113,7 @@ def _signer(key: Path | None, kms_key: str | None) -> Iterator[Signer]:
     if key is not None and kms_key is None:
         yield read_key(key)
     elif kms_key is not None and key is None:
-        from strongroom.kms_signer import KmsSigner
+        from strongroom.kms.signer import KmsSigner
 
         with KmsSigner(kms_key) as signer:
             yield signer

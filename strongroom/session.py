@@ -25,7 +25,7 @@ from attestation.keypolicy.document import KeyArn
 from attestation.keyrelease import KeyFacts
 from attestation.policy import AppraisalPolicy
 from attestation.verifier import NO_KEYS, NONCE_SIZE, AttestationResult, verify
-from strongroom.kms_client import ask_of_keys
+from strongroom.kms.client import ask_of_keys
 from strongroom.proxy_client import ClearFault, ProxyClient
 from vsockrpc.messages import (
     REQUEST_ID_SIZE,

@@ -23,7 +23,7 @@ from attestation.rules import ChannelBinding
 from attestation.verifier import MIN_NONCE, NONCE_SIZE, ArchivedResult, verify, verify_archived, verify_document
 from strongroom.files import read_evidence, require_new, write_new
 from strongroom.inspection import inspect, show_inspection
-from strongroom.kms_client import ask_of_keys
+from strongroom.kms.client import ask_of_keys
 from strongroom.options import Octets, err, json_option, load_policy, out, policy_option, url_option
 from strongroom.proxy_client import ProxyClient
 from strongroom.render import (

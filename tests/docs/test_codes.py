@@ -16,7 +16,7 @@ import pytest
 from attestation.errors import StrongroomError
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = sorted([*ROOT.glob("attestation/**/*.py"), *ROOT.glob("parent/image/*.py"), *ROOT.glob("strongroom/*.py")])
+FILES = sorted([*ROOT.glob("attestation/**/*.py"), *ROOT.glob("parent/image/*.py"), *ROOT.glob("strongroom/**/*.py")])
 PAGE = (ROOT / "docs/codes.md").read_text()
 PROTOCOL = (ROOT / "PROTOCOL.md").read_text()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from attestation.reference import configuration_digest, digest_text
-from strongroom.image_check import CONFIGURATION_PATH
+from strongroom.image.check import CONFIGURATION_PATH
 from tests.cpio_files import Member, archive, device, folder, link, packed
 from tests.eif_files import CMDLINE, CMDLINE_TEXT, KERNEL, METADATA, RAMDISK, Eif, Part, Signer, image
 from tests.terminal import Terminal

@@ -234,7 +234,7 @@ def test_all_is_written_or_nothing(strongroom: Terminal, tmp_path: Path, monkeyp
     def full(path: Path, data: bytes) -> None:
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("strongroom.image_policy.write_new", full)
+    monkeypatch.setattr("strongroom.image.policy.write_new", full)
     condition = ("--kms-condition", str(tmp_path / "key.json"), *CONDITION)
     assert strongroom("image", "policy", kept(tmp_path, built(toml())), *options(tmp_path), *condition).code == 4
     assert [each.name for each in tmp_path.iterdir()] == ["enclave.eif"]

@@ -18,8 +18,8 @@ from attestation.keyrelease import KeyFacts
 from attestation.policy import AppraisalPolicy
 from emulator.kms_endpoint import KmsEmulator, kms_emulator
 from emulator.kms_faults import Alter, Fault, Refuse, another_key
-from strongroom import kms_client
-from strongroom.kms_client import MAX_GRANTS, MAX_PAGES, KmsClient, KmsError, ask_of_keys
+from strongroom.kms import client as kms_client
+from strongroom.kms.client import MAX_GRANTS, MAX_PAGES, KmsClient, KmsError, ask_of_keys
 from tests.attested import policy_for
 from tests.key_facts import key_policy, with_keys
 from tests.key_policies import CONTEXT, MODEL, PROMPT, RELEASES, STRANGER

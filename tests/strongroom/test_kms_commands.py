@@ -21,7 +21,7 @@ from attestation.rules import Ignore, KeyRule, Release, SignedReleases
 from attestation.secret import Secret
 from emulator.kms_endpoint import KmsEmulator, kms_emulator
 from emulator.kms_faults import Alter, Refuse
-from strongroom.key_policies import is_alike
+from strongroom.kms.key_policies import is_alike
 from tests.attested import CONFIGURATION, IMAGE, MODEL, Attested, policy_for, write_policy
 from tests.key_policies import ACCOUNT
 from tests.kms_clients import ANCHOR, Desk, Recipient, kms_client, refused

@@ -19,9 +19,9 @@ from attestation.releases import append
 from emulator.kms_endpoint import KmsEmulator, kms_emulator
 from emulator.kms_faults import Alter
 from emulator.kms_keys import KEY_AGREEMENT
-from strongroom import kms_client
 from strongroom.extras import MissingExtra
-from strongroom.kms_signer import KmsSigner, KmsSigningError
+from strongroom.kms import client as kms_client
+from strongroom.kms.signer import KmsSigner, KmsSigningError
 from tests.release_files import ISSUED, NAME, ONE, verified
 
 Answer = dict[str, Any]

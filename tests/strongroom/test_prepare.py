@@ -11,7 +11,7 @@ from attestation.envelope import EnvelopePurpose
 from attestation.keypolicy.document import KeyArn
 from attestation.manifest import ModelManifest
 from enclave.config import EnclaveConfiguration
-from strongroom.kms_options import NamedKeys
+from strongroom.kms.options import NamedKeys
 from strongroom.prepare import KmsSettings, PrepareError, Settings, Target, enclave_toml
 from tests.gguf_files import TEXT, Gguf
 from tests.terminal import Terminal

@@ -26,8 +26,9 @@ from attestation.rules import Require
 from emulator.kms_endpoint import kms_emulator
 from emulator.pki import DevelopmentRoot
 from enclave.generation import ContextExceeded, EngineFailed, Overloaded
-from strongroom import kms_client, proxy_client
-from strongroom.kms_client import KmsError
+from strongroom import proxy_client
+from strongroom.kms import client as kms_client
+from strongroom.kms.client import KmsError
 from strongroom.proxy_client import ClearFault, ProxyClient, Unreachable
 from strongroom.session import EnclaveRestarted, RequestFailed, Session
 from tests import kms_clients

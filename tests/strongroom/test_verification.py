@@ -25,7 +25,7 @@ from attestation.policy_writer import write_policy
 from attestation.reference import PcrSet
 from attestation.rules import DocumentBinding, Forbid, Ignore, Release
 from strongroom import verification
-from strongroom.kms_client import KmsError
+from strongroom.kms.client import KmsError
 from tests.key_facts import HEADER, KEYS, all_facts, facts, with_keys
 from tests.key_policies import ADMIN, PROMPT, allow
 from tests.pki import forge

@@ -18,8 +18,8 @@ from attestation.eif import ImageError
 from attestation.image_diff import ImageContents, compare, read_contents
 from attestation.measure import EnclaveImage, measure_image
 from attestation.release_signing import PublicKey
-from strongroom.image_check import Wanted, check_image
-from strongroom.image_report import difference_as_json, image_as_json, show_difference, show_image, show_registers
+from strongroom.image.check import Wanted, check_image
+from strongroom.image.report import difference_as_json, image_as_json, show_difference, show_image, show_registers
 from strongroom.options import err, json_option, out
 from strongroom.reference_options import ANY_FILE, PinnedKey, Product
 from strongroom.render import hashing_bar, printable, shorten

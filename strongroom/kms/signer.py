@@ -13,7 +13,7 @@ from typing import Final, Self
 
 from attestation.keypolicy.document import KeyArn, KeyPolicyError
 from attestation.release_signing import Algorithm, PublicKey, ReleaseError, SigningError
-from strongroom.kms_client import EXIT_CODES, KmsClient, KmsError
+from strongroom.kms.client import EXIT_CODES, KmsClient, KmsError
 
 KEY_SPEC: Final = "ECC_NIST_P384"
 KEY_USAGE: Final = "SIGN_VERIFY"
@@ -21,7 +21,7 @@ SIGNING_ALGORITHM: Final = "ECDSA_SHA_384"
 
 
 class KmsSigningError(SigningError):
-    """KMS did not sign. Codes: those of :class:`~strongroom.kms_client.KmsError`; ``bad_key_arn`` (2);
+    """KMS did not sign. Codes: those of :class:`~strongroom.kms.client.KmsError`; ``bad_key_arn`` (2);
     ``bad_kms_signature`` (3).
     """
 

@@ -17,7 +17,8 @@ from attestation.keypolicy.document import Effect, KeyArn, KeyPolicy, KeyPolicyE
 from attestation.keypolicy.generate import locked, opening, roll_out
 from attestation.keypolicy.mutability import Locked, mutability, name_of
 from attestation.keyrelease import KeyFacts
-from strongroom.key_policies import (
+from strongroom.kms.client import KmsClient, KmsError
+from strongroom.kms.key_policies import (
     Expected,
     KeyChangeError,
     asking,
@@ -31,8 +32,7 @@ from strongroom.key_policies import (
     show_judgement,
     use_options,
 )
-from strongroom.kms_client import KmsClient, KmsError
-from strongroom.kms_options import Arn
+from strongroom.kms.options import Arn
 from strongroom.options import err, json_option, out, policy_option
 from strongroom.render import printable
 

@@ -12,8 +12,8 @@ from typing import Final
 import click
 from rich.text import Text
 
-from strongroom.image_commands import OpenImage, open_image
-from strongroom.image_files import Unpacked, content_of, new_folder, unpack, write_section
+from strongroom.image.commands import OpenImage, open_image
+from strongroom.image.files import Unpacked, content_of, new_folder, unpack, write_section
 from strongroom.options import err, json_option, out
 from strongroom.reference_options import ANY_FILE
 from strongroom.render import printable

@@ -23,8 +23,8 @@ from attestation.releases import MAX_HISTORY, ReleasedImage, ReleaseHistory
 from attestation.rules import Forbid, Ignore, Measures, Release, Require, SignedReleases
 from strongroom import reference_options as reference
 from strongroom.files import read_bounded
-from strongroom.image_files import ImageFileError, content_of
-from strongroom.image_report import kernel_text, signature_text
+from strongroom.image.files import ImageFileError, content_of
+from strongroom.image.report import kernel_text, signature_text
 from strongroom.options import load_policy, user_heads
 from strongroom.reference_options import MAX_CONFIGURATION
 

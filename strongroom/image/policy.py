@@ -24,11 +24,11 @@ from attestation.reference import DIGEST_PREFIX, DIGEST_SIZE, configuration_dige
 from attestation.rules import Require
 from strongroom import policy_sources as sources
 from strongroom.files import read_bounded, require_new, write_new
-from strongroom.image_check import CONFIGURATION_PATH
-from strongroom.image_commands import OpenImage, open_image
-from strongroom.image_files import ImageFileError, content_of
-from strongroom.key_policies import Expected, generated, principals_options, show_findings, use_options
-from strongroom.kms_options import ENCRYPTED_MODEL, NamedKeys, key_options, take_keys
+from strongroom.image.check import CONFIGURATION_PATH
+from strongroom.image.commands import OpenImage, open_image
+from strongroom.image.files import ImageFileError, content_of
+from strongroom.kms.key_policies import Expected, generated, principals_options, show_findings, use_options
+from strongroom.kms.options import ENCRYPTED_MODEL, NamedKeys, key_options, take_keys
 from strongroom.options import err, json_option
 from strongroom.policy_init import POLICY_TOML, Asked, policy_of, report, require_sense, write
 from strongroom.policy_text import warnings

@@ -25,7 +25,7 @@ from attestation.keypolicy.mutability import Mutability, mutability
 from attestation.keyrelease import KeyFacts, released_to
 from attestation.policy import AppraisalPolicy
 from attestation.rules import KeyRule, SignedReleases
-from strongroom.kms_client import KmsClient
+from strongroom.kms.client import KmsClient
 from strongroom.options import load_policy, require_key
 from strongroom.reference_options import ANY_FILE
 from strongroom.render import printable, wrapped

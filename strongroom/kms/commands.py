@@ -22,7 +22,8 @@ from attestation.keypolicy.document import MAX_POLICY, KeyArn, KeyPolicy, KeyPol
 from attestation.keyrelease import KeyFacts
 from attestation.verifier import authenticate
 from strongroom.files import read_bounded, read_evidence
-from strongroom.key_policies import (
+from strongroom.kms.key_commands import key as key_group
+from strongroom.kms.key_policies import (
     Expected,
     Judged,
     asking,
@@ -34,8 +35,7 @@ from strongroom.key_policies import (
     show_judgement,
     use_options,
 )
-from strongroom.kms_key_commands import key as key_group
-from strongroom.kms_options import Arn
+from strongroom.kms.options import Arn
 from strongroom.options import err, json_option, out, policy_option
 from strongroom.reference_options import ANY_FILE
 from strongroom.render import printable
