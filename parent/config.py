@@ -42,7 +42,8 @@ class LaunchConfiguration:
     listen: Address
     nsm: Address | None
     """Of a software NSM. None: the enclave opens a device."""
-    store: Address
+    store: Address | None
+    """Of the model store. None: the weights are in the image."""
     manifest: str
     """``sha384:`` and the digest of the model's manifest, in hexadecimal."""
     kms: KmsAccess | None = None
@@ -64,7 +65,7 @@ class LaunchConfiguration:
             nsm=None
             if _text(document, "nsm", "address").startswith("device:")
             else _address(document, "nsm", "address"),
-            store=_address(document, "model", "store"),
+            store=_store(document),
             manifest=_text(document, "model", "manifest"),
             kms=_kms(document) if "kms" in document else None,
         )
@@ -74,6 +75,11 @@ def _kms(document: dict[str, object]) -> KmsAccess:
     egress, endpoint = _address(document, "kms", "egress"), _text(document, "kms", "endpoint")
     table = document["kms"]
     return KmsAccess(egress, endpoint, encrypted_model=isinstance(table, dict) and "model" in table)
+
+
+def _store(document: dict[str, object]) -> Address | None:
+    is_file = _text(document, "model", "store").startswith("file:")
+    return None if is_file else _address(document, "model", "store")
 
 
 def _module(document: dict[str, object]) -> Address | None:

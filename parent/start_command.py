@@ -21,7 +21,7 @@ from attestation.reference import digest_text
 from parent.config import KmsAccess, LaunchConfiguration, LaunchConfigurationError
 from parent.launch.machine import LaunchError, Machine
 from parent.launch.supervisor import Launch, Supervisor
-from parent.modelstore import MANIFEST_SUFFIX
+from parent.modelstore import MANIFEST_SUFFIX, ModelStore
 from parent.progress import BootProgress
 from parent.registry import ENDED, Instance, Registry, State
 from vsockrpc.http_server import parse_listen
@@ -53,9 +53,8 @@ MAX_CONFIGURATION = 1 << 20
 @click.option(
     "--model",
     type=FILE,
-    required=True,
     help=f"The GGUF file whose manifest the configuration pins. An encrypted one has it in a file beside it, with "
-    f"{MANIFEST_SUFFIX} appended to the name.",
+    f"{MANIFEST_SUFFIX} appended to the name; an image may have the weights in itself.",
 )
 @click.option("--name", default="enclave", show_default=True, help="What to call it.")
 @click.option(
@@ -84,7 +83,7 @@ def start(
     launcher: str,
     configuration: Path | None,
     image: Path | None,
-    model: Path,
+    model: Path | None,
     name: str,
     memory_gib: float | None,
     cpus: int | None,
@@ -122,12 +121,13 @@ def start(
     if measured is None or (image if launcher == "process" else configuration) is not None:
         raise click.UsageError(f"--launcher {launcher} takes {'--config' if launcher == 'process' else '--image'}")
     if not foreground:
-        arguments = ["--launcher", launcher, "--model", str(model), "--name", name]
+        arguments = ["--launcher", launcher, "--name", name]
         arguments += ["--config" if launcher == "process" else "--image", str(measured)]
         arguments += ["--memory-gib", str(memory_gib)] if memory_gib else []
         arguments += ["--cpus", str(cpus)] if cpus else []
         for option, value in (
             *(("--allow", each) for each in allow),
+            ("--model", None if model is None else str(model)),
             ("--credentials", credentials),
             ("--profile", profile),
             ("--egress-metrics", egress_metrics),
@@ -136,6 +136,9 @@ def start(
         return start_in_background(arguments + (["--json"] if as_json else []), as_json=as_json)
     text = measured.read_bytes() if launcher == "process" else configuration_of(measured)
     wanted = LaunchConfiguration.parse(text, name=measured.name)
+    if (model is None) != (wanted.store is None):
+        said = "has the weights in itself" if model else "names a model store: which file is the model?"
+        raise click.UsageError(f"--model: {measured} {said}")
     kms = wanted.kms
     if kms is not None:
         egress = egress_settings(kms, allow, credentials, profile, egress_metrics)
@@ -144,13 +147,15 @@ def start(
     else:
         egress = None
     with BootProgress(err, quiet=as_json) as progress:
-        progress.phase("HASHING")
-        manifest = pinned_manifest(wanted, model, progress.hashing)
+        store = None
+        if model is not None:
+            progress.phase("HASHING")
+            store = pinned_model(wanted, model, progress.hashing)
         instance = Registry.of_user().create(name)
         instance.configuration.write_bytes(text)
         memory = None if memory_gib is None else int(memory_gib * GIB)
-        machine = make_machine(launcher, instance, image, manifest, memory=memory, cpus=cpus)
-        launch = Launch(instance, machine, manifest, model.resolve(), egress)
+        machine = make_machine(launcher, instance, image, store, memory=memory, cpus=cpus)
+        launch = Launch(instance, machine, store, egress)
 
         def changed(state: State) -> None:
             if state.phase == "SERVING" and not state.restarts:
@@ -190,14 +195,14 @@ def make_machine(
     launcher: str,
     instance: Instance,
     image: Path | None,
-    manifest: ModelManifest,
+    store: ModelStore | None,
     *,
     memory: int | None,
     cpus: int | None,
 ) -> Machine:
     """``memory`` is bytes and ``cpus`` a count; None lets the launcher choose. Raises StrongroomError for what cannot
     run here."""
-    size = sum(file.size for file in manifest.files)
+    size = 0 if store is None else sum(file.size for file in store.manifest.files)
     if image is None:
         from parent.launch.process import MEMORY_SLACK, ProcessMachine
 
@@ -259,8 +264,8 @@ def egress_settings(
     return EgressSettings(allowed, credentials or "boto3", profile, None if metrics is None else parse_listen(metrics))
 
 
-def pinned_manifest(launch: LaunchConfiguration, model: Path, progress: Callable[[int, int], None]) -> ModelManifest:
-    """The model's manifest, when it is the one that the configuration pins. The enclave checks it again, on what it
+def pinned_model(launch: LaunchConfiguration, model: Path, progress: Callable[[int, int], None]) -> ModelStore:
+    """The model in a file, when it is the one that the configuration pins. The enclave checks it again, on what it
     receives.
     """
     encrypted = launch.kms is not None and launch.kms.encrypted_model
@@ -270,7 +275,7 @@ def pinned_manifest(launch: LaunchConfiguration, model: Path, progress: Callable
         raise LaunchConfigurationError(
             "model.manifest", f"{model.name} is another model", expected=launch.manifest, got=got
         )
-    return manifest
+    return ModelStore(manifest, model.resolve(), encrypted=encrypted)
 
 
 def manifest_beside(model: Path) -> ModelManifest:

@@ -32,8 +32,8 @@ class Places:
 
     rpc: Address
     """Where the enclave's RPC is reached, by the proxy and by its supervisor."""
-    store: Address
-    """Where the host serves the model."""
+    store: Address | None
+    """Where the host serves the model. None: the image has it."""
     egress: Address | None
     """Where the host serves the way to KMS. None: the configuration has none."""
     nsm: Address | None

@@ -171,7 +171,7 @@ def places_of(configuration: LaunchConfiguration, cid: int) -> Places:
         raise LaunchConfigurationError(
             "nsm.address", "a Nitro enclave has a device", expected="device:/dev/nsm", got=configuration.nsm
         )
-    store = _served("model.store", configuration.store)
+    store = None if configuration.store is None else _served("model.store", configuration.store)
     egress = None if configuration.kms is None else _served("kms.egress", configuration.kms.egress)
     return Places(VsockAddress(cid, listen.port), store, egress, nsm=None)
 

@@ -51,7 +51,7 @@ class ProcessMachine:
             )
         self.places = Places(
             rpc=self._beside("rpc.listen", configuration.listen),
-            store=self._beside("model.store", configuration.store),
+            store=None if configuration.store is None else self._beside("model.store", configuration.store),
             egress=None if configuration.kms is None else self._beside("kms.egress", configuration.kms.egress),
             nsm=self._beside("nsm.address", nsm),
         )

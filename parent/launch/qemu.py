@@ -125,7 +125,7 @@ class QemuMachine:
         self._rpc = UnixAddress(str(instance.directory / RPC_SOCKET))
         self.places = Places(
             rpc=self._rpc,
-            store=self._host_port("model.store", configuration.store),
+            store=None if configuration.store is None else self._host_port("model.store", configuration.store),
             egress=None if kms is None else self._host_port("kms.egress", kms.egress),
             nsm=None if configuration.nsm is None else self._host_port("nsm.address", configuration.nsm),
         )

@@ -54,8 +54,8 @@ class Launch:
 
     instance: Instance
     machine: Machine
-    manifest: ModelManifest
-    model: Path
+    model: ModelStore | None
+    """What the enclave's weights come from. None: they are in its image."""
     egress: EgressSettings | None = None
 
 
@@ -81,7 +81,7 @@ class Supervisor:
             phase="MEASURING",
             address=str(self._places.rpc),
             started_at=time.time(),
-            model=f"{launch.manifest.name} {digest_text(launch.manifest.digest())}",
+            model=self._configuration.manifest if launch.model is None else _described(launch.model.manifest),
         )
 
     async def run(self) -> State:
@@ -97,11 +97,7 @@ class Supervisor:
             self._enter("MEASURING")
             measured = await self._machine.measure()
             self._state.pcrs = {str(index): value.hex() for index, value in measured.as_registers().items()}
-            kms = self._configuration.kms
-            store = ModelStore(
-                self._launch.manifest, self._launch.model, encrypted=kms is not None and kms.encrypted_model
-            )
-            async with serve(self._places.store, store.handlers, on_error=self._note), self._egress():
+            async with self._model(), self._egress():
                 supervising = asyncio.ensure_future(self._keep_running(measured))
                 waiting = asyncio.ensure_future(stopping.wait())
                 await asyncio.wait({supervising, waiting}, return_when=asyncio.FIRST_COMPLETED)
@@ -117,6 +113,16 @@ class Supervisor:
         finally:
             os.close(lock)
         return self._state
+
+    @contextlib.asynccontextmanager
+    async def _model(self) -> AsyncIterator[None]:
+        """The model store, for as long as the enclave is supervised."""
+        store, address = self._launch.model, self._places.store
+        if store is None or address is None:
+            yield
+            return
+        async with serve(address, store.handlers, on_error=self._note):
+            yield
 
     @contextlib.asynccontextmanager
     async def _egress(self) -> AsyncIterator[None]:
@@ -296,3 +302,7 @@ class Supervisor:
     def _fail(self, error: dict[str, str | None]) -> None:
         self._state.error = error
         self._enter("FAILED")
+
+
+def _described(manifest: ModelManifest) -> str:
+    return f"{manifest.name} {digest_text(manifest.digest())}"

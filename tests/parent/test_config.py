@@ -118,6 +118,7 @@ def test_an_images_addresses_are_read_too(tmp_path: Path) -> None:
     loaded = load(tmp_path, text)
     assert [str(loaded.listen), str(loaded.store), str(loaded.nsm)] == list(instead.values())
     assert load(tmp_path, GOOD.replace("unix:nsm.sock", "device:/dev/nsm")).nsm is None
+    assert load(tmp_path, GOOD.replace("unix:models.sock", "file:/opt/strongroom/model.gguf")).store is None
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,9 @@ from parent.egress import Allowed, AllowListError
 from parent.egress_service import EgressError, EgressSettings, report_defect, serve_egress
 from parent.launch.process import MEMORY_SLACK, ProcessMachine
 from parent.launch.supervisor import Launch, Supervisor
+from parent.modelstore import ModelStore
 from parent.registry import Registry
-from parent.start_command import egress_settings, pinned_manifest
+from parent.start_command import egress_settings, pinned_model
 from tests.gguf_files import tiny_model
 from tests.metadata import ACCESS_KEY, metadata_service
 from tests.vsock import pretend_vsock
@@ -303,7 +304,7 @@ def launch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Launch:
     instance = Registry.of_user().create("t")
     text = CONFIGURATION.replace("MANIFEST", digest_text(manifest.digest()))
     instance.configuration.write_text(text + KMS)
-    return Launch(instance, ProcessMachine(instance, memory=MEMORY_SLACK), manifest, model)
+    return Launch(instance, ProcessMachine(instance, memory=MEMORY_SLACK), ModelStore(manifest, model))
 
 
 def supervisor(launch: Launch) -> Supervisor:
@@ -378,7 +379,7 @@ def test_options_that_contradict_are_said_so() -> None:
 async def test_options_for_kms_without_kms_are_said_so(launch: Launch) -> None:
     text = launch.instance.configuration.read_text()
     launch.instance.configuration.write_text(text.removesuffix(KMS))
-    files = ["--config", str(launch.instance.configuration), "--model", str(launch.model)]
+    files = ["--config", str(launch.instance.configuration), "--model", str(file_of(launch))]
 
     async def refused(*option: str) -> None:
         process = await strongroom("start", *files, "--name", "other", *option)
@@ -388,6 +389,21 @@ async def test_options_for_kms_without_kms_are_said_so(launch: Launch) -> None:
 
     options = (("--allow", ENDPOINT), ("--credentials", "none"), ("--profile", "p"), ("--egress-metrics", "x:1"))
     await asyncio.gather(*(refused(*option) for option in options))
+
+
+async def test_a_model_is_named_unless_the_image_has_it(launch: Launch) -> None:
+    configuration = launch.instance.configuration
+    text = configuration.read_text()
+
+    async def refused(*option: str) -> str:
+        process = await strongroom("start", "--config", str(configuration), "--name", "other", *option)
+        _, stderr = await process.communicate()
+        assert process.returncode == 2
+        return stderr.decode()
+
+    assert "which file is the model?" in await refused()
+    configuration.write_text(text.replace("unix:models.sock", "file:/opt/strongroom/model.gguf"))
+    assert "has the weights in itself" in await refused("--model", str(file_of(launch)))
 
 
 # --- An encrypted model ---------------------------------------------------------------------------------------------
@@ -400,6 +416,16 @@ def configuration(launch: Launch) -> LaunchConfiguration:
     return LaunchConfiguration.parse(text.encode())
 
 
+def manifest_of(launch: Launch) -> ModelManifest:
+    assert launch.model is not None
+    return launch.model.manifest
+
+
+def file_of(launch: Launch) -> Path:
+    assert launch.model is not None
+    return launch.model.path
+
+
 def silent(done: int, total: int) -> None:
     """No progress is shown."""
 
@@ -409,15 +435,15 @@ def test_the_manifest_of_an_encrypted_model_is_beside_it(
 ) -> None:
     model = folder / "tiny.gguf.sealed"
     model.write_bytes(MAGIC + b"and what follows")
-    (folder / "tiny.gguf.sealed.manifest").write_bytes(launch.manifest.encode())
-    assert pinned_manifest(configuration, model, silent) == launch.manifest
+    (folder / "tiny.gguf.sealed.manifest").write_bytes(manifest_of(launch).encode())
+    assert pinned_model(configuration, model, silent) == ModelStore(manifest_of(launch), model, encrypted=True)
 
 
 def test_a_manifest_that_is_missing_is_said_so(configuration: LaunchConfiguration, folder: Path) -> None:
     model = folder / "tiny.gguf.sealed"
     model.write_bytes(MAGIC)
     with pytest.raises(LaunchConfigurationError) as caught:
-        pinned_manifest(configuration, model, silent)
+        pinned_model(configuration, model, silent)
     assert "tiny.gguf.sealed.manifest" in str(caught.value)
 
 
@@ -427,22 +453,22 @@ def test_a_manifest_that_is_none_is_said_so(configuration: LaunchConfiguration, 
     model.write_bytes(MAGIC)
     (folder / "tiny.gguf.sealed.manifest").write_bytes(data)
     with pytest.raises(ModelError):
-        pinned_manifest(configuration, model, silent)
+        pinned_model(configuration, model, silent)
 
 
 def test_another_models_manifest_is_refused(launch: Launch, configuration: LaunchConfiguration, folder: Path) -> None:
     model = folder / "tiny.gguf.sealed"
     model.write_bytes(MAGIC)
-    other = ModelManifest(launch.manifest.name, launch.manifest.files, launch.manifest.chat_template, version=7)
+    other = replace(manifest_of(launch), version=7)
     (folder / "tiny.gguf.sealed.manifest").write_bytes(other.encode())
     with pytest.raises(LaunchConfigurationError) as caught:
-        pinned_manifest(configuration, model, silent)
+        pinned_model(configuration, model, silent)
     assert "another model" in caught.value.message
 
 
 def test_a_plain_model_where_an_encrypted_one_is_meant(launch: Launch, configuration: LaunchConfiguration) -> None:
     with pytest.raises(LaunchConfigurationError) as caught:
-        pinned_manifest(configuration, launch.model, silent)
+        pinned_model(configuration, file_of(launch), silent)
     assert "is not encrypted" in caught.value.message
 
 
@@ -450,4 +476,4 @@ def test_an_encrypted_model_where_a_plain_one_is_meant(launch: Launch, folder: P
     model = folder / "tiny.gguf.sealed"
     model.write_bytes(MAGIC + bytes(1000))
     with pytest.raises(ModelError):
-        pinned_manifest(LaunchConfiguration.load(launch.instance.configuration), model, silent)
+        pinned_model(LaunchConfiguration.load(launch.instance.configuration), model, silent)

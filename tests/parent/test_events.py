@@ -19,6 +19,7 @@ from enclave.log import Event, EventLog, Halted, KeyOffered, Phase, PhaseReached
 from parent.events import MAX_LINE, PHASES, EventError, EventReader, parse_event
 from parent.launch.process import MEMORY_SLACK, ProcessMachine
 from parent.launch.supervisor import Launch, Supervisor
+from parent.modelstore import ModelStore
 from parent.registry import Registry
 from strongroom.prepare import Settings, enclave_toml
 from tests.gguf_files import tiny_model
@@ -129,7 +130,7 @@ def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launch:
     manifest = ModelManifest.from_gguf(model)
     instance = Registry(Path(os.path.relpath(tmp_path / "run"))).create("t")
     instance.configuration.write_text(enclave_toml(manifest, Settings(context=64, threads=1)))
-    return Launch(instance, ProcessMachine(instance, memory=MEMORY_SLACK), manifest, model)
+    return Launch(instance, ProcessMachine(instance, memory=MEMORY_SLACK), ModelStore(manifest, model))
 
 
 def supervisor(launch: Launch, told: list[Any]) -> Supervisor:

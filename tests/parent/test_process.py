@@ -22,6 +22,7 @@ from emulator.pki import ensure_development_root
 from parent.config import LaunchConfigurationError
 from parent.launch.process import MEMORY_SLACK, ProcessMachine, bytecode_cache
 from parent.launch.supervisor import MAX_FRUITLESS_BOOTS, Launch, Supervisor
+from parent.modelstore import ModelStore
 from parent.registry import Instance, Registry, State
 from strongroom.prepare import Settings, enclave_toml
 from tests.gguf_files import tiny_model
@@ -39,7 +40,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
     manifest = ModelManifest.from_gguf(model)
     instance = Registry.of_user().create("t")
     instance.configuration.write_text(enclave_toml(manifest, Settings(context=64, threads=1)))
-    return Launch(instance, ProcessMachine(instance, memory=MEMORY_SLACK), manifest, model)
+    return Launch(instance, ProcessMachine(instance, memory=MEMORY_SLACK), ModelStore(manifest, model))
 
 
 def starved(launch: Launch) -> Launch:

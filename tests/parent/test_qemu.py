@@ -25,6 +25,7 @@ from parent.config import LaunchConfigurationError
 from parent.launch.machine import LaunchError, Machine
 from parent.launch.qemu import EIF_FACTOR, GIB, MIB, SLACK, Console, QemuMachine, Tools, machine_memory
 from parent.launch.supervisor import Launch, Supervisor
+from parent.modelstore import ModelStore
 from parent.registry import Instance, Registry, State
 from tests.eif_files import AARCH64, Eif, Signer, image
 from tests.gguf_files import tiny_model
@@ -411,7 +412,7 @@ def test_a_full_disk_stops_no_machine(tmp_path: Path) -> None:
 
 def launch_of(instance: Instance, model: Path) -> Launch:
     booted: Machine = machine(instance)
-    return Launch(instance, booted, ModelManifest.from_gguf(model), model)
+    return Launch(instance, booted, ModelStore(ModelManifest.from_gguf(model), model))
 
 
 @pytest.mark.processes

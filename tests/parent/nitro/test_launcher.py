@@ -17,6 +17,7 @@ from parent.config import LaunchConfigurationError
 from parent.launch.machine import LaunchError, Machine, Places
 from parent.launch.nitro import FIRST_CID, NitroMachine, cid_of, default_memory_mib
 from parent.launch.supervisor import Launch, Supervisor
+from parent.modelstore import ModelStore
 from parent.nitro.cli import NitroCli
 from parent.registry import Instance, Registry
 from tests.gguf_files import tiny_model
@@ -250,7 +251,7 @@ def test_a_supervisor_tells_what_is_wrong_with_the_host(
     text = instance.configuration.read_text()
     instance.configuration.write_text(text.removesuffix(KMS))
     manifest = ModelManifest.from_gguf(model)
-    launch = Launch(instance, machine(host, instance, eif), manifest, model)
+    launch = Launch(instance, machine(host, instance, eif), ModelStore(manifest, model))
     state = asyncio.run(Supervisor(launch, on_change=lambda state: None, on_event=lambda event: None).run())
     assert state.launcher == "nitro"
     assert state.phase == "FAILED"
