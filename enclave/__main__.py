@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from attestation.errors import StrongroomError
-from enclave.boot import Enclave
+from enclave.boot import BootError, Enclave
 from enclave.config import EnclaveConfiguration
 from enclave.confine import forbid_core_dumps
 from enclave.cpu import stated_features
@@ -39,10 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--config", type=Path, required=True, metavar="FILE", help="the measured configuration, enclave.toml"
     )
+    parser.add_argument(
+        "--last-file", type=Path, metavar="FILE", help="of the image that this runs from: it does not begin without it"
+    )
     options = parser.parse_args(arguments)
     forbid_core_dumps()
     forget_environment()
     try:
+        require_whole(options.last_file)
         configuration = find_parent(EnclaveConfiguration.parse(options.config.read_bytes()))
         asyncio.run(run(configuration))
     except (StrongroomError, OSError) as error:
@@ -50,6 +54,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"enclave: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def require_whole(last: Path | None) -> None:
+    """The kernel unpacks as much of an image as fits into half of the memory, which the parent chooses, and boots with
+    that: measured whole, but cut off behind any file. Our init looks for that, AWS's does not. Raises BootError
+    ``image_cut_off``.
+    """
+    if last is not None and not (last.is_file() and last.stat().st_size):
+        raise BootError(
+            "image_cut_off", "the image did not fit into the memory: start the enclave with more", expected=last
+        )
 
 
 def forget_environment() -> None:

@@ -36,10 +36,10 @@ async def started(folder: Path, *arguments: str) -> asyncio.subprocess.Process:
 
 
 @asynccontextmanager
-async def halted(folder: Path) -> AsyncIterator[tuple[asyncio.subprocess.Process, Client]]:
+async def halted(folder: Path, *more: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, Client]]:
     """An enclave without an NSM: its boot halts, and it stays."""
     (folder / "enclave.toml").write_text(TOML)
-    process = await started(folder, "--config", "enclave.toml")
+    process = await started(folder, "--config", "enclave.toml", *more)
     try:
         while True:
             assert process.returncode is None, (await process.communicate())[1].decode()
@@ -121,3 +121,18 @@ async def test_there_is_no_call_that_loads_or_runs_anything(tmp_path: Path) -> N
                 async with client.call(method, {}) as call:
                     await call.reply()
             assert caught.value.code == "unknown_method"
+
+
+@pytest.mark.parametrize("content", [None, b""])
+async def test_an_image_that_was_cut_off_does_not_begin(tmp_path: Path, content: bytes | None) -> None:
+    """The parent chooses the memory, and so how much of an image the kernel could unpack."""
+    (tmp_path / "enclave.toml").write_text(TOML)
+    last = tmp_path / "~last"
+    if content is not None:
+        last.write_bytes(content)
+    process = await started(tmp_path, "--config", "enclave.toml", "--last-file", str(last))
+    _, said = await process.communicate()
+    assert (process.returncode, "[image_cut_off]" in said.decode()) == (2, True)
+    last.write_bytes(b"whole")
+    async with halted(tmp_path, "--last-file", str(last)) as (_, client):
+        assert client is not None

@@ -63,7 +63,7 @@ def test_the_base_is_named_by_digest() -> None:
     "base",
     [
         "debian:bookworm-slim",
-        "public.ecr.aws/amazonlinux/amazonlinux:2023",
+        "registry.example/amazonlinux:2023",
         "debian@sha256:1234",
         f"debian@sha256:{'g' * 64}",
         f"debian@sha256:{'0' * 64}:latest",
@@ -87,7 +87,7 @@ def test_the_last_stage_is_empty_but_for_what_was_laid_out() -> None:
     assert [line for line in last if line] == [
         "FROM scratch",
         "COPY --from=root /image/ /",
-        'CMD ["/usr/bin/python3", "-I", "-B", "-m", "enclave", "--config", "/etc/strongroom/enclave.toml"]',
+        'CMD ["/usr/bin/python3", "-I", "-B", "-m", "enclave", "--config", "/etc/strongroom/enclave.toml", "--last-file", "/~last"]',
     ]
 
 

@@ -205,9 +205,9 @@ def test_indexes_within_indexes_and_what_builders_put_beside(tmp_path: Path) -> 
 def test_several_containers_are_told_apart_by_tag(tmp_path: Path) -> None:
     made = Layout()
     made.add(HELLO, annotations={"org.opencontainers.image.ref.name": "1"})
-    made.add(OTHER, annotations={"io.containerd.image.name": "docker.io/library/other:2"})
-    assert "docker.io/library/other:2" in str(refused("ambiguous_container", lambda: read_folder_of(made, tmp_path)))
-    for number, (tag, path) in enumerate({"1": "bin/hello", "docker.io/library/other:2": "bin/other"}.items()):
+    made.add(OTHER, annotations={"io.containerd.image.name": "registry.example/other:2"})
+    assert "registry.example/other:2" in str(refused("ambiguous_container", lambda: read_folder_of(made, tmp_path)))
+    for number, (tag, path) in enumerate({"1": "bin/hello", "registry.example/other:2": "bin/other"}.items()):
         (tmp_path / str(number)).mkdir()
         assert path in read_folder_of(made, tmp_path / str(number), tag=tag).tree
 
