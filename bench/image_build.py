@@ -95,7 +95,7 @@ def size_rows(sizes: Mapping[str, int], file: int) -> list[Row]:
         ),
         Row(
             "the same by part, in MiB",
-            ", ".join(f"{part} {sizes[part] / MIB:.1f}" for part in PARTS),
+            ", ".join(f"{part} {sizes[part] / MIB:.2f}" for part in PARTS),
             "",
             "",
             "for the record",

@@ -1,5 +1,5 @@
-"""The benchmarks of the enclave's image, as far as nothing has to be booted for it: what they say where image or machine
-is not to be had, how files are told apart, and the moments of a boot.
+"""The benchmarks of the enclave's image, as far as no image has to be booted: what they say where image or machine is
+not to be had, how files are told apart, and the moments of a boot.
 """
 
 from __future__ import annotations
