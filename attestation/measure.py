@@ -268,7 +268,7 @@ class _Source:
 
     def __init__(self, file: BinaryIO, hashes: _Hashes, digest_file: bool) -> None:
         self._file, self._hashes = file, hashes
-        self._readinto: Callable[[memoryview], int] = file.readinto  # type: ignore[attr-defined]  # as all of io have it
+        self._readinto: Callable[[memoryview], int | None] = file.readinto  # type: ignore[attr-defined]  # as all of io
         self.position = 0
         self.crc = 0
         self.sha384 = hashlib.sha384() if digest_file else None
@@ -283,7 +283,10 @@ class _Source:
         of_file = None if self.sha384 is None else self.sha384.update
         while self.position < end:
             buffer = self._hashes.buffer()
-            piece = buffer[: self._readinto(buffer[: end - self.position])]
+            count = self._readinto(buffer[: end - self.position])
+            if count is None:
+                raise self._not_yet()
+            piece = buffer[:count]
             if not piece:
                 expected, got = f"at least {end} bytes", f"{self.position} bytes"
                 message = "the file ends too early"
@@ -302,9 +305,19 @@ class _Source:
         self.crc = zlib.crc32(data, self.crc)
 
     def require_end(self, end: int) -> None:
-        if self._file.read(1):
+        last: bytes | None = self._file.read(1)
+        if last is None:
+            raise self._not_yet()
+        if last:
             message, expected = "bytes follow the last section", f"{end} bytes"
             raise ImageError("trailing_bytes", message, offset=end, expected=expected, got="more")
+
+    def _not_yet(self) -> ImageError:
+        """Of a file that does not wait for its data: in a buffer there is what was read before, and no end is one."""
+        message, expected = "the file has no data yet", "one that waits for its data"
+        return ImageError(
+            "unreadable_image", message, offset=self.position, expected=expected, got="a non-blocking one"
+        )
 
 
 class _Hashes:

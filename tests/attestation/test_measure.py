@@ -89,6 +89,29 @@ def test_an_interruption_ends_the_threads() -> None:
     assert threading.active_count() == before
 
 
+class _NotYet(io.BytesIO):
+    """A file that does not block: for a while it has nothing more than its first ``there`` bytes."""
+
+    def __init__(self, data: bytes, there: int) -> None:
+        super().__init__(data)
+        self._there = there
+
+    def readinto(self, buffer: Buffer, /) -> int:
+        left = self._there - self.tell()
+        return super().readinto(memoryview(buffer)[:left]) if left else None  # type: ignore[return-value]
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return super().read(size) if self.tell() < self._there else None  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("behind", [0, 1, 40, CHUNK_SIZE + 1])
+def test_a_file_that_does_not_wait_is_no_image(behind: int) -> None:
+    data = image(ramdisks=[LARGE, LARGE]).encode()
+    with pytest.raises(ImageError) as caught:
+        measure_image(_NotYet(data, len(data) - behind))
+    assert (caught.value.code, caught.value.offset) == ("unreadable_image", len(data) - behind)
+
+
 class _Sparse(io.RawIOBase):
     """An image of which the last section is zeros that are nowhere in memory, and that claims more of them."""
 
