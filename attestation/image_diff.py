@@ -14,7 +14,7 @@ from typing import BinaryIO, Final, TypeAlias
 
 from attestation.eif import ImageError, Section, SectionType
 from attestation.measure import EnclaveImage, Progress, SectionReader
-from attestation.ramdisk import RamdiskEntry, RamdiskError, RamdiskReader
+from attestation.ramdisk import Kind, RamdiskEntry, RamdiskError, RamdiskReader
 from attestation.reference import PCR_APPLICATION, PCR_BOOT, PCR_IMAGE, PCR_SIGNER, ZERO_PCR, digest_text
 
 
@@ -89,7 +89,9 @@ class ChangedEntry:
     path: str
     """As in :class:`~attestation.ramdisk.RamdiskEntry`."""
     fields: tuple[Field, ...]
-    """Of kind, content, size, target, mode, owner, group, time, device and links those that differ, in words."""
+    """Of kind, content, size, target, mode, owner, group, time, device, links, first name and content of all names
+    those that differ, in words.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +215,11 @@ def _registers(before: EnclaveImage, after: EnclaveImage) -> dict[int, tuple[byt
 def _files(before: RamdiskContents, after: RamdiskContents) -> RamdiskDifference:
     ours, theirs = _by_place(before), _by_place(after)
     both = [place for place in ours if place in theirs]
-    changed = (ChangedEntry(place[0], tuple(_fields(ours[place], theirs[place]))) for place in both)
+    linked = _linked(before), _linked(after)
+    changed = (
+        ChangedEntry(place[0], tuple(_fields(_said(ours[place], linked[0]), _said(theirs[place], linked[1]))))
+        for place in both
+    )
     return RamdiskDifference(
         added=tuple(listed for place, listed in theirs.items() if place not in ours),
         removed=tuple(listed for place, listed in ours.items() if place not in theirs),
@@ -235,14 +241,39 @@ def _by_place(contents: RamdiskContents) -> dict[tuple[str, int], ListedEntry]:
     return placed
 
 
-def _fields(before: ListedEntry, after: ListedEntry) -> Iterator[Field]:
-    for (name, one), (_, other) in zip(_said(before), _said(after), strict=True):
+_Inode: TypeAlias = tuple[int, Kind, tuple[int, int, int]]
+"""What the names of one file have in common: the archive, the kind, the number."""
+
+
+def _inode(entry: RamdiskEntry) -> _Inode | None:
+    """None where there is but one name, whatever the number is."""
+    is_linked = entry.links > 1 and entry.kind not in (Kind.DIRECTORY, Kind.SYMLINK)
+    return (entry.archive, entry.kind, entry.inode) if is_linked else None
+
+
+def _linked(contents: RamdiskContents) -> dict[_Inode, tuple[str, bytes]]:
+    """The first name of each file with several, and the digest of what all of them have when it is unpacked: the last
+    content that is not empty.
+    """
+    files: dict[_Inode, tuple[str, bytes]] = {}
+    for listed in contents.entries:
+        inode = _inode(listed.entry)
+        if inode is not None:
+            first, content = files.get(inode, (listed.entry.path, listed.sha384))
+            files[inode] = first, listed.sha384 if listed.entry.size else content
+    return files
+
+
+def _fields(before: Iterator[tuple[str, str]], after: Iterator[tuple[str, str]]) -> Iterator[Field]:
+    for (name, one), (_, other) in zip(before, after, strict=True):
         if one != other:
             yield name, one, other
 
 
-def _said(listed: ListedEntry) -> Iterator[tuple[str, str]]:
+def _said(listed: ListedEntry, linked: Mapping[_Inode, tuple[str, bytes]]) -> Iterator[tuple[str, str]]:
     entry = listed.entry
+    inode = _inode(entry)
+    first, content = ("none", "none") if inode is None else (linked[inode][0], digest_text(linked[inode][1]))
     yield "kind", entry.kind
     yield "content", digest_text(listed.sha384)
     yield "size", f"{entry.size} bytes"
@@ -253,3 +284,5 @@ def _said(listed: ListedEntry) -> Iterator[tuple[str, str]]:
     yield "time", str(entry.mtime)
     yield "device", "none" if entry.device is None else f"{entry.device[0]}:{entry.device[1]}"
     yield "links", str(entry.links)
+    yield "first name", first
+    yield "content of all names", content

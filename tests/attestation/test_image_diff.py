@@ -87,12 +87,48 @@ def test_a_changed_file_is_named_with_the_registers_that_it_changes() -> None:
         (1, replace(ROOT[1], uid=5), ("rootfs/a", "owner", "0", "5")),
         (1, replace(ROOT[1], gid=5), ("rootfs/a", "group", "0", "5")),
         (1, replace(ROOT[1], mtime=5), ("rootfs/a", "time", "0", "5")),
-        (1, replace(ROOT[1], links=2), ("rootfs/a", "links", "1", "2")),
         (3, device("rootfs/null", 1, 5), ("rootfs/null", "device", "1:3", "1:5")),
     ],
 )
 def test_each_field_of_a_file(index: int, member: Member, field: tuple[str, str, str, str]) -> None:
     assert files(ROOT, (*ROOT[:index], member, *ROOT[index + 1 :])) == [field]
+
+
+def test_what_several_names_of_a_file_stand_for_in_the_end() -> None:
+    def root(number: int) -> list[Member]:
+        names = Member("rootfs/login", inode=number), Member("rootfs/good", b"good"), Member("rootfs/evil", b"evil")
+        return [ROOT[0], *(replace(each, links=2, inode=each.inode + (each.data == b"evil")) for each in names)]
+
+    good, evil = (f"sha384:{hashlib.sha384(data).hexdigest()}" for data in (b"good", b"evil"))
+    assert files(root(1), root(2)) == [
+        ("rootfs/login", "content of all names", good, evil),
+        ("rootfs/good", "first name", "rootfs/login", "rootfs/good"),
+        ("rootfs/evil", "first name", "rootfs/evil", "rootfs/login"),
+    ]
+
+
+def test_where_an_archive_ends_its_links_do() -> None:
+    names = (Member("rootfs/a", b"one", links=2), Member("rootfs/b", links=2))
+    whole = archive(ROOT[0], *names)
+    parted = archive(ROOT[0], names[0]) + archive(names[1])
+    found = difference(image(ramdisks=[b"", whole]), image(ramdisks=[b"", parted])).sections[0].files
+    assert found is not None
+    assert not found.is_packing_alone
+    one, none = (f"sha384:{hashlib.sha384(data).hexdigest()}" for data in (b"one", b""))
+    [changed] = found.changed
+    assert (changed.path, changed.fields) == (
+        "rootfs/b",
+        (("first name", "rootfs/a", "rootfs/b"), ("content of all names", one, none)),
+    )
+
+
+def test_a_file_that_gets_a_second_name() -> None:
+    one = f"sha384:{hashlib.sha384(b'one').hexdigest()}"
+    assert files(ROOT, (ROOT[0], replace(ROOT[1], links=2), *ROOT[2:])) == [
+        ("rootfs/a", "links", "1", "2"),
+        ("rootfs/a", "first name", "none", "rootfs/a"),
+        ("rootfs/a", "content of all names", "none", one),
+    ]
 
 
 def test_a_link_that_leads_elsewhere_and_a_file_in_its_place() -> None:
