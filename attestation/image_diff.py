@@ -151,13 +151,28 @@ class ImageDifference:
         """Whether the images are the same to the last byte."""
         return not (self.header or self.sections or self.is_reordered or self.registers)
 
+    @property
+    def moved(self) -> Mapping[str, tuple[int, ...]]:
+        """The sections that differ although registers over them do not, and those registers.
 
+        A register is over sections one behind the other, without their lengths: then the end of one of them was moved.
+        The registers cannot tell the two images apart, and they boot otherwise.
+        """
+        same = {
+            each.name: tuple(index for index in each.registers if index not in self.registers)
+            for each in self.sections
+            if each.name != _SIGNATURE  # of which the signer alone is measured
+        }
+        return {name: registers for name, registers in same.items() if registers}
+
+
+_SIGNATURE: Final = "signature"
 _BOOTS, _APPLIES = (PCR_IMAGE, PCR_BOOT), (PCR_IMAGE, PCR_APPLICATION)
 _REGISTERS: Final = {
     "kernel": _BOOTS,
     "cmdline": _BOOTS,
     "ramdisk0": _BOOTS,
-    "signature": (PCR_SIGNER,),
+    _SIGNATURE: (PCR_SIGNER,),
     "metadata": (),
 }
 """By a section's name. All other ramdisks are the application's."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from itertools import islice
 from typing import Final
@@ -147,7 +147,7 @@ def signature_text(image: EnclaveImage, at: datetime) -> str:
 
 
 def _section_row(name: str, section: Section, whole: bool) -> tuple[str, ...]:
-    measured = " ".join(f"PCR{index}" for index in registers_over(name)) or "none"
+    measured = " ".join(_named(registers_over(name))) or "none"
     digest = section.sha384.hex()
     return name, str(section.offset), str(section.size), digest if whole else shorten(digest), measured
 
@@ -168,6 +168,7 @@ def difference_as_json(found: ImageDifference) -> dict[str, object]:
         "header": [_field_as_json(each) for each in found.header],
         "sections": [_section_as_json(each) for each in found.sections],
         "sections_reordered": found.is_reordered,
+        "boundaries_moved": {name: _named(registers) for name, registers in found.moved.items()},
         "registers": {
             f"PCR{index}": {"before": before.hex(), "after": after.hex()}
             for index, (before, after) in found.registers.items()
@@ -185,7 +186,7 @@ def _section_as_json(each: SectionDifference) -> dict[str, object]:
         "name": each.name,
         "before": None if each.before is None else {"size": each.before.size, "sha384": each.before.sha384.hex()},
         "after": None if each.after is None else {"size": each.after.size, "sha384": each.after.sha384.hex()},
-        "registers": [f"PCR{index}" for index in each.registers],
+        "registers": _named(each.registers),
         "files": None if each.files is None else _files_as_json(each.files),
     }
 
@@ -227,15 +228,24 @@ def _difference_lines(found: ImageDifference, limit: int | None) -> Iterator[tup
     if found.is_reordered:
         yield "the sections stand in another order", ""
     for section in found.sections:
-        registers = " ".join(f"PCR{index}" for index in section.registers) or "no register"
+        registers = " ".join(_named(section.registers)) or "no register"
         yield f"{section.name}: {_section_text(section)}; in {registers}", "bold"
         if section.files is not None:
             yield from _files_lines(section.files, limit)
     yield "", ""
-    if not found.registers:
+    if found.moved:
+        same = " ".join(_named(sorted({index for registers in found.moved.values() for index in registers})))
+        names = ", ".join(found.moved)
+        yield f"A BOUNDARY WAS MOVED: {names} changed, and {same} did not", "bold red"
+        yield "the same bytes are divided otherwise: the second image boots otherwise, and no document shows it", "red"
+    elif not found.registers:
         yield "every register is the same", "green"
     for index, (one, other) in found.registers.items():
         yield f"PCR{index}: {_register_text(one)} -> {_register_text(other)}", "yellow"
+
+
+def _named(registers: Iterable[int]) -> list[str]:
+    return [f"PCR{index}" for index in registers]
 
 
 def _section_text(section: SectionDifference) -> str:

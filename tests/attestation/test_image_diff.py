@@ -131,6 +131,34 @@ def test_a_file_that_gets_a_second_name() -> None:
     ]
 
 
+def divided(*sizes: int) -> Eif:
+    """An image whose measured sections are of these sizes, and of the same bytes together."""
+    data = io.BytesIO(b"k" * 100 + b"c" * 20 + b"\0" * 400)
+    kernel, cmdline, *disks = (data.read(size) for size in sizes)
+    return image(ramdisks=disks).having(Part(KERNEL, kernel)).having(Part(CMDLINE, cmdline))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "moved"),
+    [
+        ((110, 10, 200, 100, 100), {"kernel": (0, 1), "cmdline": (0, 1)}),
+        ((100, 20, 240, 60, 100), {"ramdisk0": (0,), "ramdisk1": (0,)}),
+        ((100, 20, 200, 40, 160), {"ramdisk1": (0, 2), "ramdisk2": (0, 2)}),
+        ((100, 20, 200, 200), {"ramdisk1": (0, 2), "ramdisk2": (0, 2)}),
+    ],
+)
+def test_a_boundary_that_was_moved_shows(sizes: tuple[int, ...], moved: dict[str, tuple[int, ...]]) -> None:
+    found = difference(divided(100, 20, 200, 100, 100), divided(*sizes))
+    assert found.moved == moved
+    assert 0 not in found.registers
+
+
+def test_another_signature_of_the_same_signer_is_no_moved_boundary() -> None:
+    found = difference(made().signed(), made(root=ROOT[:-1]).signed())
+    assert [section.name for section in found.sections] == ["ramdisk1", "signature"]
+    assert (list(found.registers), found.moved) == ([0, 2], {})
+
+
 def test_a_link_that_leads_elsewhere_and_a_file_in_its_place() -> None:
     assert files(ROOT, (*ROOT[:2], link("rootfs/b", "c"), *ROOT[3:])) == [("rootfs/b", "target", "a", "c")]
     kinds = files(ROOT, (*ROOT[:2], folder("rootfs/b"), *ROOT[3:]))
