@@ -70,14 +70,19 @@ static void must(bool done, const char *what)
 
 /* ---- files ---- */
 
-/* Reads all of a file, which has to have less than `most` bytes, into buffer. Returns its length. */
+/* Reads all of a file, which has to have less than `most` bytes, into buffer. Returns its length. No link leads to it,
+ * and it has no other name: with one, a ramdisk could change what a list of its files shows under this one. */
 static size_t read_file(const char *path, char *buffer, size_t most)
 {
+    struct stat status;
     size_t length = 0;
     ssize_t count;
-    int file = open(path, O_RDONLY | O_CLOEXEC);
+    int file = open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK); /* the last for a pipe, which would wait */
 
     must(file >= 0, path);
+    must(fstat(file, &status) == 0, path);
+    if (!S_ISREG(status.st_mode) || status.st_nlink != 1)
+        halt(path, "it is no regular file with one name");
     while ((count = read(file, buffer + length, most - length)) > 0) {
         length += (size_t)count;
         if (length == most)

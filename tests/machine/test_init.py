@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import stat
 import subprocess
 from pathlib import Path
 
@@ -70,6 +72,27 @@ def test_a_longer_command_line_halts(ramdisk: Path) -> None:
 def test_a_ramdisk_without_the_copy_halts(ramdisk: Path) -> None:
     (ramdisk / "cmdline").unlink()
     assert boot(ramdisk) == "init: halt: /cmdline: No such file or directory\n"
+
+
+@needs_root
+@pytest.mark.parametrize("kind", ["link", "second name", "pipe", "folder", "device"])
+def test_a_copy_that_is_no_file_of_its_own_halts(ramdisk: Path, kind: str) -> None:
+    copy = ramdisk / "cmdline"
+    line = copy.rename(ramdisk / "line")
+    why = "it is no regular file with one name"
+    match kind:
+        case "link":
+            copy.symlink_to(line.name)
+            why = os.strerror(errno.ELOOP)
+        case "second name":
+            copy.hardlink_to(line)
+        case "pipe":
+            os.mkfifo(copy)
+        case "folder":
+            copy.mkdir()
+        case "device":
+            os.mknod(copy, stat.S_IFCHR, os.makedev(1, 3))
+    assert boot(ramdisk) == f"init: halt: /cmdline: {why}\n"
 
 
 @needs_root
