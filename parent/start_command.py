@@ -33,10 +33,6 @@ err = Console(stderr=True, highlight=False)
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 GIB = 1 << 30
-CONFIGURATION_PATH = "rootfs/etc/strongroom/enclave.toml"
-"""Of the measured configuration, in an image's ramdisk."""
-MAX_CONFIGURATION = 1 << 20
-"""Bytes."""
 
 
 @click.command()
@@ -173,22 +169,12 @@ def start(
 
 
 def configuration_of(image: Path) -> bytes:
-    """The ``enclave.toml`` in an image. Raises ImageError, OSError, and LaunchConfigurationError when there is none."""
-    from attestation.eif import SectionType  # what reads images takes time to load
-    from attestation.measure import SectionReader, measure_image
-    from attestation.ramdisk import RamdiskReader
+    """The ``enclave.toml`` in an image. Raises ImageError, ImageFileError, OSError."""
+    from attestation.image_files import read_configuration  # what reads images takes time to load
+    from attestation.measure import measure_image
 
-    text = None
     with image.open("rb") as file:
-        for section in measure_image(file).sections:
-            if section.type is SectionType.RAMDISK:
-                ramdisk = RamdiskReader(SectionReader(file, section), section.size, offset=section.data_offset)
-                for entry in ramdisk:
-                    if entry.path == CONFIGURATION_PATH and entry.size <= MAX_CONFIGURATION:
-                        text = b"".join(ramdisk.content())
-    if text is None:
-        raise LaunchConfigurationError(image.name, "the image has no configuration", expected=CONFIGURATION_PATH)
-    return text
+        return read_configuration(measure_image(file), file)
 
 
 def make_machine(

@@ -40,7 +40,7 @@ manifest = "sha384:{"ab" * 48}"
 """
 _ROOT: Final = (
     Member("cmd"),
-    folder("rootfs"),
+    *(folder(path) for path in ("rootfs", "rootfs/etc", "rootfs/etc/strongroom", "rootfs/usr")),
     Member("rootfs/etc/strongroom/enclave.toml", CONFIGURATION.encode()),
     Member("rootfs/usr/data", bytes(1 << 20)),
 )

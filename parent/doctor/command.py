@@ -138,7 +138,7 @@ class Settings:
 def what_is_wanted(
     aim: Aim, image: Path | None, model: Path | None, settings: Settings, parallel: int, reach: Sequence[str]
 ) -> Wanted:
-    """Raises ImageError, ModelError, SizingError, AllowListError, OSError."""
+    """Raises ImageError, ImageFileError, ModelError, SizingError, AllowListError, OSError."""
     facts = None if image is None else read_facts(image)
     size = ASSUMED_IMAGE if facts is None else facts.size
     work = Work(settings.context, parallel, batch=settings.batch)

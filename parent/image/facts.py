@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from attestation.eif import Architecture, ImageError, SectionType
-from attestation.measure import SectionReader, measure_image
-from attestation.ramdisk import RamdiskReader
+from attestation.eif import Architecture, ImageError
+from attestation.image_files import content_of, ramdisks
+from attestation.measure import measure_image
 from parent.image.sizing import ImageSize, rounded
 
 _PAGE: Final = 4096
@@ -32,18 +32,17 @@ class ImageFacts:
 
 
 def read_facts(path: Path, *, progress: Callable[[int, int], None] | None = None) -> ImageFacts:
-    """Reads the image once for its structure and its ramdisks a second time. Raises ImageError."""
+    """Reads the image once for its structure and its ramdisks a second time. Raises ImageError, ImageFileError."""
     try:
         with path.open("rb") as file:
             image = measure_image(file, progress=progress)
             unpacked, features = 0, None
-            for section in image.sections:
-                if section.type is SectionType.RAMDISK:
-                    ramdisk = RamdiskReader(SectionReader(file, section), section.size, offset=section.data_offset)
-                    for entry in ramdisk:
-                        unpacked += rounded(entry.size, _PAGE) + _INODE
-                        if entry.path.endswith(CPU_FEATURES) and entry.size <= MAX_FEATURES_SIZE:
-                            features = frozenset(b"".join(ramdisk.content()).decode("ascii", "replace").split())
+            for ramdisk in ramdisks(image, file):
+                for entry in ramdisk:
+                    unpacked += rounded(entry.size, _PAGE) + _INODE
+                    if entry.path.endswith(CPU_FEATURES):
+                        stated = b"".join(content_of(entry, ramdisk, limit=MAX_FEATURES_SIZE))
+                        features = frozenset(stated.decode("ascii", "replace").split())
             return ImageFacts(ImageSize(path.stat().st_size, unpacked), image.architecture, features)
     except OSError as error:
         raise ImageError("unreadable_image", f"{path}: {error.strerror or type(error).__name__}") from error

@@ -14,6 +14,7 @@ import click
 from attestation.appraisal import registers_text
 from attestation.eif import Architecture, ImageError
 from attestation.image_diff import ImageContents
+from attestation.image_files import CONFIGURATION_PATH, ImageFileError, read_configuration
 from attestation.measure import EnclaveImage
 from attestation.policy import AppraisalPolicy
 from attestation.reference import PCR_SIGNER, PcrSet, configuration_digest, digest_text
@@ -23,13 +24,9 @@ from attestation.releases import MAX_HISTORY, ReleasedImage, ReleaseHistory
 from attestation.rules import Forbid, Ignore, Measures, Release, Require, SignedReleases
 from strongroom import reference_options as reference
 from strongroom.files import read_bounded
-from strongroom.image.files import ImageFileError, content_of
 from strongroom.image.report import kernel_text, signature_text
 from strongroom.options import load_policy, user_heads
-from strongroom.reference_options import MAX_CONFIGURATION
 
-CONFIGURATION_PATH: Final = "/etc/strongroom/enclave.toml"
-"""Where an image of ours has the configuration that is committed to PCR17."""
 CMDLINE_COPY: Final = "cmdline"
 """In ramdisk 0: the command line as it was built, for an init of ours to compare."""
 BROKEN, NOT_EXPECTED = 3, 1
@@ -204,10 +201,12 @@ def _by_policy(image: EnclaveImage, file: BinaryIO, policy: AppraisalPolicy) -> 
     if release is not None and release.pcrs.pcr8 is None:
         yield _by_signer(image, policy)
     try:
-        with content_of(image, file, CONFIGURATION_PATH) as (_, content):
-            digest = configuration_digest(content.read(MAX_CONFIGURATION + 1))
+        digest = configuration_digest(read_configuration(image, file))
     except ImageFileError as error:
-        yield ImageCheck("configuration", f"not judged: {error.message} ({CONFIGURATION_PATH})", is_asked=False)
+        if error.code == "no_such_file":
+            yield ImageCheck("configuration", f"not judged: {error.message} ({CONFIGURATION_PATH})", is_asked=False)
+        else:
+            yield ImageCheck("configuration", f"nobody can say what it will be: {error}", BROKEN)
         return
     if isinstance(policy.configuration, Ignore):
         yield ImageCheck("configuration", f"any is accepted: {policy.configuration.reason}", is_asked=False)

@@ -6,19 +6,24 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Final
 
 import click
 from rich.text import Text
 
+from attestation.image_files import copy_file
+from attestation.ramdisk import MAX_UNPACKED
 from strongroom.image.commands import OpenImage, open_image
-from strongroom.image.files import Unpacked, content_of, new_folder, unpack, write_section
+from strongroom.image.files import Unpacked, new_folder, unpack, write_section
 from strongroom.options import err, json_option, out
 from strongroom.reference_options import ANY_FILE
 from strongroom.render import printable
 
 FILES: Final = "files"
+IN_MEMORY: Final = 8 << 20
+"""Bytes of a file that is held until it may be printed; of a larger one the rest is on disk."""
 SUFFIXES: Final = {"metadata": ".json", "signature": ".cbor", "cmdline": ".txt"}
 
 
@@ -63,7 +68,9 @@ def extract(
         raise click.UsageError("--as-root is for root alone")
     with open_image(file) as opened:
         if path is not None:
-            with content_of(opened.image, opened.file, path) as (_, content):
+            with tempfile.SpooledTemporaryFile(IN_MEMORY) as content:  # until the ramdisks have been read to their end
+                copy_file(opened.image, opened.file, path, content, limit=MAX_UNPACKED)
+                content.seek(0)
                 shutil.copyfileobj(content, sys.stdout.buffer)
             return
         assert output is not None  # as was asked above

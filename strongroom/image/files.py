@@ -1,4 +1,4 @@
-"""The files within an enclave image: found, and unpacked where nothing of them can do harm.
+"""The parts of an enclave image on disk, and its files unpacked where nothing of them can do harm.
 
 Every byte that leaves here was measured: a section that is no longer what it was is ImageError ``changed_image``, and
 what had been written of it is taken back.
@@ -12,22 +12,16 @@ import os
 import secrets
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, BinaryIO, Final
+from typing import BinaryIO, Final
 
-from attestation.eif import Section, SectionType
-from attestation.errors import StrongroomError
+from attestation.eif import Section
+from attestation.image_files import ramdisks, unsafe_entry
 from attestation.measure import CHUNK_SIZE, EnclaveImage, SectionReader
-from attestation.ramdisk import Kind, RamdiskEntry, RamdiskReader
+from attestation.ramdisk import Kind, RamdiskEntry
 from strongroom.files import require_new
-
-ROOT_FILE_SYSTEM: Final = "rootfs"
-"""Where in its ramdisk the file system stands that an enclave's init moves over ``/``."""
-IN_MEMORY: Final = 8 << 20
-"""Bytes of a file that is held until its section has been read to the end; of a larger one the rest is on disk."""
 
 _NEW: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -37,52 +31,6 @@ _NODES: Final = {
     Kind.FIFO: stat.S_IFIFO,
     Kind.SOCKET: stat.S_IFSOCK,
 }
-
-
-class ImageFileError(StrongroomError):
-    """A file in an image is not there, or cannot be had: ``no_such_file``, ``not_a_file``, ``unsafe_entry``."""
-
-    exit_code = 2
-
-
-def ramdisks(image: EnclaveImage, file: BinaryIO) -> Iterator[RamdiskReader]:
-    """Each ramdisk of ``image``, which was measured from ``file``; read to its end when the next one is asked for.
-
-    Raises ImageError, OSError.
-    """
-    for section in image.sections:
-        if section.type is SectionType.RAMDISK:
-            data = SectionReader(file, section)
-            yield RamdiskReader(data, section.size, offset=section.data_offset)
-            data.finish()
-
-
-@contextlib.contextmanager
-def content_of(image: EnclaveImage, file: BinaryIO, path: str) -> Iterator[tuple[RamdiskEntry, IO[bytes]]]:
-    """The file at ``path``, absolute, of the image's root file system, to be read from its beginning.
-
-    Of several under one name it is the last, as when the ramdisks are unpacked. Links are not followed.
-
-    Raises ImageFileError ``no_such_file``, ``not_a_file``; ImageError, OSError.
-    """
-    wanted = f"{ROOT_FILE_SYSTEM}/{path.strip('/')}"
-    found: RamdiskEntry | None = None
-    with tempfile.SpooledTemporaryFile(IN_MEMORY) as kept:
-        for reader in ramdisks(image, file):
-            for entry in reader:
-                if entry.path == wanted:
-                    found = entry
-                    kept.seek(0)
-                    kept.truncate()
-                    kept.writelines(reader.content())
-        if found is None:
-            raise ImageFileError("no_such_file", "the image has no such file", expected=wanted, got="none")
-        if found.kind is not Kind.FILE or (found.links > 1 and not found.size):
-            leads = f", to {found.target!a}" if found.kind is Kind.SYMLINK else ""
-            got = "another name of a file" if found.kind is Kind.FILE else f"{found.kind}{leads}"
-            raise ImageFileError("not_a_file", f"{wanted} is no file with content", expected="a file", got=got)
-        kept.seek(0)
-        yield found, kept
 
 
 @dataclass(slots=True)
@@ -186,7 +134,7 @@ class _Tree:
                 os.mkdir(name, 0o700, dir_fd=parent)
             except FileExistsError as error:  # a folder may come twice; a link is not one, wherever it leads
                 if not stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
-                    raise self._unsafe(entry.path, "takes the place of what is no folder") from error
+                    raise unsafe_entry(entry.path, "takes the place of what is no folder") from error
             self._folders[entry.path] = entry
             return
         self._replace(parent, name, entry)
@@ -221,7 +169,7 @@ class _Tree:
         except FileNotFoundError:
             return
         except (IsADirectoryError, PermissionError) as error:
-            raise self._unsafe(entry.path, "takes the place of a folder") from error
+            raise unsafe_entry(entry.path, "takes the place of a folder") from error
 
     def _mode(self, entry: RamdiskEntry) -> int:
         return entry.mode if self._as_root else entry.mode & 0o777
@@ -235,17 +183,13 @@ class _Tree:
                 try:
                     inner = os.open(part, _FOLDER, dir_fd=folder)
                 except FileNotFoundError as error:
-                    raise self._unsafe(path, "is in a folder that does not come before it") from error
+                    raise unsafe_entry(path, "is in a folder that does not come before it") from error
                 except OSError as error:
                     if error.errno not in (errno.ELOOP, errno.ENOTDIR):
                         raise
-                    raise self._unsafe(path, "is within what is no folder, or a link to one") from error
+                    raise unsafe_entry(path, "is within what is no folder, or a link to one") from error
                 os.close(folder)
                 folder = inner
             yield folder
         finally:
             os.close(folder)
-
-    @staticmethod
-    def _unsafe(path: str, what: str) -> ImageFileError:
-        return ImageFileError("unsafe_entry", f"an entry {what}; nothing was unpacked", got=ascii(path)[1:-1])

@@ -17,6 +17,7 @@ from attestation.chain import Anchor
 from attestation.document import MAX_CERTIFICATE
 from attestation.envelope import EnvelopePurpose
 from attestation.errors import PolicyError, StrongroomError
+from attestation.image_files import CONFIGURATION_PATH, ImageFileError, read_configuration
 from attestation.keypolicy.document import KeyArn, KeyPolicy
 from attestation.keyrelease import released_to
 from attestation.policy import MAX_AGE, MAX_LEEWAY, AppraisalPolicy
@@ -24,15 +25,13 @@ from attestation.reference import DIGEST_PREFIX, DIGEST_SIZE, configuration_dige
 from attestation.rules import Require
 from strongroom import policy_sources as sources
 from strongroom.files import read_bounded, require_new, write_new
-from strongroom.image.check import CONFIGURATION_PATH
 from strongroom.image.commands import OpenImage, open_image
-from strongroom.image.files import ImageFileError, content_of
 from strongroom.kms.key_policies import Expected, generated, principals_options, show_findings, use_options
 from strongroom.kms.options import ENCRYPTED_MODEL, NamedKeys, key_options, take_keys
 from strongroom.options import err, json_option
 from strongroom.policy_init import POLICY_TOML, Asked, policy_of, report, require_sense, write
 from strongroom.policy_text import warnings
-from strongroom.reference_options import ANY_FILE, MAX_CONFIGURATION
+from strongroom.reference_options import ANY_FILE
 from strongroom.render import printable
 
 NITRO_DEVICE: Final = "device:/dev/nsm"
@@ -216,22 +215,18 @@ def policy(
 
 def _configuration(opened: OpenImage) -> Configured:
     try:
-        with content_of(opened.image, opened.file, CONFIGURATION_PATH) as (_, content):
-            data = content.read(MAX_CONFIGURATION + 1)
+        return Configured.parse(read_configuration(opened.image, opened.file))
     except ImageFileError as error:
-        raise ImagePolicyError(
-            "no_configuration",
-            f"this is no image of Strongroom: it has no {CONFIGURATION_PATH}, so that nobody can say here which model"
-            " and which configuration run in it; say so with `strongroom policy init --from-eif FILE --model ..."
-            " --configuration ...`, or with --ignore-model and --ignore-configuration where neither is measured",
-            expected=error.expected,
-            got=error.got,
-        ) from error
-    if len(data) > MAX_CONFIGURATION:
-        raise ImagePolicyError(
-            "bad_configuration", f"{CONFIGURATION_PATH} is too large", expected=f"at most {MAX_CONFIGURATION} bytes"
-        )
-    return Configured.parse(data)
+        code = "bad_configuration"
+        message = f"nobody can say which configuration runs in this image: {error.message}"
+        if error.code == "no_such_file":
+            code = "no_configuration"
+            message = (
+                f"this is no image of Strongroom: it has no {CONFIGURATION_PATH}, so that nobody can say here which"
+                " model and which configuration run in it; say so with `strongroom policy init --from-eif FILE --model"
+                " ... --configuration ...`, or with --ignore-model and --ignore-configuration where neither is measured"
+            )
+        raise ImagePolicyError(code, message, expected=error.expected, got=error.got) from error
 
 
 def _anchor(configured: Configured, root: Path | None) -> tuple[Anchor, Path | None]:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from attestation.image_files import CONFIGURATION_PATH
 from attestation.reference import configuration_digest, digest_text
-from strongroom.image.check import CONFIGURATION_PATH
 from tests.cpio_files import Member, archive, device, folder, link, packed
 from tests.eif_files import CMDLINE, CMDLINE_TEXT, KERNEL, METADATA, RAMDISK, Eif, Part, Signer, image
 from tests.terminal import Terminal
@@ -461,7 +461,7 @@ def test_one_file_is_printed(run: Terminal, tmp_path: Path) -> None:
         ("/etc", "not_a_file", "got directory"),
         ("/etc/mtab", "not_a_file", "symlink, to '/proc/mounts'"),
         ("/dev/null", "not_a_file", "character device"),
-        ("/empty", "not_a_file", "another name"),
+        ("/empty", "not_a_file", "got one of 2 names of a file"),
     ],
 )
 def test_what_is_no_file_is_said(run: Terminal, tmp_path: Path, path: str, code: str, said: str) -> None:

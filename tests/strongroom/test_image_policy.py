@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from attestation.envelope import EnvelopePurpose
+from attestation.image_files import MAX_CONFIGURATION, ImageFileError
 from attestation.keypolicy.document import KeyPolicy
 from attestation.policy import AppraisalPolicy
 from attestation.reference import PCR_ROLE, PCR_SIGNER, configuration_digest, once_extended
 from attestation.release_heads import MemoryHeads
 from attestation.rules import Forbid, Ignore, Require
 from emulator.pki import ensure_development_root
-from tests.cpio_files import Member, archive, folder, packed
+from parent.start_command import configuration_of
+from tests.cpio_files import Member, archive, folder, link, packed
 from tests.eif_files import Eif, Signer, image
 from tests.terminal import Terminal
 
+CONFIGURATION = "rootfs/etc/strongroom/enclave.toml"
 MANIFEST = "ab" * 48
 KEY = "arn:aws:kms:eu-central-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab"
 ROLE, PUBLISHER, ADMINISTRATOR = (f"arn:aws:iam::111122223333:role/{name}" for name in ("parent", "publisher", "admin"))
@@ -44,12 +48,14 @@ minimum_version = 1
 """
 
 
-def built(configuration: str | bytes | None) -> Eif:
-    root = [Member("cmd"), folder("rootfs")]
+def built(configuration: str | bytes | None, *more: Sequence[Member]) -> Eif:
+    """``more`` is appended to the application's ramdisk, and then in ramdisks of its own."""
+    root = [Member("cmd"), folder("rootfs"), folder("rootfs/etc"), folder("rootfs/etc/strongroom")]
     if configuration is not None:
         data = configuration if isinstance(configuration, bytes) else configuration.encode()
-        root.append(Member("rootfs/etc/strongroom/enclave.toml", data))
-    return image(ramdisks=[packed(archive(folder("dev"))), packed(archive(*root))])
+        root.append(Member(CONFIGURATION, data))
+    disks = [(folder("dev"),), (*root, *(more[0] if more else ())), *more[1:]]
+    return image(ramdisks=[packed(archive(*disk)) for disk in disks])
 
 
 def kept(path: Path, of: Eif) -> str:
@@ -157,6 +163,39 @@ def test_a_configuration_that_cannot_be_read(strongroom: Terminal, tmp_path: Pat
     ran = strongroom("image", "policy", kept(tmp_path, built(configuration)), *options(tmp_path), "--json")
     assert (ran.code, ran.json["error"]["code"]) == (2, "bad_configuration")
     assert not (tmp_path / "policy.toml").exists()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        [Member(CONFIGURATION, toml().encode())],
+        [Member(CONFIGURATION, b"#" * (MAX_CONFIGURATION + 1))],
+        [link("rootfs/alias", "etc/strongroom"), Member("rootfs/alias/enclave.toml", toml().encode())],
+    ],
+    ids=["twice", "too large", "by another way"],
+)
+@pytest.mark.parametrize("is_beside", [False, True])
+def test_an_image_of_which_nobody_can_say_what_it_reads(
+    strongroom: Terminal, tmp_path: Path, more: list[Member], is_beside: bool
+) -> None:
+    file = kept(tmp_path, built(toml()))
+    assert strongroom("image", "policy", file, *options(tmp_path)).code == 0
+    file = kept(tmp_path, built(toml(), *([[], more] if is_beside else [more])))
+    ran = strongroom("image", "policy", file, *options(tmp_path, "other.toml"), "--json")
+    assert (ran.code, ran.json["error"]["code"]) == (2, "bad_configuration")
+    assert not (tmp_path / "other.toml").exists()
+    seen = strongroom("image", "verify", file, "--policy", str(tmp_path / "policy.toml"), "--json")
+    assert seen.code == 3
+    assert {"name": "configuration", "status": "failed"}.items() <= seen.json["checks"][-1].items()
+    with pytest.raises(ImageFileError):
+        configuration_of(Path(file))
+
+
+def test_start_reads_the_configuration_that_the_policy_pins(tmp_path: Path) -> None:
+    assert configuration_of(Path(kept(tmp_path, built(toml())))) == toml().encode()
+    with pytest.raises(ImageFileError) as caught:
+        configuration_of(Path(kept(tmp_path, built(None))))
+    assert caught.value.code == "no_such_file"
 
 
 def test_the_keys_of_the_configuration_are_those_of_the_policy(strongroom: Terminal, tmp_path: Path) -> None:

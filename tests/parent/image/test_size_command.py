@@ -11,8 +11,9 @@ from click.testing import CliRunner, Result
 
 from attestation.eif import Architecture, ImageError
 from attestation.gguf import ModelError
+from attestation.image_files import ImageFileError
 from parent.image.cpio import archive
-from parent.image.facts import read_facts
+from parent.image.facts import CPU_FEATURES, MAX_FEATURES_SIZE, read_facts
 from parent.image.instance_types import DATE
 from parent.image.size_command import size
 from parent.image.sizing import SizingError
@@ -55,6 +56,18 @@ def test_what_is_no_image_is_an_error(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "enclave.eif").write_bytes(data)
     with pytest.raises(ImageError):
         read_facts(tmp_path / "enclave.eif")
+
+
+@pytest.mark.parametrize("size", [MAX_FEATURES_SIZE, MAX_FEATURES_SIZE + 1])
+def test_a_statement_of_features_has_an_end(tmp_path: Path, size: int) -> None:
+    ramdisk = b"".join(archive(Tree.of([File.holding(f"rootfs/usr{CPU_FEATURES}", b"avx2".ljust(size, b"\n"))])))
+    (tmp_path / "enclave.eif").write_bytes(image(ramdisks=(ramdisk,)).encode())
+    if size == MAX_FEATURES_SIZE:
+        assert read_facts(tmp_path / "enclave.eif").cpu_features == frozenset({"avx2"})
+        return
+    with pytest.raises(ImageFileError) as caught:
+        read_facts(tmp_path / "enclave.eif")
+    assert caught.value.code == "file_too_large"
 
 
 def test_an_image_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
