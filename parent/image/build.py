@@ -127,9 +127,9 @@ def build_image(plan: ImagePlan, out: Path, *, signer: ImageSigner | None = None
         material = Material("root file system", {"sha256": tree_digest(root)}, {"kind": "canonical listing"})
         ramdisks = (
             boot_ramdisk(
-                init=blobs.init,
+                init=blobs.init.data,
                 cmdline=blobs.cmdline if blobs.cmdline_copy else None,
-                nsm=blobs.nsm_module,
+                nsm=None if blobs.nsm_module is None else blobs.nsm_module.data,
             ),
             customer_ramdisk(root, cmd=command, env=env),
         )
@@ -144,7 +144,7 @@ def build_image(plan: ImagePlan, out: Path, *, signer: ImageSigner | None = None
         with replacing(out.with_name(out.name + SUFFIX)) as record, replacing(out) as file:
             write_image(
                 file,
-                kernel=blobs.kernel,
+                kernel=blobs.kernel.data,
                 cmdline=blobs.cmdline,
                 ramdisks=ramdisks,
                 metadata=described,

@@ -86,7 +86,8 @@ def source_options(command: F) -> F:
                 "--blobs",
                 metavar="aws|own|DIR",
                 help="Kernel, init, cmdline and nsm.ko: as nitro-cli has installed them, as scripts/machine has built "
-                "them, or those of a folder.  [default: aws where they are, else own]",
+                "them, or those of a folder. Of own ones, the newest where the cache has those of one recipe alone; "
+                "in a checkout, an init of its own sources.  [default: aws where they are, else own]",
             ),
             click.option("--kernel", type=FILE, help="In the place of the one in --blobs."),
             click.option("--init", type=FILE, help="In the place of the one in --blobs."),
@@ -241,6 +242,8 @@ def _show(built: BuiltImage) -> None:
         ("root", built.root),
         ("runs", shlex.join(built.command)),
         ("boots", f"Linux {built.blobs.kernel_version}, {built.blobs.origin}"),
+        ("kernel", f"{built.blobs.kernel.path}  sha256 {built.blobs.kernel.sha256}"),
+        ("init", f"{built.blobs.init.path}  sha256 {built.blobs.init.sha256}"),
     ]
     rows += [(f"PCR{index}", value.hex()) for index, value in built.image.measurements.as_registers().items()]
     rows += [("note", note) for note in built.notes]

@@ -24,7 +24,7 @@ from typing import Final
 from attestation.image_diff import ImageDifference, SectionDifference, compare, read_contents
 from attestation.measure import EnclaveImage, Progress, read_image
 from parent.image import source as sources
-from parent.image.blobs import DESCRIPTIONS, BlobChoice, find_blobs
+from parent.image.blobs import DESCRIPTIONS, Blob, BlobChoice, find_blobs
 from parent.image.build import ContainerArchive, ImagePlan, OciLayout, RootFolder, SourceChoice, build_image
 from parent.image.dockerfile import ContainerBuild
 from parent.image.tree import ImageBuildError
@@ -152,16 +152,16 @@ def _copied(plan: ImagePlan, folder: Path) -> ImagePlan:
     blobs = find_blobs(plan.blobs, plan.architecture)
     (folder / "blobs").mkdir()
     choice = BlobChoice(
-        kernel=_copy_file(blobs.kernel, folder / "blobs" / "kernel"),
-        init=_copy_file(blobs.init, folder / "blobs" / "init"),
+        kernel=_write_blob(blobs.kernel, folder / "blobs" / "kernel"),
+        init=_write_blob(blobs.init, folder / "blobs" / "init"),
         cmdline=blobs.cmdline,
-        nsm_module=None if blobs.nsm_module is None else _copy_file(blobs.nsm_module, folder / "blobs" / "nsm.ko"),
+        nsm_module=None if blobs.nsm_module is None else _write_blob(blobs.nsm_module, folder / "blobs" / "nsm.ko"),
         cmdline_copy=blobs.cmdline_copy,
     )
     for beside, name in (
-        (blobs.kernel.with_name(f"{blobs.kernel.name}.config"), "kernel.config"),
-        (blobs.kernel.with_name(DESCRIPTIONS["kernel"]), DESCRIPTIONS["kernel"]),
-        (blobs.init.with_name(DESCRIPTIONS["init"]), DESCRIPTIONS["init"]),
+        (blobs.kernel.path.with_name(f"{blobs.kernel.path.name}.config"), "kernel.config"),
+        (blobs.kernel.path.with_name(DESCRIPTIONS["kernel"]), DESCRIPTIONS["kernel"]),
+        (blobs.init.path.with_name(DESCRIPTIONS["init"]), DESCRIPTIONS["init"]),
     ):
         if beside.is_file():  # what it says of them goes into the metadata or the record
             _copy_file(beside, folder / "blobs" / name)
@@ -178,6 +178,12 @@ def _copied(plan: ImagePlan, folder: Path) -> ImagePlan:
         case ContainerBuild():
             pass
     return replace(plan, source=source, blobs=choice, configuration=configuration)
+
+
+def _write_blob(blob: Blob, target: Path) -> Path:
+    target.write_bytes(blob.data)
+    os.utime(target, (OTHER_TIME, OTHER_TIME))
+    return target
 
 
 def _copy_file(source: Path, target: Path) -> Path:
