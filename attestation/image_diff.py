@@ -14,7 +14,7 @@ from typing import BinaryIO, Final, TypeAlias
 
 from attestation.eif import ImageError, Section, SectionType
 from attestation.measure import EnclaveImage, Progress, SectionReader
-from attestation.ramdisk import Kind, RamdiskEntry, RamdiskError, RamdiskReader
+from attestation.ramdisk import Kind, RamdiskEntry, RamdiskError, RamdiskReader, Unpacking
 from attestation.reference import PCR_APPLICATION, PCR_BOOT, PCR_IMAGE, PCR_SIGNER, ZERO_PCR, digest_text
 
 
@@ -56,17 +56,18 @@ def read_contents(image: EnclaveImage, file: BinaryIO, *, progress: Progress | N
     """
     sections = [section for section in image.sections if section.type is SectionType.RAMDISK]
     total, before, ramdisks = sum(section.size for section in sections), 0, []
+    unpacking = Unpacking()
     for section in sections:
         data = SectionReader(file, section, progress=progress, before=before, total=total)
-        ramdisks.append(_listed(data, section))
+        ramdisks.append(_listed(data, section, unpacking))
         data.finish()
         before += section.size
     return ImageContents(image, tuple(ramdisks))
 
 
-def _listed(data: SectionReader, section: Section) -> RamdiskContents:
+def _listed(data: SectionReader, section: Section, unpacking: Unpacking) -> RamdiskContents:
     entries: list[ListedEntry] = []
-    reader = RamdiskReader(data, section.size, offset=section.data_offset)
+    reader = RamdiskReader(data, section.size, offset=section.data_offset, unpacking=unpacking)
     try:
         for entry in reader:
             digest = hashlib.sha384()

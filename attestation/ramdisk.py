@@ -21,8 +21,10 @@ from attestation.eif import ImageError
 
 PIECE_SIZE: Final = 256 << 10
 """Bytes that are read, and that a file's content comes in, at most."""
-MAX_ENTRIES: Final = 1 << 20
-"""Files, folders and the rest, of one ramdisk."""
+MAX_ENTRIES: Final = 1 << 18
+"""Files, folders and the rest, of all ramdisks of one image."""
+MAX_NAMES: Final = 64 << 20
+"""Bytes of the paths and the links' targets of all of them together: what a list of them holds in memory."""
 MAX_NAME: Final = 4096
 """Bytes of a path or of a link's target, with the final NUL: Linux's PATH_MAX."""
 MAX_UNPACKED: Final = 1 << 36
@@ -108,6 +110,16 @@ class RamdiskEntry:
     """The number of the archive within the ramdisk, from 0."""
 
 
+@dataclass(slots=True)
+class Unpacking:
+    """What the ramdisks of one image have come to so far. Their readers share one."""
+
+    entries: int = 0
+    """The number of files, folders and the rest."""
+    names: int = 0
+    """Bytes of their paths, each with its NUL, and of the links' targets."""
+
+
 class Readable(Protocol):
     """A file, as far as one is needed here."""
 
@@ -121,12 +133,16 @@ class RamdiskReader:
     What is raised on the way is :class:`RamdiskError`, and what ``file.read`` raises.
     """
 
-    def __init__(self, file: Readable, size: int, *, offset: int = 0) -> None:
-        """``size`` bytes from ``file``'s position on are the ramdisk, which begins at ``offset`` of the image."""
+    def __init__(self, file: Readable, size: int, *, offset: int = 0, unpacking: Unpacking | None = None) -> None:
+        """``size`` bytes from ``file``'s position on are the ramdisk, which begins at ``offset`` of the image.
+
+        ``unpacking`` is what the ramdisks before it came to; None: there are none.
+        """
+        self._unpacking = Unpacking() if unpacking is None else unpacking
         self._stream = _Stream(file, size, offset)
         self._content: Iterator[bytes] = iter(())
         self._entries = self._read()
-        self._count = self._archives = 0
+        self._archives = 0
 
     def __iter__(self) -> Iterator[RamdiskEntry]:
         return self._entries
@@ -182,15 +198,11 @@ class RamdiskReader:
             if size:
                 raise source.error("malformed_ramdisk", "a trailer with content", at=at, expected="none", got=size)
             return None
-        self._count += 1
-        if self._count > MAX_ENTRIES:
-            raise source.error(
-                "ramdisk_too_large", "too many entries", at=at, expected=f"at most {MAX_ENTRIES}", got="more"
-            )
         kind = _KINDS.get(stat.S_IFMT(mode))
         if kind is None or mode > 0o177777:
             raise source.error("malformed_ramdisk", "a mode that is none of a file", at=at, got=f"{mode:o}")
         path = _path(source, at, name, is_folder=kind is Kind.DIRECTORY)
+        self._count(source, at, name_size + (size if kind is Kind.SYMLINK else 0))
         target = None
         if kind is Kind.SYMLINK:
             target = _target(source, at, size)
@@ -213,6 +225,16 @@ class RamdiskReader:
             archive=self._archives - 1,
         )
         return entry, checksum if magic == _MAGIC_WITH_SUM and kind is Kind.FILE else None
+
+    def _count(self, source: _Bytes, at: int, names: int) -> None:
+        """One more entry, with so many bytes of path and target."""
+        found = self._unpacking
+        found.entries += 1
+        found.names += names
+        for what, count, most in (("entries", found.entries, MAX_ENTRIES), ("bytes of names", found.names, MAX_NAMES)):
+            if count > most:
+                expected = f"at most {most} {what} in an image"
+                raise source.error("ramdisk_too_large", f"too many {what}", at=at, expected=expected, got="more")
 
     @staticmethod
     def _pieces(source: _Bytes, entry: RamdiskEntry, checksum: int | None) -> Iterator[bytes]:

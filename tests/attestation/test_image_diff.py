@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from attestation import ramdisk
 from attestation.eif import ImageError
 from attestation.image_diff import ImageContents, ImageDifference, compare, read_contents, registers_over
 from attestation.measure import measure_image
@@ -51,6 +52,16 @@ def test_contents_are_listed_with_their_digests() -> None:
     ]
     assert found.ramdisks[1].entries[1].sha384 == hashlib.sha384(b"one").digest()
     assert all(disk.problem is None for disk in found.ramdisks)
+
+
+@pytest.mark.parametrize("limit", ["MAX_ENTRIES", "MAX_NAMES"])
+def test_what_is_held_of_an_image_is_bounded_over_all_its_ramdisks(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = sum(len(str(member.name)) + 1 for member in (*BOOT, *ROOT)) + len("a")
+    monkeypatch.setattr(ramdisk, limit, (len(BOOT) + len(ROOT) if limit == "MAX_ENTRIES" else names) - 1)
+    first, second = contents(made()).ramdisks
+    assert first.problem is None
+    assert second.problem is not None
+    assert (second.problem.code, len(second.entries)) == ("ramdisk_too_large", len(ROOT) - 1)
 
 
 def test_progress_is_told_over_all_ramdisks() -> None:

@@ -253,6 +253,15 @@ def test_too_many_entries_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(read(PLAIN)) == 5
 
 
+def test_too_many_bytes_of_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = sum(len(str(member.name)) + 1 for member in FILES) + len("/proc/mounts")
+    monkeypatch.setattr(ramdisk, "MAX_NAMES", names - 1)
+    error = refused(PLAIN)
+    assert (error.code, error.expected) == ("ramdisk_too_large", f"at most {names - 1} bytes of names in an image")
+    monkeypatch.setattr(ramdisk, "MAX_NAMES", names)
+    assert len(read(PLAIN)) == len(FILES)
+
+
 def test_a_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ramdisk, "MAX_UNPACKED", 1 << 20)
     error = refused(packed(archive(Member("zeros", bytes(2 << 20)))))
