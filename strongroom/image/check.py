@@ -14,9 +14,16 @@ import click
 from attestation.appraisal import registers_text
 from attestation.eif import Architecture, ImageError
 from attestation.image_diff import ImageContents
-from attestation.image_files import CONFIGURATION_PATH, ImageFileError, read_configuration
+from attestation.image_files import (
+    CONFIGURATION_PATH,
+    ROOT_FILE_SYSTEM,
+    ImageFileError,
+    Unpacking,
+    read_configuration,
+)
 from attestation.measure import EnclaveImage
 from attestation.policy import AppraisalPolicy
+from attestation.ramdisk import Kind
 from attestation.reference import PCR_SIGNER, PcrSet, configuration_digest, digest_text
 from attestation.release_heads import HeadMemory
 from attestation.release_signing import PublicKey, ReleaseError
@@ -29,6 +36,8 @@ from strongroom.options import load_policy, user_heads
 
 CMDLINE_COPY: Final = "cmdline"
 """In ramdisk 0: the command line as it was built, for an init of ours to compare."""
+APPLICATION: Final = "cmd", "env", ROOT_FILE_SYSTEM
+"""What a ramdisk of the application has at the top: what it starts, in which environment, and what becomes its root."""
 BROKEN, NOT_EXPECTED = 3, 1
 
 
@@ -118,6 +127,7 @@ def check_image(contents: ImageContents, file: BinaryIO, wanted: Wanted, at: dat
         _kernel(image),
         _cmdline(contents),
         _files(contents),
+        _layout(contents),
     ]
     if wanted.history is not None:
         checks.append(_by_history(image, wanted.history))
@@ -163,6 +173,31 @@ def _files(contents: ImageContents) -> ImageCheck:
             return ImageCheck("files", f"ramdisk{index} cannot be listed: {disk.problem}", BROKEN)
     count = sum(len(disk.entries) for disk in contents.ramdisks)
     return ImageCheck("files", f"{count} entries in {len(contents.ramdisks)} ramdisks")
+
+
+def _layout(contents: ImageContents) -> ImageCheck:
+    """Linux unpacks the application's ramdisks over that of the boot: one that has an ``init`` would bring its own.
+
+    A folder may come twice, which changes its mode and owner at most: AWS's builder adds some that containers have.
+    """
+    unpacking = Unpacking()
+    for index, disk in enumerate(contents.ramdisks):
+        seen: set[str] = set()
+        for entry in (listed.entry for listed in disk.entries):
+            name, path = f"ramdisk{index}", ascii(entry.path)[1:-1]
+            if index and entry.path and entry.path.partition("/")[0] not in APPLICATION:
+                said = f"{name} has {path}, which takes effect outside of the application: {', '.join(APPLICATION)}"
+                return ImageCheck("layout", said, BROKEN)
+            if entry.path in seen and entry.kind is not Kind.DIRECTORY:
+                return ImageCheck("layout", f"{name} has {path} twice, so that a list of it misleads", BROKEN)
+            seen.add(entry.path)
+            try:
+                unpacking.add(entry)
+            except ImageFileError as error:
+                return ImageCheck("layout", f"{name}: {error.message}: {error.got}", BROKEN)
+    if any(disk.problem is not None for disk in contents.ramdisks):
+        return ImageCheck("layout", "not judged: not everything can be listed", is_asked=False)
+    return ImageCheck("layout", f"only {', '.join(APPLICATION)} over what ramdisk0 boots, and no file twice")
 
 
 def _by_history(image: EnclaveImage, history: ReleaseHistory) -> ImageCheck:

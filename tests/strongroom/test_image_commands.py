@@ -48,6 +48,12 @@ def built(*, root: Sequence[Member] = ROOT, boot: Sequence[Member] = BOOT) -> Ei
     return image(ramdisks=disks).having(Part(KERNEL, kernel()))
 
 
+def and_then(*third: Member) -> Eif:
+    """With a third ramdisk."""
+    made = built()
+    return replace(made, parts=(*made.parts, Part(RAMDISK, archive(*third))))
+
+
 GOOD = built()
 SIGNER = Signer(not_before=NOW - timedelta(days=1), not_after=NOW + timedelta(days=1))
 
@@ -163,6 +169,7 @@ def test_a_whole_image_is_verified(run: Terminal, tmp_path: Path) -> None:
         "kernel": "ok",
         "command line": "ok",
         "files": "ok",
+        "layout": "ok",
     }
 
 
@@ -173,7 +180,35 @@ BROKEN: dict[str, tuple[Eif, str]] = {
     "expired": (GOOD.signed(replace(SIGNER, not_after=NOW - timedelta(hours=1))), "signature"),
     "not yet valid": (GOOD.signed(replace(SIGNER, not_before=NOW + timedelta(hours=1))), "signature"),
     "files that nobody can list": (replace(GOOD, parts=(*GOOD.parts, Part(RAMDISK, b"xyz"))), "files"),
+    "another init": (built(root=(*ROOT, Member("./init", b"another"))), "layout"),
+    "another cmdline": (built(root=(*ROOT, Member("/cmdline", b"another"))), "layout"),
+    "another driver": (built(root=(*ROOT, Member("nsm.ko", b"another"))), "layout"),
+    "a folder of the boot": (built(root=(*ROOT, folder("dev"))), "layout"),
+    "an init in a third ramdisk": (and_then(Member("init", b"another")), "layout"),
+    "an init by a link": (and_then(folder("rootfs"), link("rootfs/up", ".."), Member("rootfs/up/init")), "layout"),
+    "rootfs is a link": (built(root=(link("rootfs", "."), Member("rootfs/init"))), "layout"),
+    "a file twice": (built(root=(*ROOT, ROOT[5])), "layout"),
+    "an init twice": (built(boot=(*BOOT, BOOT[1])), "layout"),
+    "a link twice": (built(root=(*ROOT, ROOT[6])), "layout"),
+    "a folder over a file": (and_then(folder("rootfs"), folder("rootfs/usr-bin-su")), "layout"),
 }
+SOUND: dict[str, Eif] = {
+    "folders that come twice": built(root=(*ROOT, folder("rootfs/dev"))),
+    "a third ramdisk over the second": and_then(ROOT[5]),
+    "one ramdisk": image(ramdisks=[packed(archive(*BOOT, *ROOT))]).having(Part(KERNEL, kernel())),
+    "the root": built(root=(folder("."), *ROOT)),
+}
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_what_is_sound(run: Terminal, tmp_path: Path, name: str) -> None:
+    assert run("image", "verify", kept(tmp_path, SOUND[name])).code == 0
+
+
+def test_what_an_application_may_not_replace_is_named(run: Terminal, tmp_path: Path) -> None:
+    ran = run("image", "verify", kept(tmp_path, BROKEN["another init"][0]))
+    line = "layout: ramdisk1 has init, which takes effect outside of the application: cmd, env, rootfs"
+    assert f"FAILED  {line}" in ran.out
 
 
 @pytest.mark.parametrize("name", BROKEN)
