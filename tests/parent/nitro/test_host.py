@@ -404,7 +404,7 @@ async def test_the_script_installs_before_it_hands_over(host: NitroHost, tmp_pat
     options = ["--dry-run", "--memory-mib", "512", "--cpus", "2", "--root=/nonexistent"]
     said = await ran([script, *options], environment, tmp_path)
     lines = said.out.splitlines()
-    assert any(" -m venv /opt/strongroom" in line for line in lines)
+    assert any(" -I -m venv /opt/strongroom" in line for line in lines)
     assert any(
         "--require-hashes --only-binary :all: -r" in line and "requirements/parent.txt" in line for line in lines
     )
