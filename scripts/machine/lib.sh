@@ -157,7 +157,15 @@ recipe() {
   recipe_digest=$(printf '%s\n' "$digests" "$@" | sha256sum | cut -d ' ' -f 1)
 }
 
+# require_own PATH...: what is in the cache gets into images and runs as this user, so nobody else but root may have put it there.
+require_own() {
+  local found
+  found=$(find -H "$@" ! -type l \( ! -uid "$(id -u)" ! -uid 0 -o -perm /022 \) -print -quit)
+  [ -z "$found" ] || fail "$found: others than this user can write there; remove it, or set XDG_CACHE_HOME to a folder of your own" 2
+}
+
 hit() {
+  require_own "$1"
   printf 'cache: %s (hit)\n' "$1" >&2
   printf '%s\n' "$1"
   exit 0
@@ -167,6 +175,7 @@ hit() {
 cache_newest() {
   local found newest=
   if ! $use_cache || $ask_archive; then return 0; fi
+  [ ! -e "$cache" ] || require_own "$cache" -maxdepth 0
   for found in "$cache/$1"-*/recipe; do
     if ! [ -f "$found" ] || [ "$(cat "$found")" != "$recipe_digest" ]; then continue; fi
     if [ -z "$newest" ] || [ "$found" -nt "$newest" ]; then newest=$found; fi
@@ -179,6 +188,7 @@ cache_begin() {
   local key
   key=$(printf '%s\n' "$recipe_digest" "$2" | sha256sum | cut -c -16)
   mkdir -p "$cache"
+  require_own "$cache" -maxdepth 0
   exec 9>"$cache/.$1-$key.lock"
   flock --nonblock 9 || { say "another process is building $1 $2; waiting for it"; flock 9; }
   entry=$cache/$1-$key
@@ -211,8 +221,18 @@ cache_end() {
 # ---- packages of any suite of Debian ----
 # apt's own configuration of this machine says where a mirror is, in whatever format, and by what proxy. The suite is replaced; lists, cache and
 # status are private, so that the system stays as it is. What is fetched is verified as apt always does: the suite's signature by a key of
-# this machine's keyring of Debian, and every file by its digest.
+# this machine's keyring of Debian, and every file by its digest, whatever this machine takes without.
 debian_keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+
+# Configuration of apt: nothing without a signature, and none with an algorithm that is given up.
+apt_signed() {
+  cat <<'CONFIGURATION'
+APT::Get::AllowUnauthenticated "false";
+Acquire::AllowInsecureRepositories "false";
+Acquire::AllowWeakRepositories "false";
+Acquire::AllowDowngradeToInsecureRepositories "false";
+CONFIGURATION
+}
 
 # shellcheck disable=SC2016  # the $(...) are apt's
 index_targets() { apt-get indextargets --format '$(REPO_URI) $(RELEASE) $(COMPONENT)' 'Created-By: Packages' 2>/dev/null || true; }
@@ -244,12 +264,13 @@ mirror_of() {
 apt_open() {
   local suite=$1 state=$scratch/apt-$1 uri
   if [ ! -f "$state/ready" ]; then
+    need "$debian_keyring" debian-archive-keyring
+    needs_met
     uri=$(mirror_of "$suite")
     mkdir -p "$state"/{sources,lists/partial,archives/partial}
     : >"$state/status"
     {
-      printf 'Types: deb deb-src\nURIs: %s\nSuites: %s\nComponents: main\n' "$uri" "$suite"
-      [ ! -e "$debian_keyring" ] || printf 'Signed-By: %s\n' "$debian_keyring"
+      printf 'Types: deb deb-src\nURIs: %s\nSuites: %s\nComponents: main\nSigned-By: %s\n' "$uri" "$suite" "$debian_keyring"
     } >"$state/sources/one.sources"
     cat >"$state/apt.conf" <<CONFIGURATION
 Dir::State "$state";
@@ -269,6 +290,7 @@ Acquire::Retries "3";
 #clear APT::Architectures;
 #clear Acquire::IndexTargets::deb::DEP-11;
 CONFIGURATION
+    apt_signed >>"$state/apt.conf"
     run "asking the archive for $suite" update_lists "$state/apt.conf" "$suite"
     touch "$state/ready"
   fi

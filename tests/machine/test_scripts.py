@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,20 @@ import pytest
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 LIBRARY = SCRIPTS / "machine/lib.sh"
+
+
+PROGRAMS = sorted(
+    path
+    for path in SCRIPTS.rglob("*")
+    if path.is_file() and path.suffix in ("", ".sh") and path.name != "packages" and path.parent.name != "__pycache__"
+)
+AS_ROOT = [
+    path
+    for path in PROGRAMS
+    if path.parent.name in ("machine", "image")
+    or path.name in ("bootstrap-parent", "parent.sh", "setup", "eif", "build-eif", "launch-parent", "run-enclave")
+]
+"""What an operator, or root, runs in whatever folder; the others are for developers, in their checkout."""
 
 
 def _is_bash(path: Path) -> bool:
@@ -49,6 +64,35 @@ def test_an_unknown_option(script: Path, tmp_path: Path) -> None:
     assert (ran.returncode, ran.stdout) == (2, "")
     assert ran.stderr.startswith(f"{script.name}: unknown argument: --nonsense\n")
     assert list(tmp_path.iterdir()) == []
+
+
+PYTHON = re.compile(
+    r"""(?:python[0-9.]*|\$each)["'})]*((?:\s+-[A-Za-z]\b)*)\s+(?:-[mc]\b|-(?=\s)|"?\$[a-z]+/\S+\.py\b)"""
+)
+"""Python with a module, a command, a program on standard input, or one of our files; its options before that."""
+
+
+@pytest.mark.parametrize("script", AS_ROOT, ids=_name)
+def test_python_imports_nothing_from_the_working_folder(script: Path) -> None:
+    for line in script.read_text().splitlines():
+        for options in PYTHON.findall(line):
+            assert "-I" in options.split(), line
+
+
+@pytest.mark.parametrize(
+    ("line", "options"),
+    [
+        ("python3 -c 'import x'", ""),
+        ('"$each" -c x', ""),
+        ('"$python" -m venv "$work"', ""),
+        ('"$work/venv/bin/python" -I -m pip', " -I"),
+        ('python3 - "$work" <<X', ""),
+        ('python3 -I "$here/oci_layout.py" x', " -I"),
+        ("/usr/bin/python3.11 -B -I -c x", " -B -I"),
+    ],
+)
+def test_the_test_above_sees_how_python_is_called(line: str, options: str) -> None:
+    assert PYTHON.findall(line) == [options]
 
 
 def run(script: Path, *arguments: str, cache: Path, path: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -104,6 +148,37 @@ def test_the_newest_entry_serves_when_nobody_asks_the_archive(tmp_path: Path) ->
     assert latest != first
     os.utime(Path(first.strip()) / "recipe", (0, 0))
     assert run(script, cache=tmp_path).stdout == latest
+
+
+@pytest.mark.parametrize("loose", ["strongroom", "entry", "entry/thing"])
+def test_a_cache_that_others_can_write_to_is_refused(tmp_path: Path, loose: str) -> None:
+    script = write_script(tmp_path, ENTRY)
+    entry = Path(run(script, cache=tmp_path).stdout.strip())
+    strange = {"strongroom": entry.parent, "entry": entry, "entry/thing": entry / "thing"}[loose]
+    strange.chmod(0o777)
+    refused = run(script, cache=tmp_path)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert f"thing: {strange}: others than this user can write there; remove it" in refused.stderr
+    if loose == "strongroom":
+        assert run(script, "--no-cache", cache=tmp_path).returncode == 2
+    strange.chmod(0o755)
+    assert run(script, cache=tmp_path).stdout == f"{entry}\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_a_cache_of_another_user_is_refused(tmp_path: Path) -> None:
+    script = write_script(tmp_path, ENTRY)
+    entry = Path(run(script, cache=tmp_path).stdout.strip())
+    os.chown(entry / "thing", 65534, 65534)
+    assert run(script, cache=tmp_path).returncode == 2
+
+
+def test_buildah_s_storage_is_this_user_s(tmp_path: Path) -> None:
+    (tmp_path / "strongroom").mkdir()
+    (tmp_path / "strongroom").chmod(0o777)
+    ran = run(SCRIPTS / "image/buildah", "info", cache=tmp_path)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr.startswith("buildah: others than this user can write here: ")
 
 
 def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
@@ -223,4 +298,21 @@ def test_a_suite_without_a_key_here(tmp_path: Path) -> None:
     assert "no key for the suite sid: install a newer debian-archive-keyring" in ran.stderr
     sources = (tmp_path / "sources").read_text()
     assert sources.startswith("Types: deb deb-src\nURIs: mirror://here/debian/\nSuites: sid\nComponents: main\n")
-    assert "/var/lib/apt" not in (tmp_path / "conf").read_text()
+    assert "\nSigned-By: /usr/share/keyrings/debian-archive-keyring.gpg\n" in sources
+    configuration = (tmp_path / "conf").read_text()
+    assert "/var/lib/apt" not in configuration
+    for what in ("APT::Get::AllowUnauthenticated", "Acquire::AllowInsecureRepositories"):
+        assert f'{what} "false";' in configuration
+    assert 'Acquire::AllowWeakRepositories "false";' in configuration
+
+
+def test_without_debian_s_keys_nothing_is_asked(tmp_path: Path) -> None:
+    tools = fake_apt(tmp_path, HERE)
+    body = f"debian_keyring={tmp_path}/absent.gpg\nversion=$(apt_version sid thing)"
+    ran = run(write_script(tmp_path, body), cache=tmp_path, path=tools)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr == (
+        f"thing: missing: {tmp_path}/absent.gpg; on Debian: apt-get install debian-archive-keyring "
+        "(or run as root with --install)\n"
+    )
+    assert not (tmp_path / "sources").exists()
