@@ -188,10 +188,12 @@ def _file(name: str, path: Path) -> Material:
 
 
 def _clean_commit(folder: Path) -> str | None:
-    """The commit of a checkout in which nothing was changed or added. What git is told to ignore it cannot see."""
+    """The commit of a checkout in which nothing was changed or added, also outside the folder. What git is told to
+    ignore it cannot see.
+    """
     try:
         commit = _git(folder, "rev-parse", "--verify", "HEAD^{commit}")
-        changes = _git(folder, "status", "--porcelain", "--untracked-files=all", "--", ".")
+        changes = _git(folder, "status", "--porcelain", "--untracked-files=all")
     except (OSError, subprocess.SubprocessError):
         return None  # no git, or no checkout of this user's
     return None if changes else commit

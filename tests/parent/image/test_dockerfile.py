@@ -188,6 +188,21 @@ def test_what_went_in_is_told_by_digest(tmp_path: Path, monkeypatch: pytest.Monk
     assert inputs("clean again") == clean
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_a_change_outside_the_context_is_a_change_of_the_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = context(tmp_path)
+    path = os.environ["PATH"]
+    docker(tmp_path, monkeypatch)
+    monkeypatch.setenv("PATH", f"{os.environ['PATH']}:{path}")
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", folder.name)
+    git(tmp_path, "commit", "-qm", "all")
+    (tmp_path / "beside").write_text("not committed")
+    assert set(materials(build(tmp_path, engine="docker"))["build context"]) == {"sha256"}
+
+
 @needs_buildah
 def test_buildah_builds_what_lies_in_a_folder(tmp_path: Path) -> None:
     folder = context(
