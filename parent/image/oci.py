@@ -55,6 +55,9 @@ _LAYERS: Final = {
 }
 """How each media type of a layer is packed. Layers that only their vendor may distribute are not among them."""
 _TAGS: Final = ("org.opencontainers.image.ref.name", "io.containerd.image.name")
+SAID: Final = "strongroom.said."
+"""What annotations begin with that say something of the build in words: which variant, which compiler."""
+
 _BASE_NAME: Final = "org.opencontainers.image.base.name"
 _BASE_DIGEST: Final = "org.opencontainers.image.base.digest"
 _REVISION: Final = "org.opencontainers.image.revision"
@@ -130,7 +133,8 @@ def read_files(files: Files, wanted: Wanted, spool: Spool) -> Source:
     config = Descriptor.read(manifest.all.get("config"), "manifest.config")
     layers = [_layer(Descriptor.read(each, "manifest.layers")) for each in manifest.array("layers")]
     annotations = manifest.named_texts("annotations")
-    container = Material("container", _by_algorithm(descriptor.digest), {"kind": "OCI image manifest"})
+    said = {key.removeprefix(SAID): text for key, text in sorted(annotations.items()) if key.startswith(SAID)}
+    container = Material("container", _by_algorithm(descriptor.digest), {**said, "kind": "OCI image manifest"})
     return replace(
         read_container(files, layers, _read_blob(files, config), wanted, spool),
         digest=str(descriptor.digest),
@@ -215,7 +219,7 @@ def _layer(descriptor: Descriptor) -> Layer:
 
 def _told(annotations: Mapping[str, str]) -> Iterator[Material]:
     """What the container was made from, where its builder has put it into the manifest: the base image, as buildah
-    does, the commit of its source, and, from ours, the files that pin what went in. It is the builder's word.
+    does, the commit of its source, and, from ours, the digests of what else went in. It is the builder's word.
     """
     if text := annotations.get(_BASE_DIGEST):
         name = annotations.get(_BASE_NAME)

@@ -15,6 +15,8 @@ from tests.end_to_end.conftest import Home, home_folder
 
 LAYOUT = "STRONGROOM_BOOT_LAYOUT"
 """The environment variable with the folder of the OCI layout."""
+BLOBS = "STRONGROOM_BOOT_BLOBS"
+"""The environment variable with the folder of kernel, init and command line; else those of the cache."""
 PATIENCE_SECONDS = 600
 """For a command to end: a machine without hardware acceleration boots in about half a minute when it is alone."""
 
@@ -26,6 +28,12 @@ def pytest_ignore_collect() -> bool | None:
 @pytest.fixture(scope="session")
 def layout() -> Path:
     return Path(os.environ[LAYOUT])
+
+
+@pytest.fixture(scope="session")
+def blobs() -> tuple[str, ...]:
+    """The options of ``strongroom image build`` that mean what the image is to boot from."""
+    return ("--blobs", os.environ.get(BLOBS, "own"), "--cmdline-copy")
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,10 +54,10 @@ def prepared(home: Home, model: Path) -> Prepared:
 
 
 @pytest.fixture(scope="module")
-def image(prepared: Prepared, layout: Path) -> Path:
+def image(prepared: Prepared, layout: Path, blobs: Sequence[str]) -> Path:
     image = prepared.files / "enclave.eif"
     built = prepared.home.json(
-        *("image", "build", "--oci", str(layout), "--config", str(prepared.configuration), "--out", str(image))
+        *("image", "build", "--oci", str(layout), "--config", str(prepared.configuration), "--out", str(image)), *blobs
     )
     assert prepared.home.json("image", "measure", str(image)) == built
     prepared.home.run("image", "policy", str(image), "--output", str(prepared.policy))

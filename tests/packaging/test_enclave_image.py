@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -67,17 +69,38 @@ def test_the_base_is_named_by_digest() -> None:
         "debian@sha256:1234",
         f"debian@sha256:{'g' * 64}",
         f"debian@sha256:{'0' * 64}:latest",
+        f"@sha256:{'0' * 64}",
+        f"x\ndebian@sha256:{'0' * 64}",
+        "oci:base",
+        "oci:/tmp/base",
+        f"oci:base-{'0' * 15}g",
+        f"oci:base-{'0' * 17}",
+        f"oci:base@sha256:{'0' * 64}",
+        f"dir:base@sha256:{'0' * 64}",
+        "dir:/tmp/base",
+        "",
     ],
 )
 def test_a_base_without_a_digest_is_refused(base: str) -> None:
-    assert "must end in the digest" in (toolchain(base) or "")
+    assert "must be named by the digest" in (toolchain(base) or "")
+
+
+@pytest.mark.parametrize("base", [f"registry.example:5000/a/b:1@sha256:{'0' * 64}", "oci:base-0123456789abcdef"])
+def test_a_base_with_one_is_taken(base: str) -> None:
+    assert toolchain(base) is None
+
+
+def test_scripts_eif_judges_the_base_before_all_else() -> None:
+    command = [str(ROOT / "scripts/eif"), "--base", "debian:bookworm"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr.startswith("toolchain: the base must be named by the digest")
 
 
 def toolchain(base: str) -> str | None:
     """What the build says against a base; None where it goes on."""
-    script = (ROOT / "scripts/image/toolchain").read_text()
-    check = script[: script.index("if command -v dpkg-query")]
-    ran = subprocess.run(["sh", "-c", check, "toolchain", base, "python3"], capture_output=True, text=True, timeout=60)
+    command = ["sh", str(ROOT / "scripts/image/toolchain"), base]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert ran.returncode in (0, 2)
     return ran.stderr if ran.returncode else None
 
@@ -87,7 +110,8 @@ def test_the_last_stage_is_empty_but_for_what_was_laid_out() -> None:
     assert [line for line in last if line] == [
         "FROM scratch",
         "COPY --from=root /image/ /",
-        'CMD ["/usr/bin/python3", "-I", "-B", "-m", "enclave", "--config", "/etc/strongroom/enclave.toml", "--last-file", "/~last"]',
+        'CMD ["/usr/bin/python3", "-I", "-B", "-m", "enclave", "--config", "/etc/strongroom/enclave.toml", '
+        '"--last-file", "/~last"]',
     ]
 
 
@@ -135,6 +159,113 @@ def test_mistakes_of_usage_are_said_first(arguments: list[str]) -> None:
     assert ran.returncode == 2
     assert ran.stderr.startswith("eif: ")
     assert ran.stdout == ""
+
+
+# --- What scripts/eif hands on ------------------------------------------------------------------------------------
+
+
+class Stage:
+    """``scripts/eif`` among stand-ins that print what they are asked to, in a checkout of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "repository"
+        self.said = folder / "said"
+        for name in ("scripts/eif", "scripts/image/toolchain", "Dockerfile.enclave", ".dockerignore"):
+            self.put(name, (ROOT / name).read_text())
+        for name in ("attestation", "enclave", "vsockrpc", "scripts/image", "requirements"):
+            self.put(f"{name}/source", name)
+        for name in ("requirements/build.txt", "requirements/enclave.txt", "enclave.toml"):
+            self.put(name, name)
+        made = folder / "made"
+        for name in ("base", "wheels", "kernel", "init"):
+            (made / name).mkdir(parents=True)
+            self.put(f"scripts/machine/{name}", f"#!/bin/sh\necho {name} >>{self.said}\necho {made / name}\n")
+        (made / "base/digest").write_text("sha256:" + "a" * 64 + "\n")
+        (made / "base/packages").write_text("cmake 1\ng++-12 12.2\nlibc6 2\n")
+        (made / "wheels/one.whl").write_text("wheel")
+        (made / "init/cmdline").write_text("console=ttyS0 quiet")
+        self.made = made
+        tell = f'printf "%s\\n" "$0" "$@" >>{self.said}\n'
+        self.put(
+            "scripts/image/buildah",
+            f'#!/bin/sh\n{tell}while [ $# -gt 0 ]; do case $1 in --iidfile) echo id >"$2"; esac; shift; done\n',
+        )
+        self.put(".venv/bin/strongroom", f"#!/bin/sh\n{tell}")
+        self.put("tools/id", "#!/bin/sh\necho 0\n")
+        subprocess.run(["git", "init", "-q", str(self.root)], check=True)
+        (self.root / ".git/info/exclude").write_text(".venv\ntools\nbuild\n")
+        self.git("add", ".")
+        self.git("commit", "-qm", "all")
+
+    def put(self, name: str, text: str) -> None:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def git(self, *arguments: str) -> str:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false")
+        command = ["git", *identity, "-C", str(self.root), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    def run(self, *arguments: str) -> list[str]:
+        """What the stand-ins were given."""
+        self.said.unlink(missing_ok=True)
+        path = f"{self.root / 'tools'}:{os.environ['PATH']}"
+        config = ["--config", str(self.root / "enclave.toml"), "--out", str(self.root / "build/e.eif")]
+        command = [str(self.root / "scripts/eif"), *config, *arguments]
+        ran = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=60)
+        assert ran.returncode == 0, ran.stderr
+        return self.said.read_text().splitlines()
+
+    def annotations(self, *arguments: str) -> dict[str, str]:
+        said = self.run(*arguments)
+        given = (said[at + 1] for at, word in enumerate(said) if word == "--annotation")
+        return dict(each.split("=", 1) for each in given)
+
+
+needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+
+
+@needs_git
+@pytest.mark.skipif(Path("/usr/share/nitro_enclaves/blobs/bzImage").exists(), reason="nitro-cli is installed")
+def test_the_image_boots_from_what_the_scripts_have_just_printed(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    said = stage.run()
+    own = [
+        *("--kernel", str(stage.made / "kernel/bzImage"), "--init", str(stage.made / "init/init")),
+        *("--cmdline", "console=ttyS0 quiet"),
+    ]
+    assert said[said.index("--kernel") :] == own
+    for chosen in (["--blobs", "own"], ["--blobs=own"]):
+        said = stage.run("--", *chosen)
+        assert said[said.index("--kernel") :] == [*own, *chosen]
+    for chosen in (["--blobs", "aws"], ["--blobs=/somewhere", "--cmdline-copy"]):
+        said = stage.run("--", *chosen)
+        assert not {"kernel", "init", "--kernel", "--init"} & set(said)
+        assert said[-len(chosen) :] == chosen
+
+
+@needs_git
+def test_the_record_gets_all_that_went_in(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    clean = stage.annotations("--variant", "native")
+    head = stage.git("rev-parse", "HEAD")
+    assert clean["org.opencontainers.image.revision"] == head
+    assert clean["org.opencontainers.image.base.digest"] == "sha256:" + "a" * 64
+    packages = hashlib.sha256((stage.made / "base/packages").read_bytes()).hexdigest()
+    assert clean["strongroom.input.base-packages"] == f"sha256:{packages}"
+    wheel = f"{hashlib.sha256(b'wheel').hexdigest()}  ./one.whl\n"
+    assert clean["strongroom.input.wheels"] == f"sha256:{hashlib.sha256(wheel.encode()).hexdigest()}"
+    assert clean["strongroom.said.compiler"] == "cmake 1, g++-12 12.2"
+    assert clean["strongroom.said.variant"] == "native"
+    stage.put("README", "not of the image")
+    changed = stage.annotations()
+    assert "org.opencontainers.image.revision" not in changed
+    assert changed["strongroom.said.commit"] == f"{head}, with changes"
+    assert changed["strongroom.input.source-files"] == clean["strongroom.input.source-files"]
+    stage.put("enclave/source", "changed")
+    assert stage.annotations()["strongroom.input.source-files"] != clean["strongroom.input.source-files"]
 
 
 # --- What is laid out ---------------------------------------------------------------------------------------------

@@ -242,10 +242,14 @@ def test_what_our_builder_says_of_its_inputs(tmp_path: Path) -> None:
         "org.opencontainers.image.revision": "1" * 40,
         "strongroom.input.requirements/enclave.txt": "sha256:" + "2" * 64,
         "strongroom.input.Dockerfile": "sha256:" + "3" * 64,
+        "strongroom.said.variant": "portable",
+        "strongroom.said.kind": "of another kind",
     }
     made = Layout()
     made.manifests = [made.manifest(HELLO, annotations=said)]
-    told = [(each.name, dict(each.digest)) for each in read_folder_of(made, tmp_path).materials[1:]]
+    container, *others = read_folder_of(made, tmp_path).materials
+    assert container.annotations == {"variant": "portable", "kind": "OCI image manifest"}
+    told = [(each.name, dict(each.digest)) for each in others]
     assert told == [
         ("source", {"gitCommit": "1" * 40}),
         ("Dockerfile", {"sha256": "3" * 64}),
