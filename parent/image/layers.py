@@ -17,10 +17,17 @@ from typing import Final
 from parent.image.source import LINK_MODE, without_bytecode
 from parent.image.spool import open_part
 from parent.image.tar import Kind, Member, read_members
-from parent.image.tree import Device, Directory, Entry, File, ImageBuildError, Symlink, Tree
+from parent.image.tree import Device, Directory, Entry, File, ImageBuildError, Symlink, Tree, encode_path
 
 WHITEOUT: Final = ".wh."
 OPAQUE: Final = ".wh..wh..opq"
+MAX_MEMBERS: Final = 1_000_000
+"""Of all layers together."""
+MAX_NAMES_SIZE: Final = 256 << 20
+"""Bytes of all their paths, links' targets and names of attributes, which are held in memory. A large distribution has
+20 MB of them."""
+_SHOWN_ATTRIBUTES: Final = 5
+"""Names of extended attributes that are kept and told of."""
 
 
 def flatten(layers: Sequence[Path]) -> tuple[Tree, tuple[str, ...]]:
@@ -30,10 +37,15 @@ def flatten(layers: Sequence[Path]) -> tuple[Tree, tuple[str, ...]]:
     """
     merged: dict[str, Entry] = {}
     attributes: dict[str, tuple[str, ...]] = {}
+    count = size = 0
     for number, path in enumerate(layers):
         with path.open("rb") as file:
             layer = _Layer(path, number, merged)
             for member in read_members(file):
+                count, size = count + 1, size + _names_size(member)
+                if count > MAX_MEMBERS or size > MAX_NAMES_SIZE:
+                    expected = f"{MAX_MEMBERS} files, {MAX_NAMES_SIZE} bytes of names"
+                    raise ImageBuildError("malformed_layer", "too much in all layers", expected=f"at most {expected}")
                 layer.take(member)
         merged = layer.merged()
         attributes = {path: names for path, names in attributes.items() if path in merged} | layer.attributes
@@ -65,7 +77,7 @@ class _Layer:
         if before is not None and not (isinstance(entry, Directory) and before == entry):
             raise self._malformed(member, "it is there twice")
         self._upper[member.path] = entry
-        self.attributes[member.path] = member.extended_attributes
+        self.attributes[member.path] = member.extended_attributes[:_SHOWN_ATTRIBUTES]
 
     def merged(self) -> dict[str, Entry]:
         """The entries of all layers to this one."""
@@ -138,6 +150,10 @@ class _Layer:
         return ImageBuildError("malformed_layer", f"{where}: {message}", expected=expected, got=got)
 
 
+def _names_size(member: Member) -> int:
+    return sum(len(encode_path(text)) for text in (member.path, member.target, *member.extended_attributes))
+
+
 def _folders(path: str) -> Iterator[str]:
     while path := path.rpartition("/")[0]:
         yield path
@@ -147,5 +163,5 @@ def _attribute_notes(lost: Mapping[str, Iterable[str]]) -> Iterator[str]:
     """An initramfs has no extended attributes: a file capability among them is lost."""
     if lost:
         names: AbstractSet[str] = {name for each in lost.values() for name in each}
-        listed = ", ".join(ascii(name)[1:-1] for name in sorted(names)[:5])
+        listed = ", ".join(ascii(name)[1:-1] for name in sorted(names)[:_SHOWN_ATTRIBUTES])
         yield f"extended attributes of {len(lost)} files were left out: an enclave's root has none ({listed})"

@@ -25,6 +25,10 @@ MAX_MEMBERS: Final = 1_000_000
 """In one archive."""
 XATTR: Final = "SCHILY.xattr."
 """What the extended header's names of extended attributes begin with."""
+MAX_ATTRIBUTE_NAME: Final = 255
+"""Bytes of an extended attribute's name: Linux's XATTR_NAME_MAX."""
+MAX_ATTRIBUTES: Final = 64
+"""Extended attributes of one member."""
 
 _NAME_SIZE: Final = 100
 _POSIX, _GNU, _OLD = b"ustar\x0000", b"ustar  \x00", bytes(8)
@@ -209,12 +213,16 @@ def _pax(data: bytes, at: int) -> dict[str, str]:
         if not equals or name in records:
             raise _malformed(at, "an extended header with a key without value, or twice", got=ascii(name)[:100])
         attribute = name.startswith(XATTR)
+        if len(key) > len(XATTR) + MAX_ATTRIBUTE_NAME:
+            raise _malformed(at, "an extended header with a name that is too long", got=ascii(name[:100]))
         if not (attribute or name in _TAKEN or name in _IGNORED or name.startswith(_IGNORED_PREFIX)):
             raise _malformed(at, "an extended header that says what is not known", got=ascii(name)[:100])
         records[name] = "" if attribute else _text(value, at)
         position = end
     if "size" in records:
         records["size"] = str(_integer(records, "size", at, 0))
+    if sum(name.startswith(XATTR) for name in records) > MAX_ATTRIBUTES:
+        raise _malformed(at, "too many extended attributes", f"at most {MAX_ATTRIBUTES}")
     return {name: value for name, value in records.items() if value or name.startswith(XATTR)}
 
 

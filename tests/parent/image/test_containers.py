@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from attestation.eif import Architecture
+from parent.image import layers
 from parent.image.archive import read_archive
 from parent.image.container import Wanted
 from parent.image.oci import read_layout
@@ -433,8 +434,8 @@ def test_what_is_unpacked_is_bounded(tmp_path: Path) -> None:
 # --- Layers --------------------------------------------------------------------------------------------------------
 
 
-def flattened(folder: Path, *layers: Mapping[str, Content] | list[tuple[str, Content]]) -> Source:
-    return read_folder_of(layout(Container([tar(layer) for layer in layers])), folder)
+def flattened(folder: Path, *made: Mapping[str, Content] | list[tuple[str, Content]]) -> Source:
+    return read_folder_of(layout(Container([tar(layer) for layer in made])), folder)
 
 
 def test_a_layer_replaces_adds_and_removes(tmp_path: Path) -> None:
@@ -512,6 +513,21 @@ def test_bytecode_and_extended_attributes_are_left_out_and_told(tmp_path: Path) 
         "2 Python bytecode caches were left out",
         "extended attributes of 1 files were left out: an enclave's root has none (security.capability)",
     )
+
+
+def test_a_file_that_replaces_one_with_attributes_has_its_own(tmp_path: Path) -> None:
+    capable = member(tarfile.REGTYPE, pax_headers={"SCHILY.xattr.security.capability": "x"})
+    assert flattened(tmp_path, {"ping": capable}, {"ping": b""}).notes == ()
+
+
+@pytest.mark.parametrize(("bound", "value"), [("MAX_MEMBERS", 3), ("MAX_NAMES_SIZE", 7)])
+def test_all_layers_together_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: str, value: int
+) -> None:
+    monkeypatch.setattr(layers, bound, value)
+    flattened(tmp_path, {"aa": b"", "bb": b""}, {"ccc": b""})
+    (tmp_path / "more").mkdir()
+    refused("malformed_layer", lambda: flattened(tmp_path / "more", {"aa": b"", "bb": b""}, {"cc": b"", "dd": b""}))
 
 
 def test_the_same_files_have_the_same_digest_however_they_are_layered(tmp_path: Path) -> None:

@@ -124,6 +124,19 @@ def test_names_of_extended_attributes_are_told() -> None:
     assert members(data + header() + END)[0].extended_attributes == ("security.capability",)
 
 
+def test_extended_attributes_are_bounded() -> None:
+    longest, many = "a" * 255, [f"user.{number}" for number in range(64)]
+    for names in ([longest], many):
+        data = extended(b"".join(record(f"SCHILY.xattr.{name}", "") for name in names))
+        assert members(data + header() + END)[0].extended_attributes == tuple(sorted(names))
+    for names, message in (([longest + "a"], "too long"), ([*many, "one.more"], "at most 64")):
+        data = extended(b"".join(record(f"SCHILY.xattr.{name}", "") for name in names))
+        with pytest.raises(ImageBuildError, match=message):
+            members(data + header() + END)
+    with pytest.raises(ImageBuildError, match="too long"):
+        members(extended(record("LIBARCHIVE." + "a" * 300, "")) + header() + END)
+
+
 def test_times_of_all_members_are_nothing() -> None:
     assert len(members(extended(record("comment", "0" * 40), b"g") + header() + END)) == 1
 
