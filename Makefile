@@ -2,7 +2,7 @@ PROMPT ?= Why is the sky blue? Answer in two sentences.
 export PROMPT
 PY := .venv/bin/python
 
-.PHONY: demo demo-kms test setup lint types imports coverage unit properties fuzz mutants bench vectors clean
+.PHONY: demo demo-kms eif test test-boot setup lint types imports coverage unit properties fuzz mutants bench vectors clean
 
 demo: setup  ## One question through an emulated enclave, verified and sealed
 	@.venv/bin/strongroom run --prompt "$$PROMPT"
@@ -35,6 +35,12 @@ coverage:  ## Those tests, and the lines and branches of attestation/ that they 
 
 unit: coverage
 	@$(PY) -m pytest $(addprefix --ignore=,$(COVERED))
+
+eif: setup  ## build/enclave.eif from this source, with the record of what went in; as root on Debian, 20 minutes the first time
+	@scripts/eif --install
+
+test-boot: setup  ## Enclave images booted in QEMU's Nitro machine, and one asked for an answer; as root on Debian
+	@scripts/test-boot --install
 
 properties: setup  ## The property tests alone, with new examples at every run and many more of them
 	@$(PY) -m pytest --hypothesis-profile=new -m hypothesis
