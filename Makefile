@@ -2,7 +2,7 @@ PROMPT ?= Why is the sky blue? Answer in two sentences.
 export PROMPT
 PY := .venv/bin/python
 
-.PHONY: demo demo-kms eif test test-boot setup lint types imports coverage unit properties fuzz mutants bench vectors clean
+.PHONY: demo demo-kms eif test test-boot setup lint types imports coverage rest unit properties fuzz mutants bench vectors clean
 
 demo: setup  ## One question through an emulated enclave, verified and sealed
 	@.venv/bin/strongroom run --prompt "$$PROMPT"
@@ -10,7 +10,9 @@ demo: setup  ## One question through an emulated enclave, verified and sealed
 demo-kms: setup  ## From no key to "only this image can decrypt": docs/kms.md, run as it stands against an emulated KMS
 	@scripts/demo-kms
 
-test: setup lint types imports unit  ## Every check and every test
+# Side by side: the tests on two workers of their own, and beside them one check after the other, each of which says what it has to say at its end.
+test: setup  ## Every check and every test
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target rest lint types imports coverage
 
 setup:
 	@scripts/setup
@@ -33,8 +35,10 @@ coverage:  ## Those tests, and the lines and branches of attestation/ that they 
 	@$(PY) -m coverage run -m pytest $(COVERED)
 	@$(PY) -m coverage report
 
-unit: coverage
-	@$(PY) -m pytest $(addprefix --ignore=,$(COVERED))
+rest:
+	+@$(PY) -m pytest --numprocesses=2 --dist=loadgroup $(addprefix --ignore=,$(COVERED))
+
+unit: coverage rest
 
 eif: setup  ## build/enclave.eif from this source, with the record of what went in; as root on Debian, 20 minutes the first time
 	@scripts/eif --install

@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +23,10 @@ STATE = State("demo", "process", 1, "SERVING", "unix:/x/rpc.sock", 1.5, pcrs={"0
 
 
 @pytest.fixture
-def registry(tmp_path: Path) -> Registry:
-    return Registry(tmp_path)
+def registry() -> Iterator[Registry]:
+    """In a folder with a short name: sockets stand in it, and the longest name of an enclave must have room."""
+    with tempfile.TemporaryDirectory(prefix="sr-") as folder:
+        yield Registry(Path(folder))
 
 
 @pytest.fixture
