@@ -24,7 +24,7 @@ from attestation.measure import read_image
 from attestation.reference import PcrSet
 from parent.cache import cache_home, newest
 from parent.config import LaunchConfiguration, LaunchConfigurationError
-from parent.launch.child import child, jailed, last_words
+from parent.launch.child import BoundedLog, Recording, child, jailed, last_words
 from parent.launch.machine import LaunchError, Places
 from parent.launch.vsock_device import HEARTBEAT_PORT, VHOST_SOCKET, bridge, heartbeat, host_port, vsock_device
 from parent.registry import Instance
@@ -50,9 +50,6 @@ MAX_CONSOLE = 1 << 20
 """Bytes of the console that are kept, at most."""
 SHOWN_CONSOLE = 400
 """Characters of its end that an error shows."""
-CONSOLE_SECONDS = 5.0
-"""For the console's last words to be read, once the machine has ended."""
-_READ_SIZE = 65_536
 _UNUSABLE = re.compile(r"^init: (halt: .*|the command exited with status 2)$", re.MULTILINE)
 """What our init says when a boot cannot go on, and when the enclave could not begin, for its configuration or because
 it cannot listen: starting it again would not help. The machine itself only ends, in either case."""
@@ -155,7 +152,8 @@ class QemuMachine:
     async def boot(self, measured: PcrSet) -> AsyncIterator[RunningMachine]:
         instance = self._instance
         command = jailed(self.command(), "--no-network")
-        console = Console(instance.directory / CONSOLE)
+        console, said = Console(instance.directory / CONSOLE), BoundedLog(instance)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         with tempfile.TemporaryDirectory(prefix="image-", dir=instance.directory) as temporary:
             # QEMU writes kernel and ramdisks into files there, and leaves them when it ends before it has loaded them.
             environment = {"TMPDIR": temporary}
@@ -164,11 +162,12 @@ class QemuMachine:
                 bridge(self._rpc, instance, self._rpc_port, heard),
                 vsock_device(instance, self._tools.vsock_device) as device,
                 console,
-                child(instance, command, stdout=subprocess.PIPE, environment=environment) as qemu,
+                said,
+                child(instance, command, environment=environment, **pipes) as qemu,
             ):
-                assert qemu.stdout is not None
                 console.record(qemu.stdout)
-                yield RunningMachine(instance, qemu, device, heard, console)
+                said.record(qemu.stderr)
+                yield RunningMachine(instance, qemu, device, heard, console, said)
 
     def command(self) -> list[str]:
         """QEMU's command line; it is to run in the instance's folder."""
@@ -222,47 +221,22 @@ def _guest_port(address: Address) -> int:
 # --- What runs --------------------------------------------------------------------------------------------------------
 
 
-class Console:
+class Console(Recording):
     """What a machine writes to its console, in a file of at most :data:`MAX_CONSOLE` bytes: when half of that is full,
     it takes the place of the half before it. The guest writes it, so nothing in it is believed or shown as it stands.
-
-    A context that a machine's process ends in: it is left when everything has been read.
     """
 
     def __init__(self, path: Path) -> None:
+        super().__init__()
         self._path = path
         self._older = path.with_name(path.name + ".1")
         self._size = 0
         self._end = b""
-        self._recording: asyncio.Future[None] | None = None
         for old in (self._path, self._older):
             old.unlink(missing_ok=True)
 
-    async def __aenter__(self) -> Console:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.ended()
-        if self._recording is not None:
-            self._recording.cancel()
-
-    def record(self, stream: asyncio.StreamReader) -> None:
-        """Begins with that, and ends with ``stream``."""
-        self._recording = asyncio.ensure_future(self._record(stream))
-
-    async def ended(self) -> None:
-        """Returns when all has been read that a machine said that has ended, or is not to be had."""
-        if self._recording is not None:
-            await asyncio.wait([self._recording], timeout=CONSOLE_SECONDS)
-
-    async def _record(self, stream: asyncio.StreamReader) -> None:
-        """A full disk loses the text and nothing else: the machine would stand still if nobody read."""
-        while data := await stream.read(_READ_SIZE):
-            self._end = (self._end + data)[-SHOWN_CONSOLE:]
-            with contextlib.suppress(OSError):
-                self._write(data)
-
-    def _write(self, data: bytes) -> None:
+    def take(self, data: bytes) -> None:
+        self._end = (self._end + data)[-SHOWN_CONSOLE:]
         if self._size + len(data) > MAX_CONSOLE // 2:
             self._path.replace(self._older)
             self._size = 0
@@ -287,6 +261,8 @@ class RunningMachine:
     heard: asyncio.Event
     """The image's init has come up."""
     console: Console
+    said: Recording
+    """What QEMU itself says."""
 
     async def network(self) -> str:
         """The machine has no network device."""
@@ -301,6 +277,7 @@ class RunningMachine:
                 await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if self.qemu.returncode is not None:
                 await self.console.ended()
+                await self.said.ended()
         finally:
             for end in (*ends, came_up):
                 end.cancel()

@@ -13,11 +13,12 @@ import contextlib
 import os
 import re
 import socket
+import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
 
-from parent.launch.child import child, jailed, last_words
+from parent.launch.child import BoundedLog, child, jailed, last_words
 from parent.launch.machine import LaunchError
 from parent.registry import Instance
 from vsockrpc.address import UnixAddress
@@ -31,6 +32,8 @@ VSOCK = "vsock"
 sockets are."""
 GUEST_CID = 4
 """Of every guest: the device serves one, and no other device knows of it. 4 is the first that Nitro gives."""
+ENVIRONMENT = {"RUST_LOG": "error"}
+"""Of the device: a guest can make it warn as often as it likes."""
 TX_BUFFER_SIZE = 32_768
 """Bytes. With the device's own default, what a guest writes beyond 32 KiB is dropped, and the connection hangs."""
 
@@ -71,11 +74,17 @@ async def vsock_device(instance: Instance, program: Path) -> AsyncIterator[async
     for name in (VHOST_SOCKET, VSOCK):  # of the boot before: the device does not replace them
         (instance.directory / name).unlink(missing_ok=True)
     device = f"guest-cid={GUEST_CID},socket={VHOST_SOCKET},uds-path={VSOCK},tx-buffer-size={TX_BUFFER_SIZE}"
-    async with child(instance, jailed([str(program), "--vm", device], "--no-network")) as process:
+    command = jailed([str(program), "--vm", device], "--no-network")
+    async with (
+        BoundedLog(instance) as said,
+        child(instance, command, stderr=subprocess.PIPE, environment=ENVIRONMENT) as process,
+    ):
+        said.record(process.stderr)
         try:
             async with asyncio.timeout(DEVICE_SECONDS):
                 while not _listens(process.pid, VHOST_SOCKET):
                     if process.returncode is not None:
+                        await said.ended()
                         raise LaunchError(
                             "vsock_device_failed", "the vsock device did not start", got=last_words(instance)
                         )

@@ -335,6 +335,7 @@ async def test_the_device_listens_and_ends_with_its_context(instance: Instance, 
             with socket.socket(socket.AF_UNIX) as machine:
                 machine.connect(str(socket_file))
             assert list(processes_of(instance)) == [process.pid]
+            assert b"RUST_LOG=error" in Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
         assert process.returncode is not None
         assert list(processes_of(instance)) == []
 
