@@ -43,7 +43,9 @@ unit: coverage rest
 eif: setup  ## build/enclave.eif from this source, with the record of what went in; as root on Debian, 20 minutes the first time
 	@scripts/eif --install
 
-test-boot: setup  ## Enclave images booted in QEMU's Nitro machine, and one asked for an answer; as root on Debian
+test-boot:  ## Enclave images booted in QEMU's Nitro machine, and one asked for an answer; as root on Debian
+	@scripts/test-boot --check
+	@$(MAKE) --no-print-directory setup
 	@scripts/test-boot --install
 
 properties: setup  ## The property tests alone, with new examples at every run and many more of them

@@ -73,7 +73,7 @@ def test_sixteen_tokens_from_a_machine_that_was_verified(prepared: Prepared, ima
     assert verdict["verdict"] == "accepted"
     asked = ["ask", "Name one planet.", "--url", url, "--policy", str(prepared.policy)]
     answer = home.json(*asked, "--max-tokens", "16", "--temperature", "0")
-    assert answer["usage"]["completion_tokens"] <= 16
+    assert (answer["usage"]["completion_tokens"], answer["finish_reason"]) == (16, "length")
     assert answer["text"].strip()
     events = [json.loads(line) for line in home.run("logs", "boot").stdout.splitlines()]
     phases = [event["phase"] for event in events if event["event"] == "phase"]
