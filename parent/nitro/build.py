@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,17 +62,17 @@ async def build(wanted: Build, cli: NitroCli) -> EnclaveImage:
     await _docker(wanted.docker())
     output = wanted.output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.new")
-    try:
-        said = await cli.build(wanted.nitro_cli(temporary))
+    # A folder that nobody else can write to: what is renamed is what was measured.
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
+        made, measurements = Path(folder, "image"), Path(folder, "measurements")
+        said = await cli.build(wanted.nitro_cli(made))
         claimed = measurements_from_nitro_cli(said)
-        image = read_image(temporary)
+        image = read_image(made)
         require_equal(claimed, image.measurements)
-        text = json.dumps(image.as_nitro_cli(), indent=2) + "\n"
-        output.with_name(output.name + MEASUREMENTS_SUFFIX).write_text(text)
-        temporary.replace(output)
-    finally:
-        temporary.unlink(missing_ok=True)
+        measurements.write_text(json.dumps(image.as_nitro_cli(), indent=2) + "\n")
+        made.replace(output)
+        # Behind the image: where this is cut off, the old measurements do not fit it, and whoever compares says so.
+        measurements.replace(output.with_name(output.name + MEASUREMENTS_SUFFIX))
     return image
 
 

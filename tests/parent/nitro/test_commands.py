@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from attestation.measure import read_image
+from parent.nitro.build import Build, build
 from tests.eif_files import Signer, image
 from tests.nitro_hosts import IMAGE, REPOSITORY, SCRIPTS, NitroHost, Said, nitro_cli_text, ran
 
@@ -224,7 +225,27 @@ async def test_an_image_is_built_and_measured_twice(host: NitroHost, dockerfile:
     tagged = ["--file", "Dockerfile.enclave", "--tag", "strongroom-enclave"]
     assert docker == ["docker", "build", *tagged, "--build-arg", "NATIVE=0", "."]
     assert built[:4] == ["build-enclave", "--docker-uri", "strongroom-enclave", "--output-file"]
+    private = Path(built[4]).parent
+    assert private.parent == host.folder
+    assert private.name.startswith(".out.eif.")
     assert not list(host.folder.glob(".out*"))
+
+
+async def test_measurements_are_never_there_before_their_image(
+    host: NitroHost, dockerfile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are made where only this user can write, and the image takes its place first."""
+    renamed = []
+
+    def rename(source: Path, target: Path) -> Path:
+        assert stat.S_IMODE(source.parent.stat().st_mode) == 0o700
+        renamed.append(target.name)
+        return Path(source.rename(target))
+
+    monkeypatch.setattr(Path, "replace", rename)
+    monkeypatch.setenv("PATH", host.environment["PATH"])
+    await build(Build(dockerfile=dockerfile, context=host.folder, output=host.folder / "o.eif"), host.cli(monkeypatch))
+    assert renamed == ["o.eif", "o.eif.measurements.json"]
 
 
 @ALL
