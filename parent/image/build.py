@@ -13,6 +13,7 @@ import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -183,8 +184,9 @@ def read_source(plan: ImagePlan, spool: Spool) -> Source:
             return build_container(plan.source, Wanted(plan.architecture), spool, epoch=plan.epoch)
 
 
+@cache
 def tool_version() -> str:
-    """Of this package."""
+    """Of this package. Read once: the second build of ``image reproduce`` may soon have no right to read it."""
     return metadata.version("strongroom")
 
 

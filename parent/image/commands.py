@@ -295,7 +295,7 @@ def _as_json(found: Reproduction) -> dict[str, Any]:
 def _show_reproduction(found: Reproduction) -> None:
     click.echo(f"not the same for both: {', '.join(found.varied)}")
     if "user" not in found.varied:
-        click.echo("the same for both: user (another one needs root, and an installation that it may read)")
+        click.echo("the same for both: user (another one needs root, no Dockerfile, and folders that it may enter)")
     if found.is_exact:
         click.echo(f"reproduced: both images have sha384 {(found.first.sha384 or b'').hex()}")
         for index, value in found.first.measurements.as_registers().items():

@@ -31,6 +31,8 @@ from parent.image.tree import ImageBuildError
 
 OTHER_USER: Final = 65534
 """nobody, as every Linux has it."""
+SAME_USER: Final = "same"
+"""In the place of a user's number: the second build is not another user's."""
 OTHER_TIME: Final = 1_000_000_007
 """Seconds since 1970: of every file in the copies."""
 OTHER_ENVIRONMENT: Final = {
@@ -41,8 +43,8 @@ OTHER_ENVIRONMENT: Final = {
     "SOURCE_DATE_EPOCH": "86400",  # beside the one that is passed on: an option counts more
 }
 OTHER_UMASK: Final = 0o077
-FRONT_DOOR: Final = ("-P", "-m", "strongroom.cli")
-"""How Python starts the front door, without looking for it in the folder of the second build."""
+SECOND_BUILD: Final = ("-P", "-m", "parent.image.second_build")
+"""How Python starts it, without looking for it in its folder."""
 MAX_SHOWN: Final = 20
 """Files of one ramdisk that are told of."""
 
@@ -216,17 +218,18 @@ def _copy_folder(source: Path, target: Path) -> None:
 
 def _other_user(top: Path, folder: Path, plan: ImagePlan) -> int | None:
     """Gives the copies to another user. None where there can be none: only root has others to give to, a container
-    engine's rights are its user's, and this installation, or a file of the source, may be for its owner's eyes.
+    engine's rights are its user's, and a file of the source, or the folder for temporary files, may be for its owner
+    alone.
     """
     if os.geteuid() != 0 or isinstance(plan.source, ContainerBuild):
+        return None
+    if not all(parent.stat().st_mode & stat.S_IXOTH for parent in top.resolve().parents):
         return None
     for path in _walk(folder):
         status = path.lstat()
         needed = 0o500 if stat.S_ISDIR(status.st_mode) else 0o400
         if not stat.S_ISLNK(status.st_mode) and status.st_mode & needed != needed:
             return None
-    if not _runs_as(OTHER_USER):
-        return None
     top.chmod(0o711)
     for path in _walk(folder):
         status = path.lstat()
@@ -236,17 +239,6 @@ def _other_user(top: Path, folder: Path, plan: ImagePlan) -> int | None:
     return OTHER_USER
 
 
-def _runs_as(user: int) -> bool:
-    """Whether this installation is readable to the user."""
-    probe = [sys.executable, "-P", "-c", "import parent.image.build, strongroom.cli"]
-    try:
-        return not subprocess.run(
-            probe, cwd="/", user=user, group=user, extra_groups=[], capture_output=True, check=False
-        ).returncode
-    except OSError:  # it may not even run the interpreter
-        return False
-
-
 def _walk(folder: Path) -> Iterator[Path]:
     for where, folders, files in os.walk(folder):
         yield from (Path(where, name) for name in (*folders, *files))
@@ -254,8 +246,8 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 def _build_elsewhere(plan: ImagePlan, folder: Path, user: int | None, progress: sources.Progress) -> None:
     progress("building again, elsewhere", 0, 0)
-    command = [sys.executable, *FRONT_DOOR, "image", "build", *arguments_of(plan)]
-    command += ["--out", str(folder / "out" / "enclave.eif"), "--json"]
+    command = [sys.executable, *SECOND_BUILD, SAME_USER if user is None else str(user), *arguments_of(plan)]
+    command += ["--out", str(folder / "out" / "enclave.eif")]
     child = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -264,9 +256,6 @@ def _build_elsewhere(plan: ImagePlan, folder: Path, user: int | None, progress: 
         env={**os.environ, **OTHER_ENVIRONMENT, "HOME": str(folder), "TMPDIR": str(folder / "tmp")},
         umask=OTHER_UMASK,
         start_new_session=True,  # Ctrl-C comes to us, and we end it once
-        user=user,
-        group=user,
-        extra_groups=None if user is None else [],
     )
     try:
         said, _ = child.communicate()
@@ -281,7 +270,7 @@ def _build_elsewhere(plan: ImagePlan, folder: Path, user: int | None, progress: 
 def _second_failed(said: bytes, code: int) -> ImageBuildError:
     """The error that the child printed, as its own."""
     try:
-        error = json.loads(said)["error"]
+        error = json.loads(said)
         return ImageBuildError(
             error["code"], f"the second build: {error['message']}", expected=error["expected"], got=error["got"]
         )

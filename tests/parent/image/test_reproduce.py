@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,22 +19,29 @@ from parent.image.build import ContainerArchive, ImagePlan, OciLayout, build_ima
 from parent.image.dockerfile import ContainerBuild
 from parent.image.reproduce import OTHER_USER, Reproduction, reproduce_image
 from parent.image.tree import ImageBuildError
+from tests.nitro_hosts import REPOSITORY
 from tests.parent.image.containers import Container, docker_archive, layout, tar
 from tests.parent.image.test_build import blobs, plan_of
 from tests.parent.image.test_dockerfile import needs_buildah
 
 HELLO = Container([tar({"bin/": None, "bin/hello": b"hello"})])
-OTHERS = os.geteuid() == 0 and module._runs_as(OTHER_USER)
-"""Whether there can be another user here: an installation below a home is its owner's."""
+OTHERS = os.geteuid() == 0
+"""Whether there can be another user here."""
 SEEN = """
 import json, os, sys
-with open({seen!r}, "w") as file:
-    variables = {{name: os.environ.get(name) for name in ("TZ", "LANG", "HOME", "PYTHONHASHSEED")}}
-    umask = os.umask(0)
-    os.umask(umask)
-    json.dump([os.getuid(), os.getcwd(), umask, variables], file)
-from strongroom.cli import main
-main()
+from parent.image import second_build as module
+build_image = module.build_image
+def seen(*arguments, **options):
+    sys.meta_path.clear()  # nothing may be imported any more
+    with open({seen!r}, "w") as file:
+        variables = {{name: os.environ.get(name) for name in ("TZ", "LANG", "HOME", "PYTHONHASHSEED")}}
+        umask = os.umask(0)
+        os.umask(umask)
+        users = [*os.getresuid(), *os.getresgid(), *os.getgroups()]
+        json.dump([module.__file__, users, os.getcwd(), umask, variables], file)
+    return build_image(*arguments, **options)
+module.build_image = seen
+sys.exit(module.main(sys.argv[1], sys.argv[2:]))
 """
 
 
@@ -96,20 +103,47 @@ def test_a_dockerfile_is_built_twice(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert capfd.readouterr().err.count("STEP 2/3") == 2
 
 
-def test_what_a_second_build_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another user, where there can be one, in another folder and another environment."""
+@pytest.fixture
+def seen(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """What the second build writes of itself."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o777)
-        seen = Path(folder) / "seen"
-        program = Path(folder) / "program.py"
-        program.write_text(SEEN.format(seen=str(seen)))
-        monkeypatch.setattr(module, "FRONT_DOOR", (str(program),))
-        reproduced(plan_of(tmp_path))
-        user, place, umask, variables = json.loads(seen.read_text())
-    assert user == (OTHER_USER if OTHERS else os.geteuid())
+        file, program = Path(folder) / "seen", Path(folder) / "program.py"
+        program.write_text(SEEN.format(seen=str(file)))
+        monkeypatch.setattr(module, "SECOND_BUILD", ("-P", str(program)))
+        yield file
+
+
+def test_what_a_second_build_finds(tmp_path: Path, seen: Path) -> None:
+    """Another user, where there can be one, in another folder and another environment."""
+    reproduced(plan_of(tmp_path))
+    _, users, place, umask, variables = json.loads(seen.read_text())
+    assert users == ([OTHER_USER] * 6 if OTHERS else [*os.getresuid(), *os.getresgid(), *os.getgroups()])
     assert umask == 0o077
     assert place != os.getcwd()
     assert variables == {"TZ": "Asia/Kathmandu", "LANG": "tr_TR.UTF-8", "HOME": place, "PYTHONHASHSEED": "1729"}
+
+
+def test_an_installation_for_its_owner_s_eyes_builds_as_another_user(
+    tmp_path: Path, seen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """scripts/setup makes such a one."""
+    installation = tmp_path / "installation"
+    for name in ("attestation", "vsockrpc", "parent"):
+        shutil.copytree(REPOSITORY / name, installation / name, ignore=shutil.ignore_patterns("__pycache__"))
+    installation.chmod(0o700)
+    monkeypatch.setenv("PYTHONPATH", str(installation))
+    found = reproduced(plan_of(tmp_path))
+    assert found.is_exact
+    assert ("user" in found.varied) == OTHERS
+    assert Path(json.loads(seen.read_text())[0]).is_relative_to(installation)
+
+
+def test_folders_that_nobody_else_may_enter_are_no_other_user_s(tmp_path: Path, temporary: Path) -> None:
+    temporary.chmod(0o700)
+    found = reproduced(plan_of(tmp_path))
+    assert found.is_exact
+    assert "user" not in found.varied
 
 
 def test_whose_files_are_for_their_owner_s_eyes_is_built_by_the_same_user(tmp_path: Path) -> None:
@@ -170,7 +204,7 @@ def test_a_second_build_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_second_build_that_ends_without_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FRONT_DOOR", ("-c", "import sys; sys.exit(9)"))
+    monkeypatch.setattr(module, "SECOND_BUILD", ("-c", "import sys; sys.exit(9)"))
     with pytest.raises(ImageBuildError, match="second_build_failed"):
         reproduce_image(plan_of(tmp_path), progress=quiet)
 
@@ -183,7 +217,7 @@ def test_an_interrupt_ends_the_second_build(tmp_path: Path, monkeypatch: pytest.
             children.append(self)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "FRONT_DOOR", ("-c", "import time; time.sleep(600)"))
+    monkeypatch.setattr(module, "SECOND_BUILD", ("-c", "import time; time.sleep(600)"))
     monkeypatch.setattr("parent.image.reproduce.subprocess.Popen", Interrupted)
     monkeypatch.setattr(module, "_other_user", lambda *_: None)
     with pytest.raises(KeyboardInterrupt):
@@ -194,6 +228,14 @@ def test_an_interrupt_ends_the_second_build(tmp_path: Path, monkeypatch: pytest.
     child.stdout.close()
 
 
-def test_the_front_door_is_there() -> None:
-    command = [sys.executable, *module.FRONT_DOOR, "image", "build", "--help"]
-    assert b"--rootfs" in subprocess.run(command, capture_output=True, check=True).stdout
+def test_a_second_build_that_the_system_refuses_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = module._build_elsewhere
+
+    def refused(plan: ImagePlan, folder: Path, *more: Any) -> None:
+        (folder / "out" / "enclave.eif.provenance.json").mkdir()
+        build(plan, folder, *more)
+
+    monkeypatch.setattr(module, "_build_elsewhere", refused)
+    with pytest.raises(ImageBuildError, match=r"the second build: .*enclave\.eif") as caught:
+        reproduce_image(plan_of(tmp_path), progress=quiet)
+    assert caught.value.code == "second_build_failed"
