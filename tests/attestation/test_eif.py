@@ -593,6 +593,27 @@ def test_a_signature_moved_to_another_image_is_an_error() -> None:
 # --- Known answers
 # ------------------------------------------------------------------------------------------------
 
+EMPTY_PCR2 = "21b9efbc184807662e966d34f390821309eeac6802309798826296bf3e8bec7c10edb30948c90ba67310f7b964fc500a"
+"""As AWS's modules signed it, of images with one ramdisk."""
+INSTANCE = "i-026ae32a18c80f866"
+INSTANCE_PCR4 = "6e32db11ec7af5927b05c4d9059edfae96f45f50f8b54f59f19f0a093db9085049b01a9759cacbc5922db5aaba0be067"
+"""As AWS's module signed it in 2021 on that instance."""
+OWN_PCR8 = "eb55f1c0dd1757df2e6411ab905bb0edee56828967d7ff46c07304ace215291ee6d6398dfea7fb243e07c3ca57c679f5"
+"""By OpenSSL, of a certificate of our own: the SHA-384 of its DER behind 48 zero bytes, hashed once more."""
+OWN_SIGNER = Path(__file__).parents[1] / "vectors/eif/signed-p384.json"
+
+
+def test_the_registers_that_are_known_without_any_file() -> None:
+    assert read(image(ramdisks=[b"everything"]).encode()).measurements.pcr2.hex() == EMPTY_PCR2
+    assert once_extended(INSTANCE.encode("ascii")).hex() == INSTANCE_PCR4
+    parts = json.loads(OWN_SIGNER.read_text())["parts"]
+    certificate = parts["signer"][parts["signer"].index("-----BEGIN CERTIFICATE") :]
+    assert SigningCertificate.from_pem(certificate.encode()).pcr8.hex() == OWN_PCR8
+    signed = read_image(OWN_SIGNER.with_suffix(".eif")).measurements
+    assert signed.pcr8 is not None
+    assert signed.pcr8.hex() == OWN_PCR8
+
+
 needs_vectors = pytest.mark.skipif(
     not VECTORS.is_dir(), reason="AWS's collected documents are not beside this repository: ../shared/vectors/nitro"
 )
