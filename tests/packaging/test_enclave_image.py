@@ -28,6 +28,8 @@ from vsockrpc.address import TcpAddress
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (ROOT / "Dockerfile.enclave").read_text()
 SCRIPTS = ["eif", "machine/base", "machine/wheels", "image/buildah", "image/toolchain", "image/wheels"]
+POSIX = [name for name in SCRIPTS if (ROOT / "scripts" / name).read_text().startswith("#!/bin/sh\n")]
+"""What runs in the image's build, where no bash is; the others are checked with all that are bash's."""
 
 
 def pins(lock: str) -> Mapping[str, list[tuple[str, frozenset[str]]]]:
@@ -132,15 +134,16 @@ def test_weights_lie_where_the_configuration_looks_for_them() -> None:
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_scripts_are_executable_and_pass_shellcheck(name: str) -> None:
-    script = ROOT / "scripts" / name
-    assert script.stat().st_mode & 0o111
-    if shutil.which("shellcheck") is None:
-        pytest.skip("shellcheck is not installed: apt-get install shellcheck")
-    ran = subprocess.run(
-        ["shellcheck", "-x", "-P", "SCRIPTDIR", str(script)], capture_output=True, text=True, timeout=120
-    )
-    assert ran.stdout == ""
+def test_scripts_are_executable(name: str) -> None:
+    assert (ROOT / "scripts" / name).stat().st_mode & 0o111
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is missing: apt-get install shellcheck")
+@pytest.mark.parametrize("name", POSIX)
+def test_shellcheck(name: str) -> None:
+    command = ["shellcheck", "--external-sources", "--source-path=SCRIPTDIR", str(ROOT / "scripts" / name)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stdout
 
 
 @pytest.mark.parametrize("name", ["eif", "machine/base", "machine/wheels"])

@@ -38,6 +38,7 @@ from tests.parent.image.containers import Container, docker_archive, layout, tar
 from tests.parent.image.independent import CMDLINE_TEXT, arm64_image, bzimage, read_in_order, unpack
 from tests.parent.image.test_dockerfile import docker
 from tests.parent.image.test_folder import filled
+from tests.pki.forge import NOW
 
 SIGNER = eif_files.Signer()
 
@@ -221,7 +222,7 @@ def test_a_signature_adds_pcr8_and_changes_no_other(tmp_path: Path) -> None:
     registers = signed[0].image.measurements
     assert PcrSet(registers.pcr0, registers.pcr1, registers.pcr2) == plain.image.measurements
     assert registers.pcr8 == SIGNER.pcr8()
-    certificate = read_image(signed[0].path, at=datetime.now(UTC).replace(year=2026, month=3)).signer
+    certificate = read_image(signed[0].path, at=NOW).signer
     assert certificate is not None
     digest = hashlib.sha256(certificate.der).hexdigest()
     assert dependencies(signed[0])["signing certificate"] == {"sha256": digest}
