@@ -247,7 +247,7 @@ def _files(before: RamdiskContents, after: RamdiskContents) -> RamdiskDifference
 
 
 def _by_place(contents: RamdiskContents) -> dict[tuple[str, int], ListedEntry]:
-    """By path, and how often it was there before: a second entry of one name replaces the first when it is unpacked."""
+    """By path, and how often it was there before: a folder may come several times, the last with its mode and owner."""
     seen: Counter[str] = Counter()
     placed = {}
     for listed in contents.entries:
@@ -257,14 +257,13 @@ def _by_place(contents: RamdiskContents) -> dict[tuple[str, int], ListedEntry]:
     return placed
 
 
-_Inode: TypeAlias = tuple[int, Kind, tuple[int, int, int]]
-"""What the names of one file have in common: the archive, the kind, the number."""
+_Inode: TypeAlias = tuple[int, tuple[int, int, int]]
+"""What the names of one file have in common: the archive, and the number."""
 
 
 def _inode(entry: RamdiskEntry) -> _Inode | None:
     """None where there is but one name, whatever the number is."""
-    is_linked = entry.links > 1 and entry.kind not in (Kind.DIRECTORY, Kind.SYMLINK)
-    return (entry.archive, entry.kind, entry.inode) if is_linked else None
+    return (entry.archive, entry.inode) if entry.kind is Kind.FILE and entry.links > 1 else None
 
 
 def _linked(contents: RamdiskContents) -> dict[_Inode, tuple[str, bytes]]:

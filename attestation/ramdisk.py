@@ -27,6 +27,8 @@ MAX_NAMES: Final = 64 << 20
 """Bytes of the paths and the links' targets of all of them together: what a list of them holds in memory."""
 MAX_NAME: Final = 4096
 """Bytes of a path or of a link's target, with the final NUL: Linux's PATH_MAX."""
+MAX_PART: Final = 255
+"""Bytes of a name between two slashes: Linux's NAME_MAX."""
 MAX_UNPACKED: Final = 1 << 36
 """Bytes that one ramdisk may come to: 64 GiB. A gzip stream can be a thousandth of what it claims to hold."""
 
@@ -110,14 +112,39 @@ class RamdiskEntry:
     """The number of the archive within the ramdisk, from 0."""
 
 
-@dataclass(slots=True)
 class Unpacking:
-    """What the ramdisks of one image have come to so far. Their readers share one."""
+    """What the ramdisks of one image make when Linux unpacks them one over the other: their readers share one.
 
-    entries: int = 0
-    """The number of files, folders and the rest."""
-    names: int = 0
-    """Bytes of their paths, each with its NUL, and of the links' targets."""
+    Linux (init/initramfs.c) says nothing of an entry for which there is no folder, goes through a link on its way, and
+    of two with one name keeps the first or the last, by their kinds. Here each of these is wrong.
+    """
+
+    def __init__(self) -> None:
+        """Of an empty root."""
+        self._kinds = {"": Kind.DIRECTORY}
+        self.entries = 0
+        """The number of files, folders and the rest."""
+        self.names = 0
+        """Bytes of their paths, each with its NUL, and of the links' targets."""
+        self.size = 0
+        """Bytes of the ramdisks that are being read or were: Linux has them one behind the other."""
+
+    def kind(self, path: str) -> Kind | None:
+        """What is at ``path``, as in :class:`RamdiskEntry`, by now; None: nothing."""
+        return self._kinds.get(path)
+
+    def place(self, path: str, kind: Kind) -> str:
+        """The next entry. Returns what is wrong with its place; nothing where Linux makes it as its header says."""
+        folder = self._kinds.get(path.rpartition("/")[0])
+        if folder is None:
+            return "in a folder that does not come before it"
+        if folder is not Kind.DIRECTORY:
+            return f"within a {folder}"
+        before = self._kinds.get(path)
+        if before is not None and not before is kind is Kind.DIRECTORY:
+            return f"of a name that a {before} has already"
+        self._kinds[path] = kind
+        return ""
 
 
 class Readable(Protocol):
@@ -136,10 +163,11 @@ class RamdiskReader:
     def __init__(self, file: Readable, size: int, *, offset: int = 0, unpacking: Unpacking | None = None) -> None:
         """``size`` bytes from ``file``'s position on are the ramdisk, which begins at ``offset`` of the image.
 
-        ``unpacking`` is what the ramdisks before it came to; None: there are none.
+        ``unpacking`` is what the ramdisks before it made; None: there are none.
         """
         self._unpacking = Unpacking() if unpacking is None else unpacking
-        self._stream = _Stream(file, size, offset)
+        self._stream = _Stream(file, size, offset, self._unpacking.size)
+        self._unpacking.size += size
         self._content: Iterator[bytes] = iter(())
         self._entries = self._read()
         self._archives = 0
@@ -163,7 +191,7 @@ class RamdiskReader:
 
     def _archive(self, source: _Bytes) -> Iterator[RamdiskEntry]:
         """One archive, to its trailer."""
-        if source.position % _ALIGNMENT:
+        if source.position % _ALIGNMENT or (source.before + source.position) % _ALIGNMENT:
             raise source.error("malformed_ramdisk", "an archive begins askew", expected="a multiple of 4 bytes")
         self._archives += 1
         while (made := self._header(source)) is not None:
@@ -197,6 +225,8 @@ class RamdiskReader:
         if name == TRAILER + b"\0":
             if size:
                 raise source.error("malformed_ramdisk", "a trailer with content", at=at, expected="none", got=size)
+            if stat.S_ISLNK(mode):  # which Linux makes, and goes on with the archive's inode numbers
+                raise source.error("malformed_ramdisk", "a trailer that is a link", at=at, got=f"{mode:o}")
             return None
         kind = _KINDS.get(stat.S_IFMT(mode))
         if kind is None or mode > 0o177777:
@@ -208,6 +238,11 @@ class RamdiskReader:
             target = _target(source, at, size)
         elif kind is not Kind.FILE and size:
             raise source.error("malformed_ramdisk", f"a {kind} with content", at=at, expected="none", got=size)
+        if links > 1 and kind not in (Kind.FILE, Kind.DIRECTORY, Kind.SYMLINK):
+            raise source.error("unsafe_path", f"a {kind} with several names", at=at, expected="one", got=links)
+        if wrong := self._unpacking.place(path, kind):
+            expected, got = "each name once, behind its folder", ascii(path)[1:-1][:80]
+            raise source.error("unsafe_path", f"an entry {wrong}", at=at, expected=expected, got=got)
         *device, major, minor = devices
         is_device = kind in (Kind.CHARACTER_DEVICE, Kind.BLOCK_DEVICE)
         entry = RamdiskEntry(
@@ -255,16 +290,16 @@ def _path(source: _Bytes, at: int, name: bytes, *, is_folder: bool) -> str:
     if not text or not nul or rest:
         raise source.error("malformed_ramdisk", "a name that does not end with its NUL", at=at, got=ascii(name[:80]))
     parts = text.removeprefix(b"/").split(b"/")
+    if parts[0] == b".":
+        parts = parts[1:] or [b""]  # as find(1) writes them
     if len(parts) > 1 and is_folder and not parts[-1]:
         parts.pop()  # the slash that tar puts behind folders
-    kept = [part for part in parts if part != b"."]
-    if kept == [b""]:
-        kept = []  # the root, as /
-    if b"" in kept or b".." in kept or not (kept or is_folder):
-        raise source.error(
-            "unsafe_path", "a path with .. or an empty part", at=at, expected="names alone", got=ascii(text)[1:][:80]
-        )
-    return b"/".join(kept).decode("utf-8", "surrogateescape")
+    if parts == [b""] and is_folder:
+        return ""  # the root
+    if any(part in (b"", b".", b"..") or len(part) > MAX_PART for part in parts):
+        message, expected = "a path with ., .., an empty or a long part", f"names alone, of at most {MAX_PART} bytes"
+        raise source.error("unsafe_path", message, at=at, expected=expected, got=ascii(text)[1:][:80])
+    return b"/".join(parts).decode("utf-8", "surrogateescape")
 
 
 def _target(source: _Bytes, at: int, size: int) -> str:
@@ -282,8 +317,9 @@ def _target(source: _Bytes, at: int, size: int) -> str:
 class _Bytes(ABC):
     """A sequence of bytes, read once, with a look ahead."""
 
-    def __init__(self) -> None:
-        self.position = 0
+    def __init__(self, before: int = 0) -> None:
+        """``before`` is bytes that Linux has unpacked when it comes to the first."""
+        self.position, self.before = 0, before
         self._buffer, self._used = b"", 0
 
     @abstractmethod
@@ -353,8 +389,8 @@ class _Bytes(ABC):
 class _Stream(_Bytes):
     """The ramdisk as it stands in the file."""
 
-    def __init__(self, file: Readable, size: int, offset: int) -> None:
-        super().__init__()
+    def __init__(self, file: Readable, size: int, offset: int, before: int) -> None:
+        super().__init__(before)
         self._file, self._left, self._offset = file, size, offset
 
     def _fill(self) -> bytes:

@@ -83,6 +83,16 @@ class Linux:
         found = self._find(path, follow_last=True)
         return None if found is None or found.kind != stat.S_IFREG else found.data
 
+    def files(self) -> dict[str, bytes | None]:
+        """What regular files have; None for everything else. The root is left out."""
+        found, left = dict[str, bytes | None](), [("", self.root)]
+        while left:
+            above, folder = left.pop()
+            for name, node in folder.names.items():
+                found[above + name] = node.data if node.kind == stat.S_IFREG else None
+                left.append((f"{above}{name}/", node))
+        return found
+
     def _clean(self, path: str, kind: int) -> None:
         place = self._place(path)
         if place is not None:

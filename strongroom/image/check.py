@@ -18,12 +18,11 @@ from attestation.image_files import (
     CONFIGURATION_PATH,
     ROOT_FILE_SYSTEM,
     ImageFileError,
-    Unpacking,
     read_configuration,
 )
 from attestation.measure import EnclaveImage
 from attestation.policy import AppraisalPolicy
-from attestation.ramdisk import Kind
+from attestation.ramdisk import Kind, RamdiskError
 from attestation.reference import PCR_SIGNER, PcrSet, configuration_digest, digest_text
 from attestation.release_heads import HeadMemory
 from attestation.release_signing import PublicKey, ReleaseError
@@ -34,6 +33,7 @@ from strongroom.files import read_bounded
 from strongroom.image.report import kernel_text, signature_text
 from strongroom.options import load_policy, user_heads
 
+NO_COPY: Final = "no copy for the init, so that these registers fit any boundary between kernel and command line"
 CMDLINE_COPY: Final = "cmdline"
 """In ramdisk 0: the command line as it was built, for an init of ours to compare."""
 APPLICATION: Final = "cmd", "env", ROOT_FILE_SYSTEM
@@ -157,11 +157,14 @@ def _kernel(image: EnclaveImage) -> ImageCheck:
 def _cmdline(contents: ImageContents) -> ImageCheck:
     """Printable it is, since it was measured. An init of ours halts unless the copy in its ramdisk is the beginning."""
     text = contents.image.cmdline
-    boot = contents.ramdisks[0].entries
-    copies = [listed for listed in boot if listed.entry.path == CMDLINE_COPY]
-    if not copies:
-        return ImageCheck("command line", f"{len(text)} printable characters, and no copy for the init: {text}")
-    if copies[-1].sha384 != hashlib.sha384(text.encode()).digest():
+    copy = next((each for each in contents.ramdisks[0].entries if each.entry.path == CMDLINE_COPY), None)
+    if copy is None:
+        said = f"{len(text)} printable characters; {NO_COPY}: {text}"
+        return ImageCheck("command line", said, is_asked=False)
+    if copy.entry.kind is not Kind.FILE or copy.entry.links > 1:
+        said = f"its copy in ramdisk0 is no file of its own, at which the init would halt: {text}"
+        return ImageCheck("command line", said, BROKEN)
+    if copy.sha384 != hashlib.sha384(text.encode()).digest():
         said = f"not the copy that is in ramdisk0 for the init, which would halt: {text}"
         return ImageCheck("command line", said, BROKEN)
     return ImageCheck("command line", f"{len(text)} printable characters, as the init will ask: {text}")
@@ -176,28 +179,15 @@ def _files(contents: ImageContents) -> ImageCheck:
 
 
 def _layout(contents: ImageContents) -> ImageCheck:
-    """Linux unpacks the application's ramdisks over that of the boot: one that has an ``init`` would bring its own.
-
-    A folder may come twice, which changes its mode and owner at most: AWS's builder adds some that containers have.
-    """
-    unpacking = Unpacking()
-    for index, disk in enumerate(contents.ramdisks):
-        seen: set[str] = set()
-        for entry in (listed.entry for listed in disk.entries):
-            name, path = f"ramdisk{index}", ascii(entry.path)[1:-1]
-            if index and entry.path and entry.path.partition("/")[0] not in APPLICATION:
-                said = f"{name} has {path}, which takes effect outside of the application: {', '.join(APPLICATION)}"
-                return ImageCheck("layout", said, BROKEN)
-            if entry.path in seen and entry.kind is not Kind.DIRECTORY:
-                return ImageCheck("layout", f"{name} has {path} twice, so that a list of it misleads", BROKEN)
-            seen.add(entry.path)
-            try:
-                unpacking.add(entry)
-            except ImageFileError as error:
-                return ImageCheck("layout", f"{name}: {error.message}: {error.got}", BROKEN)
+    """Linux unpacks the application's ramdisks over that of the boot: one that has an ``init`` would bring its own."""
+    for index, disk in enumerate(contents.ramdisks[1:], 1):
+        for path in (listed.entry.path for listed in disk.entries):
+            if path and path.partition("/")[0] not in APPLICATION:
+                outside = f"which takes effect outside of the application: {', '.join(APPLICATION)}"
+                return ImageCheck("layout", f"ramdisk{index} has {ascii(path)[1:-1]}, {outside}", BROKEN)
     if any(disk.problem is not None for disk in contents.ramdisks):
         return ImageCheck("layout", "not judged: not everything can be listed", is_asked=False)
-    return ImageCheck("layout", f"only {', '.join(APPLICATION)} over what ramdisk0 boots, and no file twice")
+    return ImageCheck("layout", f"only {', '.join(APPLICATION)} over what ramdisk0 boots")
 
 
 def _by_history(image: EnclaveImage, history: ReleaseHistory) -> ImageCheck:
@@ -237,7 +227,7 @@ def _by_policy(image: EnclaveImage, file: BinaryIO, policy: AppraisalPolicy) -> 
         yield _by_signer(image, policy)
     try:
         digest = configuration_digest(read_configuration(image, file))
-    except ImageFileError as error:
+    except (ImageFileError, RamdiskError) as error:
         if error.code == "no_such_file":
             yield ImageCheck("configuration", f"not judged: {error.message} ({CONFIGURATION_PATH})", is_asked=False)
         else:

@@ -41,16 +41,30 @@ SUFFIXES: Final = {"metadata": ".json", "signature": ".cbor", "cmdline": ".txt"}
     "[default: all but files]",
 )
 @click.option("--file", "path", metavar="PATH", help="In place of a folder: print this file of the root file system.")
+@click.option(
+    "--max-size",
+    type=click.IntRange(1, MAX_UNPACKED >> 30),
+    default=16,
+    show_default=True,
+    metavar="GIB",
+    help="Of all unpacked files together, or of the one that is printed.",
+)
 @click.option("--as-root", is_flag=True, help="Unpack devices, owners and set-user-id bits too; for root alone.")
 @json_option
 def extract(
-    file: Path, output: Path | None, sections: tuple[str, ...], path: str | None, as_root: bool, as_json: bool
+    file: Path,
+    output: Path | None,
+    sections: tuple[str, ...],
+    path: str | None,
+    max_size: int,
+    as_root: bool,
+    as_json: bool,
 ) -> None:
     """Take an enclave image apart.
 
     The image is measured first, and what leaves it is what was measured. Nothing that is there is overwritten, and no
-    path leads out of DIR, whatever the image's links say; devices are left out unless --as-root asks for them. DIR
-    appears when everything is in it, or not at all.
+    path leads out of DIR, whatever the image's links say; devices are left out unless --as-root asks for them, which
+    leaves DIR to root alone. DIR appears when everything is in it, or not at all.
 
     \b
     Examples:
@@ -69,12 +83,12 @@ def extract(
     with open_image(file) as opened:
         if path is not None:
             with tempfile.SpooledTemporaryFile(IN_MEMORY) as content:  # until the ramdisks have been read to their end
-                copy_file(opened.image, opened.file, path, content, limit=MAX_UNPACKED)
+                copy_file(opened.image, opened.file, path, content, limit=max_size << 30)
                 content.seek(0)
                 shutil.copyfileobj(content, sys.stdout.buffer)
             return
         assert output is not None  # as was asked above
-        done = _extract(opened, output, _named(opened, sections), as_root)
+        done = _extract(opened, output, _named(opened, sections), as_root=as_root, most=max_size << 30)
     if as_json:
         wrote = [str(each) for each in done.wrote]
         click.echo(json.dumps({"wrote": wrote, "entries": done.entries, "left_out": done.left_out}))
@@ -95,9 +109,10 @@ def _named(opened: OpenImage, sections: tuple[str, ...]) -> list[str]:
     return list(dict.fromkeys(sections)) or there[:-1]
 
 
-def _extract(opened: OpenImage, output: Path, names: list[str], as_root: bool) -> Unpacked:
+def _extract(opened: OpenImage, output: Path, names: list[str], *, as_root: bool, most: int) -> Unpacked:
     done = Unpacked()
-    with new_folder(output) as folder:
+    is_private = as_root and FILES in names  # programs with set-user-id bits, and devices, are for nobody else
+    with new_folder(output, mode=0o700 if is_private else 0o755) as folder:
         for name in names:
             if name != FILES:
                 file_name = name + SUFFIXES.get(name, "")
@@ -106,7 +121,7 @@ def _extract(opened: OpenImage, output: Path, names: list[str], as_root: bool) -
         if FILES in names:
             root = folder if names == [FILES] else folder / FILES
             root.mkdir(exist_ok=True)
-            unpacked = unpack(opened.image, opened.file, root, as_root=as_root)
+            unpacked = unpack(opened.image, opened.file, root, as_root=as_root, most=most)
             done.entries, done.left_out = unpacked.entries, unpacked.left_out
             done.wrote.append(output if names == [FILES] else output / FILES)
     return done

@@ -12,14 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attestation.eif import ImageError
+from attestation.errors import StrongroomError
 from attestation.image_files import (
     CONFIGURATION_PATH,
     MAX_CONFIGURATION,
     ImageFileError,
     copy_file,
+    ramdisks,
     read_configuration,
 )
 from attestation.measure import measure_image
+from attestation.ramdisk import Kind, RamdiskError
 from tests.cpio_files import Member, archive, device, folder, link, packed
 from tests.eif_files import Eif, image
 from tests.linux_ramdisks import Linux
@@ -39,8 +42,8 @@ def configuration(*disks: Sequence[Member]) -> bytes:
     return read_configuration(measure_image(file), file)
 
 
-def refused(*disks: Sequence[Member]) -> ImageFileError:
-    with pytest.raises(ImageFileError) as caught:
+def refused(*disks: Sequence[Member]) -> StrongroomError:
+    with pytest.raises((ImageFileError, RamdiskError)) as caught:
         configuration(*disks)
     return caught.value
 
@@ -52,15 +55,15 @@ def test_the_configuration_is_read() -> None:
     assert configuration((*FOLDERS, replace(TOML, data=b"x" * MAX_CONFIGURATION))) == b"x" * MAX_CONFIGURATION
 
 
-def test_the_last_of_several_is_copied_and_none_is_the_configuration() -> None:
-    later = replace(TOML, data=b"version\n")
-    for disks in (((*FOLDERS, TOML, later),), ((*FOLDERS, TOML), (later,))):
-        file, out = io.BytesIO(made(*disks).encode()), io.BytesIO()
-        found = measure_image(file)
-        assert copy_file(found, file, CONFIGURATION_PATH, out, limit=12) == 2
-        assert out.getvalue() == later.data
-        error = refused(*disks)
-        assert (error.code, error.expected, error.got) == ("several_files", "one", "2")
+def test_a_file_is_copied_up_to_the_limit() -> None:
+    file, out = io.BytesIO(made((*FOLDERS, TOML)).encode()), io.BytesIO()
+    found = measure_image(file)
+    copy_file(found, file, CONFIGURATION_PATH, out, limit=len(TOML.data))
+    assert out.getvalue() == TOML.data
+    with pytest.raises(ImageFileError) as caught:
+        copy_file(found, file, CONFIGURATION_PATH, out, limit=len(TOML.data) - 1)
+    assert caught.value.code == "file_too_large"
+    assert out.getvalue() == TOML.data
 
 
 LARGE: Final = replace(TOML, data=b"#" * (MAX_CONFIGURATION + 1))
@@ -69,33 +72,33 @@ NOT_READ: dict[str, tuple[Sequence[Sequence[Member]], str, str]] = {
     "no folders either": ([()], "no_such_file", "no such file"),
     "outside of the root file system": ([[*FOLDERS, Member("enclave.toml")]], "no_such_file", "no such file"),
     "too large": ([[*FOLDERS, LARGE]], "file_too_large", "too large"),
-    "the later one is too large": ([[*FOLDERS, TOML, LARGE]], "file_too_large", "too large"),
-    "the earlier one is too large": ([[*FOLDERS, LARGE], [TOML]], "file_too_large", "too large"),
+    "two": ([[*FOLDERS, TOML, TOML]], "unsafe_path", "a file has already"),
+    "two, in two ramdisks": ([[*FOLDERS, TOML], [TOML]], "unsafe_path", "a file has already"),
+    "a decoy": ([[*FOLDERS, TOML, replace(TOML, name=f"{PATH}/.")]], "unsafe_path", "a path with ."),
     "a link": ([[*FOLDERS, link(PATH, "/etc/hosts")]], "not_a_file", "got symlink, to '/etc/hosts'"),
-    "a link later": ([[*FOLDERS, TOML], [link(PATH, "other")]], "not_a_file", "got symlink, to 'other'"),
+    "a link later": ([[*FOLDERS, TOML], [link(PATH, "other")]], "unsafe_path", "a file has already"),
     "a link before": ([[*FOLDERS, link(PATH, "other"), TOML]], "not_a_file", "got symlink, to 'other'"),
     "a device": ([[*FOLDERS, device(PATH, 1, 3)]], "not_a_file", "got character device"),
     "a folder": ([[*FOLDERS, folder(PATH)]], "not_a_file", "got directory"),
     "one of two names": ([[*FOLDERS, replace(TOML, links=2)]], "not_a_file", "got one of 2 names of a file"),
-    "one of two names later": ([[*FOLDERS, TOML], [replace(TOML, links=2)]], "not_a_file", "got one of 2 names"),
-    "a folder later": ([[*FOLDERS, TOML], [folder(PATH)]], "unsafe_entry", "takes the place of what is no folder"),
+    "a folder later": ([[*FOLDERS, TOML], [folder(PATH)]], "unsafe_path", "a file has already"),
     "a link instead of its folder": (
         [[*FOLDERS, TOML], [link("rootfs/etc", "other")]],
-        "unsafe_entry",
-        "takes the place of a folder",
+        "unsafe_path",
+        "a directory has already",
     ),
     "a link to its folder": (
         [[*FOLDERS[:2], folder("rootfs/other"), link(FOLDERS[2].name, "../other"), TOML]],  # type: ignore[arg-type]
-        "unsafe_entry",
-        "within what is no folder, or a link to one",
+        "unsafe_path",
+        "within a symlink",
     ),
     "another way to it": (
         [[*FOLDERS, TOML, link("rootfs/alias", "etc/strongroom")], [Member("rootfs/alias/enclave.toml", b"other")]],
-        "unsafe_entry",
-        "within what is no folder, or a link to one",
+        "unsafe_path",
+        "within a symlink",
     ),
-    "a folder is missing": ([[*FOLDERS[:2], TOML]], "unsafe_entry", "a folder that does not come before it"),
-    "within the file": ([[*FOLDERS, TOML, Member(PATH + "/x")]], "unsafe_entry", "within what is no folder"),
+    "a folder is missing": ([[*FOLDERS[:2], TOML]], "unsafe_path", "a folder that does not come before it"),
+    "within the file": ([[*FOLDERS, TOML, Member(PATH + "/x")]], "unsafe_path", "within a file"),
     "a link on the way": ([[FOLDERS[0], link("rootfs/etc", "usr")]], "not_a_file", "on the way"),
     "a file on the way": ([[Member("rootfs")]], "not_a_file", "got file"),
 }
@@ -154,8 +157,30 @@ def test_what_is_read_is_what_linux_makes(disks: list[list[Member]], folders: in
         linux.unpack(disk)
     try:
         read: bytes | None = configuration(*disks)
+    except RamdiskError:
+        return
     except ImageFileError as error:
         if error.code != "no_such_file":
             return
         read = None
     assert linux.read(CONFIGURATION_PATH) == read
+
+
+@given(st.lists(st.lists(members(), max_size=4), min_size=1, max_size=2), st.integers(0, 9))
+def test_what_is_listed_is_what_linux_makes(disks: list[list[Member]], folders: int) -> None:
+    disks[0] = [*FOLDERS[:folders], *disks[0]]
+    linux = Linux()
+    for disk in (BOOT, *disks):
+        linux.unpack(disk)
+    file, listed = io.BytesIO(made(*disks).encode()), {}
+    try:
+        for reader in ramdisks(measure_image(file), file):
+            for entry in reader:
+                listed[entry.path] = entry, b"".join(reader.content())
+    except RamdiskError:
+        return
+    files = linux.files()
+    assert files.keys() == listed.keys()
+    for path, (entry, content) in listed.items():
+        if entry.kind is not Kind.FILE or entry.links < 2:  # of several names the content is that of all of them
+            assert files[path] == (content if entry.kind is Kind.FILE else None)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attestation import ramdisk
-from attestation.ramdisk import Kind, RamdiskEntry, RamdiskError, RamdiskReader
+from attestation.ramdisk import Kind, RamdiskEntry, RamdiskError, RamdiskReader, Unpacking
 from tests.cpio_files import TRAILER, Member, archive, device, folder, link, packed
 
 OFFSET = 1000
@@ -22,10 +22,11 @@ FILES = (
     folder("etc"),
     Member("etc/hosts", b"127.0.0.1 localhost\n", uid=7, gid=8, mtime=1_700_000_000, inode=5),
     link("etc/mtab", "/proc/mounts"),
-    device("dev/null", 1, 3),
-    Member("bin/su", b"\x7fELF" * 100, mode=stat.S_IFREG | 0o4755),
+    device("null", 1, 3),
+    Member("su", b"\x7fELF" * 100, mode=stat.S_IFREG | 0o4755),
 )
 PLAIN = archive(*FILES)
+MORE = archive(Member("more"))
 
 
 def read(data: bytes, size: int | None = None) -> list[tuple[RamdiskEntry, bytes]]:
@@ -59,7 +60,7 @@ def told(data: bytes) -> str:
 @pytest.mark.parametrize("pack", [bytes, packed], ids=["plain", "gzip"])
 def test_entries_are_as_their_headers_say(pack: Callable[[bytes], bytes]) -> None:
     found = read(pack(PLAIN))
-    assert [entry.path for entry, _ in found] == ["etc", "etc/hosts", "etc/mtab", "dev/null", "bin/su"]
+    assert [entry.path for entry, _ in found] == ["etc", "etc/hosts", "etc/mtab", "null", "su"]
     kinds = [Kind.DIRECTORY, Kind.FILE, Kind.SYMLINK, Kind.CHARACTER_DEVICE, Kind.FILE]
     assert [entry.kind for entry, _ in found] == kinds
     hosts, content = found[1]
@@ -90,13 +91,14 @@ def test_every_kind_is_known(format_bits: int, kind: Kind) -> None:
         (".", ""),
         ("/", ""),
         ("./", ""),
-        ("a/./b", "a/b"),
+        ("./a/", "a"),
+        ("/.", ""),
         ("ä", "ä"),
         ("a/", "a"),
     ],
 )
 def test_a_path_has_one_form(written: str, path: str) -> None:
-    [(entry, _)] = read(archive(folder(written)))
+    *_, (entry, _) = read(archive(*([folder("a")] if path == "a/b" else []), folder(written)))
     assert entry.path == path
 
 
@@ -106,10 +108,10 @@ def test_a_name_that_is_no_utf_8_is_kept() -> None:
 
 
 def test_archives_follow_one_another_with_zeros_between() -> None:
-    one, two, three = (archive(Member(name)) for name in "abc")
-    data = one + bytes(512) + packed(two + bytes(4) + three) + packed(one) + bytes(8)
-    found = read(data + bytes(-len(data) % 4) + two)
-    assert [(entry.path, entry.archive) for entry, _ in found] == [("a", 0), ("b", 1), ("c", 2), ("a", 3), ("b", 4)]
+    one, two, three, four, five = (archive(Member(name)) for name in "abcde")
+    data = one + bytes(512) + packed(two + bytes(4) + three) + packed(four) + bytes(8)
+    found = read(data + bytes(-len(data) % 4) + five)
+    assert [(entry.path, entry.archive) for entry, _ in found] == [("a", 0), ("b", 1), ("c", 2), ("d", 3), ("e", 4)]
 
 
 @pytest.mark.parametrize("data", [b"", bytes(1), bytes(513), packed(b""), packed(bytes(512))])
@@ -148,7 +150,7 @@ class _Trickle(io.RawIOBase):
         return taken
 
 
-@pytest.mark.parametrize("data", [PLAIN, packed(PLAIN), packed(PLAIN) + packed(PLAIN)])
+@pytest.mark.parametrize("data", [PLAIN, packed(PLAIN), packed(PLAIN) + packed(MORE)])
 def test_short_reads_are_no_end(data: bytes) -> None:
     reader = RamdiskReader(_Trickle(data), len(data))
     assert [(entry, b"".join(reader.content())) for entry in reader] == read(data)
@@ -201,23 +203,42 @@ LIES: dict[str, tuple[bytes, str, str]] = {
     "link with a NUL": (archive(link("a", "b\0c")), "malformed_ramdisk", "NUL"),
     "padding of a name": (replace(ONE, name="abc", padding=b"x").encode(), "malformed_ramdisk", "fills up"),
     "padding of a file": (replace(ONE, data=b"abc", padding=b"x").encode(), "malformed_ramdisk", "fills up"),
-    "askew": (PLAIN + bytes(2) + PLAIN, "malformed_ramdisk", "askew"),
+    "askew": (PLAIN + bytes(2) + MORE, "malformed_ramdisk", "askew"),
     "askew behind gzip": (
-        packed(PLAIN) + bytes(-len(packed(PLAIN)) % 4 + 1) + PLAIN,
+        packed(PLAIN) + bytes(-len(packed(PLAIN)) % 4 + 1) + MORE,
         "malformed_ramdisk",
         "askew",
     ),
     "askew in gzip": (packed(bytes(2) + PLAIN), "malformed_ramdisk", "askew"),
     "bytes behind the trailer": (PLAIN + b"more", "truncated_ramdisk", "ends too early"),
     "a word behind the trailer": (PLAIN + b"more words", "unknown_ramdisk", "no archive"),
+    "trailer that is a link": (replace(TRAILER, mode=stat.S_IFLNK).encode(), "malformed_ramdisk", "trailer"),
     "up": (archive(Member("../etc/passwd")), "unsafe_path", ".."),
-    "up in between": (archive(Member("a/../../b")), "unsafe_path", ".."),
-    "up at the end": (archive(Member("a/..")), "unsafe_path", ".."),
-    "two slashes": (archive(Member("a//b")), "unsafe_path", "empty part"),
-    "two slashes at the beginning": (archive(Member("//b")), "unsafe_path", "empty part"),
-    "a file in place of the root": (archive(Member("/")), "unsafe_path", "empty part"),
-    "two slashes at the end": (archive(folder("a//")), "unsafe_path", "empty part"),
-    "slash at the end of a file": (archive(Member("a/")), "unsafe_path", "empty part"),
+    "up in between": (archive(folder("a"), Member("a/../../b")), "unsafe_path", ".."),
+    "up at the end": (archive(folder("a"), Member("a/..")), "unsafe_path", ".."),
+    "two slashes": (archive(folder("a"), Member("a//b")), "unsafe_path", "an empty"),
+    "two slashes at the beginning": (archive(Member("//b")), "unsafe_path", "an empty"),
+    "a file in place of the root": (archive(Member("/")), "unsafe_path", "an empty"),
+    "a file in place of the root, as a dot": (archive(Member("./")), "unsafe_path", "an empty"),
+    "two slashes at the end": (archive(folder("a//")), "unsafe_path", "an empty"),
+    "slash at the end of a file": (archive(Member("a/")), "unsafe_path", "an empty"),
+    "dot at the end of a file": (archive(ONE, Member("a/.")), "unsafe_path", "with ."),
+    "dot at the end of a folder": (archive(folder("a"), folder("a/.")), "unsafe_path", "with ."),
+    "dot in between": (archive(folder("a"), folder("a/./b")), "unsafe_path", "with ."),
+    "two dots at the beginning": (archive(folder("././a")), "unsafe_path", "with ."),
+    "more than Linux's file systems take": (archive(Member("ä" * 128)), "unsafe_path", "long"),
+    "no folder": (archive(Member("a/b")), "unsafe_path", "in a folder that does not come before it"),
+    "a folder that comes later": (archive(Member("a/b"), folder("a")), "unsafe_path", "does not come before"),
+    "within a file": (archive(ONE, Member("a/b")), "unsafe_path", "within a file"),
+    "through a link": (archive(folder("b"), link("a", "b"), Member("a/c")), "unsafe_path", "within a symlink"),
+    "a file twice": (archive(ONE, ONE), "unsafe_path", "of a name that a file has already"),
+    "a file twice, otherwise written": (archive(ONE, Member("./a")), "unsafe_path", "that a file has already"),
+    "a file for a link": (archive(link("a", "b"), ONE), "unsafe_path", "that a symlink has already"),
+    "a file for a folder": (archive(folder("a"), ONE), "unsafe_path", "that a directory has already"),
+    "a folder for a file": (archive(ONE, folder("a")), "unsafe_path", "that a file has already"),
+    "a folder for a link": (archive(link("a", "b"), folder("a")), "unsafe_path", "that a symlink has already"),
+    "a second archive's file": (archive(ONE) + packed(archive(ONE)), "unsafe_path", "that a file has already"),
+    "names of a device": (archive(replace(device("a", 8, 1), links=2)), "unsafe_path", "device with several names"),
 }
 
 
@@ -290,12 +311,40 @@ def test_every_changed_byte_gives_entries_or_the_typed_error(data: bytes) -> Non
             assert told(changed).isprintable()
 
 
-@given(st.lists(st.tuples(st.from_regex(r"[a-z]{1,4}(/[a-zä]{1,4}){0,2}", fullmatch=True), st.binary(max_size=40))))
-def test_what_was_written_is_read(files: list[tuple[str, bytes]]) -> None:
-    data = archive(*(Member(name, content) for name, content in files))
-    for each in (data, packed(data), data + packed(data)):
-        found = [(entry.path, content) for entry, content in read(each)]
-        assert found == files * (len(found) // max(len(files), 1))
+def test_a_folder_may_come_twice_and_the_root_too() -> None:
+    again = folder("a", 0o700)
+    assert [entry.mode for entry, _ in read(archive(folder("."), folder("a"), again, folder("/")))] == [
+        *(0o755, 0o755, 0o700, 0o755)
+    ]
+
+
+def test_the_ramdisks_of_an_image_are_one_tree() -> None:
+    def readers(*disks: bytes) -> list[str]:
+        unpacking = Unpacking()
+        made = [RamdiskReader(io.BytesIO(data), len(data), unpacking=unpacking) for data in disks]
+        return [entry.path for reader in made for entry in reader]
+
+    assert readers(archive(folder("a")), archive(folder("a"), Member("a/b"))) == ["a", "a", "a/b"]
+    assert readers(packed(archive(ONE)) + b"\0", packed(MORE)) == ["a", "more"]
+    for second, said in ((archive(ONE), "has already"), (archive(Member("a/b")), "within a file")):
+        with pytest.raises(RamdiskError, match=said):
+            readers(archive(ONE), second)
+    with pytest.raises(RamdiskError, match="askew"):  # Linux has one ramdisk right behind the other
+        readers(archive(ONE) + b"\0", MORE)
+
+
+NAMES = st.from_regex(r"[a-zä]{1,4}", fullmatch=True)
+
+
+@given(st.dictionaries(NAMES, st.dictionaries(NAMES, st.binary(max_size=40))))
+def test_what_was_written_is_read(folders: dict[str, dict[str, bytes]]) -> None:
+    members = []
+    for name, files in folders.items():
+        members += [folder(name), *(Member(f"{name}/{file}", content) for file, content in files.items())]
+    data = archive(*members)
+    for each in (data, packed(data), MORE + data, archive(*members[:3]) + packed(archive(*members[3:]))):
+        found = [(entry.path, content) for entry, content in read(each) if entry.path != "more"]
+        assert found == [(member.name, member.data) for member in members]
 
 
 @given(st.binary(max_size=300))
