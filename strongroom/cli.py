@@ -164,10 +164,11 @@ def image() -> None:
     """Build, measure and compare enclave images (EIF).
 
     \b
-    strongroom image build --oci layout --config enclave.toml --out enclave.eif    for a Nitro host
-    strongroom image measure enclave.eif                                           PCR0, PCR1, PCR2, as nitro-cli says
-    strongroom image policy enclave.eif --out policy.toml                          what a client must see
-    strongroom image diff enclave.eif other.eif                                    why two of them differ
+    Example:
+      strongroom image build --oci layout --config enclave.toml --out enclave.eif   for a Nitro host
+      strongroom image measure enclave.eif                                          PCR0, PCR1, PCR2, as nitro-cli says
+      strongroom image policy enclave.eif --output policy.toml                      what a client must see
+      strongroom image diff enclave.eif other.eif                                   why two of them differ
     """
 
 

@@ -47,12 +47,13 @@ def nitro() -> None:
     """Run enclaves on AWS: the instance, the host, the image, the enclave.
 
     \b
-    strongroom nitro launch --name parent --instance-type m6i.2xlarge --enclave-memory-mib 4096 --enclave-cpus 2
-    strongroom nitro bootstrap --memory-mib 4096 --cpus 2 --model /var/lib/strongroom/model.gguf
-    strongroom nitro build --dockerfile Dockerfile.enclave --output enclave.eif
-    strongroom nitro run enclave.eif --memory-mib 4096 --cpus 2 --cid 16
-    strongroom nitro describe
-    strongroom nitro terminate enclave
+    Example:
+      strongroom nitro launch --name parent --instance-type m6i.2xlarge --enclave-memory-mib 4096 --enclave-cpus 2
+      strongroom nitro bootstrap --memory-mib 4096 --cpus 2 --model /var/lib/strongroom/model.gguf
+      strongroom nitro build --dockerfile Dockerfile.enclave --output enclave.eif
+      strongroom nitro run enclave.eif --memory-mib 4096 --cpus 2 --cid 16
+      strongroom nitro describe
+      strongroom nitro terminate enclave
 
     The scripts bootstrap-parent, launch-parent, build-eif, run-enclave, describe-enclaves, enclave-console and
     terminate-enclave do the same, on a host that has nothing yet.

@@ -14,8 +14,10 @@ from attestation.bundle import Bundle
 from attestation.envelope import EnvelopeHeader
 from strongroom.cli import strongroom as front_door
 from strongroom.release_file import write_key
+from tests.gguf_files import tiny_model
 from tests.kms_house import ADMINISTRATOR, SEALER, WEIGHTS, HouseDesk, KmsStreet, kms_street
 from tests.kms_world import ROLE
+from tests.parent.image.independent import bzimage
 from tests.pki import forge
 from tests.release_files import ED25519, NAME
 from tests.sealing import CONTEXT, PROMPT
@@ -27,6 +29,14 @@ pytestmark = pytest.mark.skipif(not FULL.exists(), reason="this system has no /d
 PIN = str(ED25519.public_key)
 SIGNING = ("--key", "key.pem", "--product", NAME)
 REGISTERS = ("--pcr0", "01" * 48, "--pcr1", "02" * 48, "--pcr2", "03" * 48)
+CONFIGURATION = f"""\
+[nsm]
+address = "device:/dev/nsm"
+entropy = "nsm-hwrng"
+[model]
+manifest = "sha384:{"0a" * 48}"
+"""
+BUILD = ("--rootfs", "root", "--kernel", "bzImage", "--init", "init", "--cmdline", "quiet", "--cmd", "/bin/true")
 ADD = (*SIGNING, *REGISTERS, "--release", "1.0", "--repository", "r", "--commit", "ab" * 20)
 
 
@@ -45,6 +55,16 @@ COMMANDS = list(commands(front_door))
 SPEAKING: dict[tuple[str, ...], tuple[str, ...]] = {
     ("ask",): ("hello", "--url", "URL", "--policy", "POLICY"),
     ("evidence",): ("--url", "URL", "-o", "kept.json"),
+    ("doctor",): (),
+    ("image", "build"): (*BUILD, "--out", "new.eif"),
+    ("image", "describe"): ("enclave.eif",),
+    ("image", "diff"): ("enclave.eif", "enclave.eif"),
+    ("image", "extract"): ("enclave.eif", "--output", "taken-apart"),
+    ("image", "measure"): ("enclave.eif",),
+    ("image", "policy"): ("enclave.eif", "--output", "made.toml"),
+    ("image", "reproduce"): BUILD,
+    ("image", "size"): ("--model", "tiny.gguf"),
+    ("image", "verify"): ("enclave.eif",),
     ("inspect",): ("bundle.json",),
     ("policy", "check"): ("policy.toml",),
     ("policy", "explain"): ("policy.toml",),
@@ -90,7 +110,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strongroom: Terminal
     bundle = Bundle(forge.evidence(), forge.NONCE, forge.NOW, "http://127.0.0.1:8080")
     (tmp_path / "bundle.json").write_bytes(bundle.encode())
     write_key(tmp_path / "key.pem", ED25519)
+    (tmp_path / "tiny.gguf").write_bytes(tiny_model().encode())
+    (tmp_path / "root" / "etc" / "strongroom").mkdir(parents=True)
+    (tmp_path / "root" / "etc" / "strongroom" / "enclave.toml").write_text(CONFIGURATION)
+    (tmp_path / "bzImage").write_bytes(bzimage())
+    (tmp_path / "init").write_bytes(b"init")
     monkeypatch.chdir(tmp_path)
+    assert strongroom("image", "build", *BUILD, "--out", "enclave.eif").code == 0
     assert strongroom("release", "add", "releases.jsonl", *ADD).code == 0
     return tmp_path
 
@@ -209,6 +235,7 @@ def test_what_was_sealed_stays(by_kms: Callable[..., Ran]) -> None:
 
 def test_every_command_speaks_here_but_those_with_processes_of_their_own() -> None:
     servers = {("run",), ("init",), ("start",), ("stop",), ("serve",), ("proxy",), ("egress",), ("emulate", "kms")}
+    servers |= {("model-store",)} | {command for command in COMMANDS if command[0] == "nitro"}
     assert set(COMMANDS) - set(SPEAKING) - set(BY_KMS) == servers
 
 
