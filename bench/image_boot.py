@@ -180,7 +180,7 @@ async def _supervise(launcher: str, files: Path) -> None:
     instance = Registry.of_user().create(NAME)
     instance.configuration.write_bytes((files / "enclave.toml").read_bytes())
     image = files / "enclave.eif" if launcher == "qemu" else None
-    machine = make_machine(launcher, instance, image, store, memory=None, cpus=THREADS)
+    machine = make_machine(launcher, instance, image, model, memory=None, cpus=THREADS)
     told: set[str] = set()
 
     def happened(event: Event) -> None:

@@ -1,5 +1,5 @@
-"""What a launcher has to know of an ``enclave.toml``: where the enclave listens, and where it will look for its NSM,
-its model and its way to KMS.
+"""What a launcher has to know of an ``enclave.toml``: where the enclave listens, where it will look for its NSM, its
+model and its way to KMS, and how much its engine is to hold.
 
 The enclave reads the whole file, strictly; here only these keys are looked at, so that a mistake is said before
 anything is started.
@@ -10,10 +10,17 @@ from __future__ import annotations
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from attestation.errors import StrongroomError
 from vsockrpc.address import Address, parse_address
 from vsockrpc.errors import AddressError
+
+DEFAULT_CONTEXT: Final = 2048
+DEFAULT_BATCH: Final = 128
+"""Tokens: of a conversation, and of a prompt in one decode step. What the enclave takes where nobody says it."""
+MAX_TOKENS: Final = 1 << 20
+"""The most that the enclave takes."""
 
 
 class LaunchConfigurationError(StrongroomError):
@@ -47,6 +54,10 @@ class LaunchConfiguration:
     manifest: str
     """``sha384:`` and the digest of the model's manifest, in hexadecimal."""
     kms: KmsAccess | None = None
+    context: int = DEFAULT_CONTEXT
+    """Tokens of a conversation, prompt and answer together."""
+    batch: int = DEFAULT_BATCH
+    """Prompt tokens in one decode step."""
 
     @classmethod
     def load(cls, path: Path) -> LaunchConfiguration:
@@ -62,12 +73,12 @@ class LaunchConfiguration:
             raise LaunchConfigurationError(name, f"not TOML: {error}") from error
         return cls(
             listen=_address(document, "rpc", "listen"),
-            nsm=None
-            if _text(document, "nsm", "address").startswith("device:")
-            else _address(document, "nsm", "address"),
+            nsm=_module(document),
             store=_store(document),
             manifest=_text(document, "model", "manifest"),
             kms=_kms(document) if "kms" in document else None,
+            context=_tokens(document, "context", DEFAULT_CONTEXT),
+            batch=_tokens(document, "batch", DEFAULT_BATCH),
         )
 
 
@@ -85,6 +96,16 @@ def _store(document: dict[str, object]) -> Address | None:
 def _module(document: dict[str, object]) -> Address | None:
     is_device = _text(document, "nsm", "address").startswith("device:")
     return None if is_device else _address(document, "nsm", "address")
+
+
+def _tokens(document: dict[str, object], key: str, default: int) -> int:
+    values = document.get("engine", {})
+    value = values.get(key, default) if isinstance(values, dict) else None
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= MAX_TOKENS:
+        raise LaunchConfigurationError(
+            f"engine.{key}", "no number of tokens", expected=f"1..{MAX_TOKENS}", got=repr(value)[:80]
+        )
+    return value
 
 
 def _text(document: dict[str, object], table: str, key: str) -> str:

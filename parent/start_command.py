@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ from vsockrpc.http_server import parse_listen
 
 if TYPE_CHECKING:
     from parent.egress_service import EgressSettings
+    from parent.image.sizing import ModelShape
 
 err = Console(stderr=True, highlight=False)
 
@@ -56,7 +58,8 @@ GIB = 1 << 30
 @click.option(
     "--memory-gib",
     type=click.FloatRange(0.25),
-    help="Address space of each of its processes; of a machine, all of its memory.  [default: what the model needs]",
+    help="Address space of each of its processes; of a machine, all of its memory.  [default: what the model needs, "
+    "for a machine as `strongroom image size` says]",
 )
 @click.option("--cpus", type=click.IntRange(1), help="CPUs it may use.  [default: all]")
 @click.option(
@@ -142,6 +145,8 @@ def start(
         raise click.UsageError(f"--allow, --credentials, --profile, --egress-metrics: {measured} has no [kms]")
     else:
         egress = None
+    if launcher != "process":
+        require_places(launcher, wanted, name)
     with BootProgress(err, quiet=as_json) as progress:
         store = None
         if model is not None:
@@ -150,7 +155,7 @@ def start(
         instance = Registry.of_user().create(name)
         instance.configuration.write_bytes(text)
         memory = None if memory_gib is None else int(memory_gib * GIB)
-        machine = make_machine(launcher, instance, image, store, memory=memory, cpus=cpus)
+        machine = make_machine(launcher, instance, image, model, memory=memory, cpus=cpus)
         launch = Launch(instance, machine, store, egress)
 
         def changed(state: State) -> None:
@@ -177,29 +182,70 @@ def configuration_of(image: Path) -> bytes:
         return read_configuration(measure_image(file), file)
 
 
+def require_places(launcher: str, configuration: LaunchConfiguration, name: str) -> None:
+    """What takes no reading of a model is said before one is read. Raises LaunchConfigurationError for addresses that
+    no machine of this launcher has, AddressError.
+    """
+    if launcher == "nitro":
+        from parent.launch import nitro
+
+        nitro.places_of(configuration, nitro.cid_of(name))
+    else:
+        from parent.launch import qemu
+
+        qemu.places_of(configuration, Instance(Registry.of_user().root / name))
+
+
 def make_machine(
     launcher: str,
     instance: Instance,
     image: Path | None,
-    store: ModelStore | None,
+    model: Path | None,
     *,
     memory: int | None,
     cpus: int | None,
 ) -> Machine:
-    """``memory`` is bytes and ``cpus`` a count; None lets the launcher choose. Raises StrongroomError for what cannot
-    run here."""
-    size = 0 if store is None else sum(file.size for file in store.manifest.files)
+    """``memory`` is bytes and ``cpus`` a count; None takes what image and model need, and lets the launcher choose.
+    Raises StrongroomError for what cannot run here.
+    """
     if image is None:
         from parent.launch.process import MEMORY_SLACK, ProcessMachine
 
+        size = 0 if model is None else model.stat().st_size
         return ProcessMachine(instance, memory=memory or 2 * size + MEMORY_SLACK, cpus=cpus or 0)
+    memory = memory or needed_memory(image, model, LaunchConfiguration.load(instance.configuration))
     if launcher == "nitro":
         from parent.launch.nitro import NitroMachine
 
-        return NitroMachine(instance, image.resolve(), model_bytes=size, memory=memory, cpus=cpus)
+        return NitroMachine(instance, image.resolve(), memory=memory, cpus=cpus)
     from parent.launch.qemu import QemuMachine
 
-    return QemuMachine(instance, image.resolve(), model_bytes=size, memory=memory, cpus=cpus)
+    return QemuMachine(instance, image.resolve(), memory=memory, cpus=cpus)
+
+
+def needed_memory(image: Path, model: Path | None, configuration: LaunchConfiguration) -> int:
+    """Bytes, as ``strongroom image size`` counts them for this image, model and configuration. Weights that are in the
+    image are counted with it, and are at most all of it.
+
+    Raises ImageError, ImageFileError, ModelError, SizingError.
+    """
+    from parent.image.facts import read_facts  # what reads images takes time to load
+    from parent.image.sizing import MIB, ModelShape, Work, plan
+
+    size = read_facts(image).size
+    shape = replace(ModelShape.unseen(size.unpacked), weights=0) if model is None else shape_of(model, configuration)
+    return plan(shape, Work(configuration.context, batch=configuration.batch), size).memory * MIB
+
+
+def shape_of(model: Path, configuration: LaunchConfiguration) -> ModelShape:
+    """The header's, or the most that is to be expected where nobody here can read it. Raises ModelError."""
+    from parent.image.size_command import read_shape
+    from parent.image.sizing import ModelShape, SizingError
+
+    if configuration.kms is None or not configuration.kms.encrypted_model:
+        with contextlib.suppress(SizingError):
+            return read_shape(model)
+    return ModelShape.unseen(model.stat().st_size)
 
 
 def start_in_background(arguments: list[str], *, as_json: bool) -> int:

@@ -13,18 +13,17 @@ from typing import Final
 import click
 
 from attestation.errors import StrongroomError
+from parent.config import DEFAULT_BATCH, DEFAULT_CONTEXT
 from parent.doctor import machine, network, nitro
 from parent.doctor.findings import Aim, Check, Finding, Level, Wanted, examined
 from parent.doctor.host import Host
 from parent.egress import Allowed
 from parent.image.facts import read_facts
 from parent.image.size_command import read_shape
-from parent.image.sizing import ASSUMED_IMAGE, DEFAULT_BATCH, Work, plan
+from parent.image.sizing import ASSUMED_IMAGE, Work, plan
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 MAX_CONFIGURATION: Final = 1 << 20
-DEFAULT_CONTEXT: Final = 2048
-"""Tokens, as in ``enclave.toml``."""
 
 CHECKS: Final[tuple[Check, ...]] = (
     machine.system,

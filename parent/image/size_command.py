@@ -12,9 +12,10 @@ import click
 from attestation.eif import Architecture
 from attestation.gguf import read_header
 from attestation.strict_json import Json
+from parent.config import DEFAULT_BATCH, DEFAULT_CONTEXT
 from parent.image.facts import ImageFacts, read_facts
 from parent.image.instance_types import DATE, PARENT_CPUS, PARENT_MEMORY, PARENT_SHARE, SOURCE, InstanceType, fitting
-from parent.image.sizing import ASSUMED_IMAGE, DEFAULT_BATCH, MIB, KvType, ModelShape, Plan, Work, plan
+from parent.image.sizing import ASSUMED_IMAGE, MIB, KvType, ModelShape, Plan, Work, plan
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 GROUPS = 4
@@ -32,7 +33,7 @@ DECIDED = {
 @click.option(
     "--context",
     type=click.IntRange(64, LARGEST),
-    default=2048,
+    default=DEFAULT_CONTEXT,
     show_default=True,
     help="Tokens of one conversation, prompt and answer together.",
 )

@@ -15,6 +15,7 @@ from typing import Final
 
 from attestation.errors import StrongroomError
 from attestation.gguf import TENSOR_TYPES, GgufArray, GgufHeader, GgufTensor
+from parent.config import DEFAULT_BATCH
 
 MIB: Final = 1 << 20
 GIB: Final = 1 << 30
@@ -37,13 +38,19 @@ KERNEL: Final = 64 * MIB
 KERNEL_SHARE: Final = 32
 """The kernel itself, and one part in so many of the memory: its table of pages is one in 64, page tables and what the
 allocator cannot use come on top."""
-DEFAULT_BATCH: Final = 128
-"""Prompt tokens in one decode step, as in ``enclave.toml``."""
 MAX_CPUS: Final = 32
 """More threads than 16 whole cores do not decode faster: memory is what they wait for."""
 WEIGHTS_OF_A_CORE: Final = GIB
 """Every token reads all weights. A core of a current machine reads some 15 GiB/s (measured: 1.1 GB of weights, 30
 tokens/s on two), so that one for each of these gives more than 10 tokens/s."""
+
+UNSEEN_TOKEN: Final = 4096
+"""A token's cache is taken for one part in so many of the weights: in files of 4 bits to a weight it is one in 4500 of
+SmolLM2 with 135 million of them, and one in 7000 of Llama 2 with 7 billion, whose heads share no keys."""
+UNSEEN_VOCABULARY: Final = 1 << 18
+UNSEEN_EMBEDDING: Final = 1 << 13
+UNSEEN_CONTEXT: Final = 1 << 20
+"""More than models have that fit into an enclave."""
 
 _REPACKED: Final = frozenset({"Q4_0", "Q4_K", "Q2_K", "IQ4_NL", "MXFP4"})
 """What ggml keeps a second time in rows of eight on CPUs with AVX2, Q2_K with AVX-512 (repack.cpp)."""
@@ -106,6 +113,15 @@ class ModelShape:
             tokens.count + (merges.count if isinstance(merges, GgufArray) else 0),
             _number(header, architecture, "context_length"),
         )
+
+    @classmethod
+    def unseen(cls, weights: int) -> ModelShape:
+        """The most that is to be expected of a model of so many bytes whose header nobody here can read: an encrypted
+        one, or one that does not say its shape. All of its weights are held a second time.
+        """
+        row = weights // UNSEEN_TOKEN // 4  # of a key, and of a value: numbers of 16 bits
+        entries = 2 * UNSEEN_VOCABULARY
+        return cls("", weights, weights, ((row, row),), UNSEEN_EMBEDDING, UNSEEN_VOCABULARY, entries, UNSEEN_CONTEXT)
 
 
 @dataclass(frozen=True, slots=True)

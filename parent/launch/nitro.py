@@ -22,7 +22,6 @@ from parent.nitro.errors import NitroError
 from parent.nitro.resources import MIB, EnclaveResources
 from parent.nitro.start import (
     EnclaveRequest,
-    lowest_memory_mib,
     require_possible,
     start_enclave,
     terminate_if_there,
@@ -42,10 +41,6 @@ ATTEMPTS: Final = 3
 PAUSE_SECONDS: Final = 2.0
 PASSING: Final = frozenset(("another_start", "start_refused"))
 """Why a start fails that may succeed a moment later."""
-SLACK_MIB: Final = 512
-"""Besides image and model: the kernel, Python, llama.cpp's buffers."""
-STEP_MIB: Final = 2
-"""A huge page."""
 
 
 class NitroMachine:
@@ -56,23 +51,21 @@ class NitroMachine:
         instance: Instance,
         image: Path,
         *,
-        model_bytes: int,
-        memory: int | None,
+        memory: int,
         cpus: int | None,
         cli: NitroCli | None = None,
         root: Path = Path("/"),
         poll: float = POLL_SECONDS,
     ) -> None:
-        """``memory`` is bytes, ``cpus`` a count; None takes what image and model need, and the CPUs that are free for
-        enclaves. ``root`` stands for ``/``, ``poll`` is in seconds. Raises LaunchConfigurationError.
+        """``memory`` is bytes, ``cpus`` a count; None takes the CPUs that are free for enclaves. ``root`` stands for
+        ``/``, ``poll`` is in seconds. Raises LaunchConfigurationError.
         """
         self._image = image
         self._cli = cli or NitroCli()
         self._root = root
         self._poll = poll
         self._name = f"strongroom-{instance.name}"
-        self._model_bytes = model_bytes
-        self._memory_mib = None if memory is None else -(-memory // MIB)
+        self._memory_mib = -(-memory // MIB)
         self._cpus = cpus
         self._places = places_of(LaunchConfiguration.load(instance.configuration), cid_of(instance.name))
 
@@ -120,10 +113,9 @@ class NitroMachine:
     def _request(self, host: EnclaveResources, running: list[RunningEnclave]) -> EnclaveRequest:
         """Raises NitroError."""
         size = self._image.stat().st_size
-        memory = self._memory_mib or default_memory_mib(size, self._model_bytes)
         cpus = self._cpus or max(free_cpus(host, running), host.threads_per_core)
         assert isinstance(self._places.rpc, VsockAddress)
-        request = EnclaveRequest(self._image, self._name, memory, cpus, self._places.rpc.cid)
+        request = EnclaveRequest(self._image, self._name, self._memory_mib, cpus, self._places.rpc.cid)
         require_possible(request, size, host, running)
         return request
 
@@ -165,11 +157,18 @@ def places_of(configuration: LaunchConfiguration, cid: int) -> Places:
     listen = configuration.listen
     if not isinstance(listen, VsockAddress) or listen.cid != VMADDR_CID_ANY:
         raise LaunchConfigurationError(
-            "rpc.listen", "an enclave listens on vsock", expected="vsock:any:PORT", got=listen
+            "rpc.listen",
+            "an enclave listens on vsock: `strongroom init --target nitro` writes such a configuration",
+            expected="vsock:any:PORT",
+            got=listen,
         )
     if configuration.nsm is not None:
         raise LaunchConfigurationError(
-            "nsm.address", "a Nitro enclave has a device", expected="device:/dev/nsm", got=configuration.nsm
+            "nsm.address",
+            "a Nitro enclave has a device: write the configuration with `strongroom init --target nitro`, and build "
+            "the image with it",
+            expected="device:/dev/nsm",
+            got=configuration.nsm,
         )
     store = None if configuration.store is None else _served("model.store", configuration.store)
     egress = None if configuration.kms is None else _served("kms.egress", configuration.kms.egress)
@@ -185,14 +184,6 @@ def _served(key: str, address: Address) -> VsockAddress:
 def cid_of(name: str) -> int:
     """The same for one name every time, so that who knows the enclave's address keeps it when it boots again."""
     return FIRST_CID + int.from_bytes(hashlib.sha256(name.encode()).digest()[:3])
-
-
-def default_memory_mib(image_size: int, model_bytes: int) -> int:
-    """MiB, for sizes in bytes: what nitro-cli asks for, or the image unpacked and the weights, of which half may be
-    held twice, beside what runs. `strongroom image size` says it more closely.
-    """
-    needed = max(lowest_memory_mib(image_size), -(-(image_size + model_bytes * 3 // 2) // MIB) + SLACK_MIB)
-    return -(-needed // STEP_MIB) * STEP_MIB
 
 
 def free_cpus(host: EnclaveResources, running: list[RunningEnclave]) -> int:

@@ -24,6 +24,7 @@ from attestation.measure import read_image
 from attestation.reference import PcrSet
 from parent.cache import cache_home, newest
 from parent.config import LaunchConfiguration, LaunchConfigurationError
+from parent.image.sizing import EIF_FACTOR
 from parent.launch.child import BoundedLog, Recording, child, jailed, last_words
 from parent.launch.machine import LaunchError, Places
 from parent.launch.vsock_device import HEARTBEAT_PORT, VHOST_SOCKET, bridge, heartbeat, host_port, vsock_device
@@ -38,11 +39,6 @@ CONSOLE = "console.log"
 
 MIB = 1 << 20
 GIB = 1 << 30
-EIF_FACTOR = 4
-"""nitro-cli refuses an enclave with less memory than so many times its image's file, and so does this launcher: the
-root file system is unpacked into half of the memory, with the archive beside it."""
-SLACK = 768 * MIB
-"""Of the memory that an enclave gets by default: kernel, Python, llama.cpp's buffers and key-value cache."""
 
 HEARTBEAT_SECONDS = 300.0
 """For the image's init to come up. With plain ramdisks it takes 2 to 5 s on two cores, with compressed ones 15."""
@@ -101,12 +97,9 @@ class QemuMachine:
     listen_seconds = 600.0
     """Without hardware acceleration about 10 s, on two cores of its own; a busy host has taken ten times that."""
 
-    def __init__(
-        self, instance: Instance, image: Path, *, model_bytes: int, memory: int | None = None, cpus: int | None = None
-    ) -> None:
-        """``image`` is an EIF of x86_64, ``instance`` has its configuration. ``model_bytes`` is what it will be sent;
-        ``memory`` is bytes, of which the machine gets whole MiB, and ``cpus`` a count; None takes what image and model
-        need, and the CPUs that this process may use.
+    def __init__(self, instance: Instance, image: Path, *, memory: int, cpus: int | None = None) -> None:
+        """``image`` is an EIF of x86_64, ``instance`` has its configuration. ``memory`` is bytes, of which the machine
+        gets whole MiB, and ``cpus`` a count; None takes the CPUs that this process may use.
 
         Raises LaunchError ``missing_tool``, ``unreadable_image``, ``too_little_memory``; LaunchConfigurationError for
         addresses that an emulated machine does not have; AddressError for a folder whose path is too long.
@@ -114,28 +107,11 @@ class QemuMachine:
         self._instance = instance
         self._image = image.absolute()
         self._tools = Tools.find()
-        self._memory = machine_memory(image_size(image), model_bytes, memory)
+        self._memory = machine_memory(image_size(image), memory)
         self._cpus = cpus or len(os.sched_getaffinity(0))
         configuration = LaunchConfiguration.load(instance.configuration)
-        kms = configuration.kms
         self._rpc_port = _guest_port(configuration.listen)
-        self._rpc = UnixAddress(str(instance.directory / RPC_SOCKET))
-        self.places = Places(
-            rpc=self._rpc,
-            store=None if configuration.store is None else self._host_port("model.store", configuration.store),
-            egress=None if kms is None else self._host_port("kms.egress", kms.egress),
-            nsm=None if configuration.nsm is None else self._host_port("nsm.address", configuration.nsm),
-        )
-
-    def _host_port(self, key: str, address: Address) -> UnixAddress:
-        if not isinstance(address, VsockAddress) or address.cid != PARENT_CID:
-            raise LaunchConfigurationError(
-                key,
-                "a machine reaches its host by vsock",
-                expected=f"vsock:{PARENT_CID}:PORT",
-                got=str(address),
-            )
-        return host_port(self._instance, address.port)
+        self.places = places_of(configuration, instance)
 
     async def measure(self) -> PcrSet:
         image = await asyncio.to_thread(read_image, self._image)
@@ -159,7 +135,7 @@ class QemuMachine:
             environment = {"TMPDIR": temporary}
             async with (
                 heartbeat(host_port(instance, HEARTBEAT_PORT)) as heard,
-                bridge(self._rpc, instance, self._rpc_port, heard),
+                bridge(rpc_socket(instance), instance, self._rpc_port, heard),
                 vsock_device(instance, self._tools.vsock_device) as device,
                 console,
                 said,
@@ -190,24 +166,49 @@ def image_size(image: Path) -> int:
         raise LaunchError("unreadable_image", f"{image}: {error.strerror}") from error
 
 
-def machine_memory(image: int, model: int, wanted: int | None) -> int:
-    """Bytes, in whole MiB, for an image's file and a model's of so many bytes. Raises LaunchError
-    ``too_little_memory``.
+def machine_memory(image: int, wanted: int) -> int:
+    """``wanted`` bytes, in whole MiB, for an image's file of so many bytes: as much as nitro-cli asks for, and what the
+    image takes to be unpacked. Raises LaunchError ``too_little_memory``.
     """
     least = EIF_FACTOR * image
-    size = max(least, image + 2 * model + SLACK) if wanted is None else wanted
-    if size < least:
+    if wanted < least:
         raise LaunchError(
             "too_little_memory",
             f"an enclave needs {EIF_FACTOR} times the size of its image, which is {_mib(image)} MiB",
             expected=f">= {_mib(least)} MiB (--memory-gib {math.ceil(least / GIB * 100) / 100})",
-            got=f"{size / MIB:g} MiB",
+            got=f"{wanted / MIB:g} MiB",
         )
-    return _mib(size) * MIB
+    return _mib(wanted) * MIB
 
 
 def _mib(size: int) -> int:
     return -(-size // MIB)
+
+
+def places_of(configuration: LaunchConfiguration, instance: Instance) -> Places:
+    """The sockets in an instance's folder that stand for an enclave's addresses. Raises LaunchConfigurationError for
+    those that no emulated machine has, AddressError for a folder whose path is too long.
+    """
+
+    def served(key: str, address: Address) -> UnixAddress:
+        if not isinstance(address, VsockAddress) or address.cid != PARENT_CID:
+            raise LaunchConfigurationError(
+                key, "a machine reaches its host by vsock", expected=f"vsock:{PARENT_CID}:PORT", got=str(address)
+            )
+        return host_port(instance, address.port)
+
+    _guest_port(configuration.listen)
+    store, kms, nsm = configuration.store, configuration.kms, configuration.nsm
+    return Places(
+        rpc=rpc_socket(instance),
+        store=None if store is None else served("model.store", store),
+        egress=None if kms is None else served("kms.egress", kms.egress),
+        nsm=None if nsm is None else served("nsm.address", nsm),
+    )
+
+
+def rpc_socket(instance: Instance) -> UnixAddress:
+    return UnixAddress(str(instance.directory / RPC_SOCKET))
 
 
 def _guest_port(address: Address) -> int:

@@ -166,7 +166,7 @@ def instance(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
 async def test_a_boot_tells_when_it_begins_and_when_its_init_has_come_up(
     instance: Instance, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    machine = image_boot.Told(QemuMachine(instance, instance.directory / "enclave.eif", model_bytes=0))
+    machine = image_boot.Told(QemuMachine(instance, instance.directory / "enclave.eif", memory=1 << 30))
     told: list[tuple[str, float]] = []
     async with machine.boot(await machine.measure()):
         while len(told) < 2:

@@ -119,7 +119,7 @@ def machine(home: Home, model: Path, layout: Path) -> Iterator[Booted]:
     plan = ImagePlan(source=OciLayout(layout), configuration=configuration, cmd=command)
     build_image(plan, image, progress=lambda *_: None)
     instance = Instance(home.folder / "device")
-    qemu = QemuMachine(instance, image, model_bytes=0, memory=MEMORY, cpus=2)
+    qemu = QemuMachine(instance, image, memory=MEMORY, cpus=2)
     with booted(qemu) as measured:
         assert isinstance(qemu.places.rpc, UnixAddress)
         nsm = Nsm(Relay(qemu.places.rpc))

@@ -91,6 +91,23 @@ def test_launcher_and_enclave_read_the_same_from_what_is_prepared(tmp_path: Path
     assert launcher.manifest == f"sha384:{enclave.manifest.hex()}"
     assert enclave.manifest == manifest.digest()
     assert (enclave.engine.context, enclave.engine.threads, enclave.pacing.tick_ms) == (512, 2, 0)
+    assert (launcher.context, launcher.batch) == (enclave.engine.context, enclave.engine.batch)
+
+
+def test_what_the_engine_holds_where_nobody_says_it_is_the_same(tmp_path: Path) -> None:
+    text = GOOD.replace('"sha384:00"', f'"sha384:{"00" * 48}"')
+    launcher, enclave = load(tmp_path, text), EnclaveConfiguration.parse(text.encode())
+    assert (launcher.context, launcher.batch) == (enclave.engine.context, enclave.engine.batch)
+
+
+@pytest.mark.parametrize("key", ["context", "batch"])
+@pytest.mark.parametrize("value", ["0", "-1", "true", '"2048"', "2048.0", str((1 << 20) + 1), "[]"])
+def test_what_is_no_number_of_tokens_is_named(tmp_path: Path, key: str, value: str) -> None:
+    assert refusal(tmp_path, GOOD + f"[engine]\n{key} = {value}\n").message.startswith(f"engine.{key}: ")
+
+
+def test_the_engine_is_a_table(tmp_path: Path) -> None:
+    assert refusal(tmp_path, "engine = 5\n" + GOOD).message.startswith("engine.context: ")
 
 
 @pytest.mark.parametrize("path", [*ADDRESSES, "model.manifest"])

@@ -22,8 +22,9 @@ from attestation.manifest import ModelManifest
 from attestation.reference import PcrSet, digest_text
 from emulator.pki import ensure_development_root
 from parent.config import LaunchConfigurationError
+from parent.image.sizing import EIF_FACTOR
 from parent.launch.machine import LaunchError, Machine
-from parent.launch.qemu import EIF_FACTOR, GIB, MIB, SLACK, Console, QemuMachine, Tools, machine_memory
+from parent.launch.qemu import GIB, MIB, Console, QemuMachine, Tools, machine_memory
 from parent.launch.supervisor import Launch, Supervisor
 from parent.modelstore import ModelStore
 from parent.registry import Instance, Registry, State
@@ -80,7 +81,7 @@ def configure(instance: Instance, *changes: tuple[str, str], manifest: str = "sh
 def machine(instance: Instance, eif: Eif | None = None, **how: Any) -> QemuMachine:
     path = instance.directory / "enclave.eif"
     path.write_bytes((image() if eif is None else eif).encode())
-    return QemuMachine(instance, path, **{"model_bytes": 0, **how})
+    return QemuMachine(instance, path, **{"memory": GIB, **how})
 
 
 def behave(instance: Instance, behaviour: str) -> None:
@@ -147,23 +148,20 @@ def test_a_missing_tool_names_the_script_that_makes_it(
 # --- What can run -----------------------------------------------------------------------------------------------------
 
 
-@given(image=st.integers(0, 1 << 40), model=st.integers(0, 1 << 45), wanted=st.none() | st.integers(0, 1 << 45))
-def test_memory_is_enough_for_the_image_or_refused(image: int, model: int, wanted: int | None) -> None:
+@given(image=st.integers(0, 1 << 40), wanted=st.integers(0, 1 << 45))
+def test_memory_is_enough_for_the_image_or_refused(image: int, wanted: int) -> None:
     least = EIF_FACTOR * image
-    if wanted is not None and wanted < least:
+    if wanted < least:
         with pytest.raises(LaunchError) as caught:
-            machine_memory(image, model, wanted)
+            machine_memory(image, wanted)
         assert caught.value.code == "too_little_memory"
         asked = float(str(caught.value.expected).split("--memory-gib ")[1].rstrip(")"))
-        assert machine_memory(image, model, int(asked * GIB) + 1) >= least  # what it asks for is enough
+        assert machine_memory(image, int(asked * GIB) + 1) >= least  # what it asks for is enough
         return
-    memory = machine_memory(image, model, wanted)
+    memory = machine_memory(image, wanted)
     assert memory % MIB == 0
     assert memory >= least
-    if wanted is None:
-        assert memory >= image + 2 * model + SLACK
-    else:
-        assert 0 <= memory - wanted < MIB
+    assert 0 <= memory - wanted < MIB
 
 
 def test_too_little_memory_is_said_in_numbers(instance: Instance) -> None:
@@ -171,7 +169,7 @@ def test_too_little_memory_is_said_in_numbers(instance: Instance) -> None:
     path.touch()
     os.truncate(path, 300 * MIB)
     with pytest.raises(LaunchError) as caught:
-        QemuMachine(instance, path, model_bytes=0, memory=GIB)
+        QemuMachine(instance, path, memory=GIB)
     assert str(caught.value) == (
         "an enclave needs 4 times the size of its image, which is 300 MiB [too_little_memory]; "
         "expected >= 1200 MiB (--memory-gib 1.18); got 1024 MiB"
@@ -180,7 +178,7 @@ def test_too_little_memory_is_said_in_numbers(instance: Instance) -> None:
 
 def test_an_image_that_cannot_be_read_is_said(instance: Instance) -> None:
     with pytest.raises(LaunchError, match=r"none\.eif: No such file") as caught:
-        QemuMachine(instance, Path("none.eif"), model_bytes=0)
+        QemuMachine(instance, Path("none.eif"), memory=GIB)
     assert caught.value.code == "unreadable_image"
 
 
@@ -240,7 +238,7 @@ async def test_what_is_no_image_is_refused(instance: Instance) -> None:
     path = instance.directory / "x.eif"
     path.write_bytes(b"PK\3\4" * 200)
     with pytest.raises(ImageError):
-        await QemuMachine(instance, path, model_bytes=0).measure()
+        await QemuMachine(instance, path, memory=GIB).measure()
 
 
 # --- Booting ----------------------------------------------------------------------------------------------------------
@@ -456,7 +454,7 @@ from parent.launch.qemu import QemuMachine
 from parent.registry import Instance
 async def boot():
     instance = Instance(Path({str(instance.directory)!r}))
-    machine = QemuMachine(instance, instance.directory / "enclave.eif", model_bytes=0)
+    machine = QemuMachine(instance, instance.directory / "enclave.eif", memory=1 << 30)
     async with machine.boot(await machine.measure()) as running:
         await running.heard.wait()
         print("up", flush=True)

@@ -15,7 +15,7 @@ from attestation.measure import read_image
 from attestation.reference import digest_text
 from parent.config import LaunchConfigurationError
 from parent.launch.machine import LaunchError, Machine, Places
-from parent.launch.nitro import FIRST_CID, NitroMachine, cid_of, default_memory_mib
+from parent.launch.nitro import FIRST_CID, NitroMachine, cid_of
 from parent.launch.supervisor import Launch, Supervisor
 from parent.modelstore import ModelStore
 from parent.nitro.cli import NitroCli
@@ -62,7 +62,7 @@ def instance(host: NitroHost, model: Path, monkeypatch: pytest.MonkeyPatch) -> I
 
 def machine(host: NitroHost, instance: Instance, eif: Path, **how: Any) -> NitroMachine:
     cli = NitroCli(str(host.folder / "bin/nitro-cli"))
-    options = {"model_bytes": 1 << 20, "memory": None, "cpus": None, "poll": 0.01, **how}
+    options = {"memory": 1 << 30, "cpus": None, "poll": 0.01, **how}
     return NitroMachine(instance, eif, cli=cli, root=host.root, **options)
 
 
@@ -75,7 +75,7 @@ async def test_an_enclave_runs_for_as_long_as_its_boot(host: NitroHost, instance
         assert running["EnclaveName"] == "strongroom-t"
         assert running["EnclaveCID"] == cid_of("t")
         assert running["CPUIDs"] == [2, 3, 6, 7]
-        assert running["MemoryMiB"] == default_memory_mib(eif.stat().st_size, 1 << 20)
+        assert running["MemoryMiB"] == 1024
         assert running["Flags"] == "NONE"
         assert await enclave.network() == "none"
     assert host.enclaves == []
@@ -234,13 +234,6 @@ async def test_another_image_is_not_what_was_measured(host: NitroHost, instance:
     eif.write_bytes(b"no image")
     with pytest.raises(ImageError):
         await nitro.measure()
-
-
-@pytest.mark.parametrize(
-    ("image_size", "model_bytes", "memory"), [(300 << 20, 0, 1200), (300 << 20, 1 << 30, 2348), (1, 1, 514)]
-)
-def test_the_memory_that_nobody_named(image_size: int, model_bytes: int, memory: int) -> None:
-    assert default_memory_mib(image_size, model_bytes) == memory
 
 
 def test_a_supervisor_tells_what_is_wrong_with_the_host(
