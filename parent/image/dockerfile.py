@@ -35,6 +35,11 @@ ENGINES: Final = ("buildah", "docker")
 LOCKS: Final = ("requirements*.txt", "requirements/*.txt")
 """What pins a context's dependencies, and is told of by name."""
 
+NO_BUILDKIT: Final = (b"option requires BuildKit", b"buildx component is missing or broken")
+"""What docker says where it cannot build as a Dockerfile with mounts has to be built."""
+
+_KEPT: Final = 1 << 16
+"""Bytes of the end of an engine's words in which the reason is looked for."""
 _GIT_SECONDS: Final = 60
 _STOP_SECONDS: Final = 10
 
@@ -131,13 +136,24 @@ def _host() -> Architecture | None:
 
 def _run(command: Sequence[str], epoch: int) -> None:
     """Its output goes to standard error, as it comes. Whatever interrupts us ends it, with all that it has started."""
-    environment = {**os.environ, "SOURCE_DATE_EPOCH": str(epoch)}
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2, env=environment, start_new_session=True)
-    try:
-        code = child.wait()
-    except BaseException:
-        _end(child)
-        raise
+    environment = {**os.environ, "SOURCE_DATE_EPOCH": str(epoch), "DOCKER_BUILDKIT": "1"}
+    pipe, null = subprocess.PIPE, subprocess.DEVNULL
+    child = subprocess.Popen(command, stdin=null, stdout=2, stderr=pipe, env=environment, start_new_session=True)
+    assert child.stderr is not None
+    with child.stderr:
+        try:
+            said = _pass_on(child.stderr.fileno())
+            code = child.wait()
+        except BaseException:
+            _end(child)
+            raise
+    if code and any(words in said for words in NO_BUILDKIT):
+        raise ImageBuildError(
+            "container_build_failed",
+            "docker has no BuildKit here: install its buildx, or build with buildah (--engine buildah)",
+            expected="docker with BuildKit",
+            got="without",
+        )
     if code:
         raise ImageBuildError(
             "container_build_failed",
@@ -145,6 +161,17 @@ def _run(command: Sequence[str], epoch: int) -> None:
             expected="exit code 0",
             got=code,
         )
+
+
+def _pass_on(source: int) -> bytes:
+    """Everything goes to standard error; its end is returned."""
+    kept = b""
+    while piece := os.read(source, _KEPT):
+        left = piece
+        while left:
+            left = left[os.write(2, left) :]
+        kept = (kept + piece)[-_KEPT:]
+    return kept
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,8 @@ from typing import Final
 from attestation.eif import measurements_from_nitro_cli
 from attestation.measure import EnclaveImage, read_image
 from attestation.reference import PcrSet
-from parent.nitro.cli import BUILD_SECONDS, NitroCli
+from parent.image.dockerfile import NO_BUILDKIT
+from parent.nitro.cli import BUILD_SECONDS, NitroCli, last_of, to_stderr
 from parent.nitro.errors import NitroError
 
 MEASUREMENTS_SUFFIX: Final = ".measurements.json"
@@ -92,14 +94,18 @@ def require_equal(claimed: PcrSet, measured: PcrSet) -> None:
 
 async def _docker(command: Sequence[str]) -> None:
     """What docker says goes to standard error, both of its outputs: standard output is for results."""
+    environment = {**os.environ, "DOCKER_BUILDKIT": "1"}
+    pipe, null = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
     try:
-        process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL, stdout=2)
+        process = await asyncio.create_subprocess_exec(*command, stdin=null, stdout=2, stderr=pipe, env=environment)
     except (FileNotFoundError, PermissionError) as error:
         raise NitroError(
             "docker_failed", "docker cannot be run here", expected="docker on PATH", got=error.strerror
         ) from error
+    assert process.stderr is not None
     try:
         async with asyncio.timeout(BUILD_SECONDS):
+            said = await last_of(process.stderr, to_stderr)
             status = await process.wait()
     except TimeoutError:
         expected = f"<= {BUILD_SECONDS:g} s"
@@ -108,5 +114,8 @@ async def _docker(command: Sequence[str]) -> None:
         if process.returncode is None:
             process.kill()
             await process.wait()
+    if status and any(words in said for words in NO_BUILDKIT):
+        message = "docker has no BuildKit here: install its buildx, or build with `strongroom image build`"
+        raise NitroError("docker_failed", message, expected="docker with BuildKit", got="without")
     if status:
         raise NitroError("docker_failed", "docker could not build the image; it says why above", got=f"exit {status}")

@@ -144,7 +144,7 @@ async def run_program(
         ) from error
     assert process.stdout is not None
     assert process.stderr is not None
-    reading = asyncio.ensure_future(_last(process.stderr, passing or (lambda piece: None)))
+    reading = asyncio.ensure_future(last_of(process.stderr, passing or (lambda piece: None)))
     try:
         async with asyncio.timeout(seconds):
             stdout = await _bounded(process.stdout)
@@ -172,7 +172,7 @@ async def _bounded(stream: asyncio.StreamReader) -> bytes:
     return bytes(found)
 
 
-async def _last(stream: asyncio.StreamReader, passing: Passing) -> bytes:
+async def last_of(stream: asyncio.StreamReader, passing: Passing) -> bytes:
     """The end of a stream, which has an error where there is one."""
     found = b""
     while piece := await stream.read(1 << 16):

@@ -33,8 +33,10 @@ STAND_IN = """#!{python}
 import json, os, shutil, sys
 arguments = sys.argv[1:]
 with open({log!r}, "a") as log:
-    log.write(json.dumps([arguments, os.environ.get("SOURCE_DATE_EPOCH")]) + "\\n")
+    variables = [os.environ.get(name) for name in ("SOURCE_DATE_EPOCH", "DOCKER_BUILDKIT")]
+    log.write(json.dumps([arguments, variables]) + "\\n")
 if arguments[0] == {fails!r}:
+    sys.stderr.write({says!r})
     sys.exit(17)
 if arguments[0] == "save":
     shutil.copyfile({archive!r}, arguments[arguments.index("--output") + 1])
@@ -63,12 +65,13 @@ def context(folder: Path, text: str = "FROM scratch\nCOPY hello /\n") -> Path:
     return made
 
 
-def docker(folder: Path, monkeypatch: pytest.MonkeyPatch, fails: str = "") -> Path:
+def docker(folder: Path, monkeypatch: pytest.MonkeyPatch, fails: str = "", says: str = "no\n") -> Path:
     """Where the stand-in writes what it is asked. It is all that there is on the PATH."""
     log, archive, program = folder / "log", folder / "archive", folder / "bin" / "docker"
     archive.write_bytes(ARCHIVE)
     program.parent.mkdir()
-    program.write_text(STAND_IN.format(python=sys.executable, log=str(log), archive=str(archive), fails=fails))
+    stand_in = STAND_IN.format(python=sys.executable, log=str(log), archive=str(archive), fails=fails, says=says)
+    program.write_text(stand_in)
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(program.parent))
     monkeypatch.setattr(module, "_host", lambda: Architecture.X86_64)
@@ -103,7 +106,7 @@ def test_what_docker_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ),
     ]
     assert (saved[0], saved[-1], removed) == ("save", tag, ["image", "rm", tag])
-    assert {json.loads(line)[1] for line in log.read_text().splitlines()} == {"77"}
+    assert [json.loads(line)[1] for line in log.read_text().splitlines()] == [["77", "1"]] * 3
 
 
 def test_another_architecture_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,6 +128,24 @@ def test_a_failure_of_docker_is_said_and_leaves_nothing(
     assert caught.value.got == "17"
     assert list((tmp_path / "spool").iterdir()) == []
     assert (asked(log)[-1][0] == "image") == (fails != "build")
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        "the --mount option requires BuildKit. Refer to a page to learn how to build images with BuildKit enabled\n",
+        "ERROR: BuildKit is enabled but the buildx component is missing or broken.\n",
+    ],
+)
+def test_a_docker_without_buildkit_is_told_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], says: str
+) -> None:
+    context(tmp_path)
+    docker(tmp_path, monkeypatch, fails="build", says=says)
+    with pytest.raises(ImageBuildError, match=r"install its buildx, or build with buildah") as caught:
+        build(tmp_path)
+    assert caught.value.code == "container_build_failed"
+    assert capfd.readouterr().err == says
 
 
 def test_no_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,18 +271,12 @@ def test_an_interrupt_ends_the_engine(tmp_path: Path, monkeypatch: pytest.Monkey
     context(tmp_path)
     monkeypatch.setenv("PATH", str(folder))
 
-    class Interrupted(subprocess.Popen[bytes]):
-        first = True
+    def interrupted(source: int) -> bytes:
+        while not (started.exists() and started.read_text()):
+            time.sleep(0.01)
+        raise KeyboardInterrupt
 
-        def wait(self, timeout: float | None = None) -> int:
-            if self.first:
-                self.first = False
-                while not (started.exists() and started.read_text()):
-                    time.sleep(0.01)
-                raise KeyboardInterrupt
-            return super().wait(timeout)
-
-    monkeypatch.setattr("parent.image.dockerfile.subprocess.Popen", Interrupted)
+    monkeypatch.setattr(module, "_pass_on", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path)
     assert list((tmp_path / "spool").iterdir()) == []

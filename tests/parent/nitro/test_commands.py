@@ -338,6 +338,16 @@ async def test_a_build_that_fails_leaves_nothing(
     assert not list(host.folder.glob("*enclave.eif*"))
 
 
+@ALL
+async def test_a_docker_without_buildkit_is_told_what_to_do(host: NitroHost, dockerfile: Path, front: str) -> None:
+    host.know(docker_says="the --mount option requires BuildKit. Refer to a page")
+    said = await host.run(front, "build")
+    assert said.status == 4
+    assert said.err.startswith("the --mount option requires BuildKit. Refer to a page\n")
+    assert "install its buildx" in said.err
+    assert "docker_failed" in said.err
+
+
 # --- The scripts ----------------------------------------------------------------------------------------------------
 
 
