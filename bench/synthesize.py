@@ -339,7 +339,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--vocabulary",
         type=Path,
         metavar="GGUF",
-        help=f"a GGUF file with the tokenizer, tensors or none (default: ../shared/vectors/gguf/{VOCABULARY.name})",
+        help="a GGUF file with the tokenizer, tensors or none; 8b needs one of at most "
+        f"{SHAPES['8b'].vocabulary} tokens, as Llama 3 has (default: ../shared/vectors/gguf/{VOCABULARY.name})",
     )
     parser.add_argument(
         "--template",
