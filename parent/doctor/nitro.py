@@ -40,7 +40,7 @@ def device(host: Host, wanted: Wanted) -> Iterator[Finding]:
             todo = "sudo modprobe nitro_enclaves, and launch the instance with --enclave-options Enabled=true"
             got = "no driver"
         else:
-            todo = "use an EC2 instance (`strongroom nitro launch-parent`), or `--for qemu` on this machine"
+            todo = "use an EC2 instance (`strongroom nitro launch`), or `--for qemu` on this machine"
             got = f"vendor {vendor[:60]}"
         yield problem("device", "there is no Nitro Enclaves device", expected=DEVICE, got=got, todo=todo)
     elif host.may_use(DEVICE):
