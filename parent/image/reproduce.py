@@ -8,8 +8,10 @@ theirs. Signatures are left out: they are over PCR0, which is compared, and an a
 
 from __future__ import annotations
 
+import grp
 import json
 import os
+import secrets
 import shlex
 import shutil
 import stat
@@ -31,8 +33,11 @@ from parent.image.tree import ImageBuildError
 
 OTHER_USER: Final = 65534
 """nobody, as every Linux has it."""
+OTHER_GROUPS: Final = range(50_000, 60_000)
+"""One of them that is nobody's is the second build's. So no other process, not even another one of that user, gets to
+the copies, which have the source's modes, set-uid among them. A container's user name space has no higher ones."""
 SAME_USER: Final = "same"
-"""In the place of a user's number: the second build is not another user's."""
+"""In the place of a user's and a group's number: the second build is not another user's."""
 OTHER_TIME: Final = 1_000_000_007
 """Seconds since 1970: of every file in the copies."""
 OTHER_ENVIRONMENT: Final = {
@@ -76,7 +81,7 @@ def reproduce_image(plan: ImagePlan, *, progress: sources.Progress) -> Reproduct
     """Raises as :func:`build_image`; what the second build says has its own code."""
     with tempfile.TemporaryDirectory(prefix="strongroom-reproduce-", ignore_cleanup_errors=True) as folder:
         one, two = Path(folder) / "one", Path(folder) / "two"
-        one.mkdir()
+        one.mkdir(mode=0o700)
         two.mkdir()
         first = build_image(plan, one / "enclave.eif", progress=progress)
         progress("copying what the image is made from", 0, 0)
@@ -84,15 +89,15 @@ def reproduce_image(plan: ImagePlan, *, progress: sources.Progress) -> Reproduct
         varied = ["folder", "time", "TZ", "LANG", "umask", "HOME", "hash seed"]
         if not isinstance(plan.source, ContainerBuild):
             varied += ["times, owners and order of the files"]
-        user = _other_user(Path(folder), two, copied)
-        if user is not None:
+        owner = _other_owner(Path(folder), two, copied)
+        if owner is not None:
             varied += ["user"]
         (two / "out").mkdir()
         (two / "tmp").mkdir()
-        if user is not None:
+        if owner is not None:
             for path in (two, two / "out", two / "tmp"):
-                os.chown(path, user, user)
-        _build_elsewhere(copied, two, user, progress)
+                os.chown(path, *owner)
+        _build_elsewhere(copied, two, owner, progress)
         second = two / "out" / "enclave.eif"
         record = second.with_name(first.record.name)
         images = [_read(path, progress) for path in (first.path, second)]
@@ -216,10 +221,10 @@ def _copy_folder(source: Path, target: Path) -> None:
     target.chmod(stat.S_IMODE(source.stat().st_mode))
 
 
-def _other_user(top: Path, folder: Path, plan: ImagePlan) -> int | None:
-    """Gives the copies to another user. None where there can be none: only root has others to give to, a container
-    engine's rights are its user's, and a file of the source, or the folder for temporary files, may be for its owner
-    alone.
+def _other_owner(top: Path, folder: Path, plan: ImagePlan) -> tuple[int, int] | None:
+    """Gives the copies to another user and a group of its own, the only ones beside root that get into ``top``. None
+    where there can be none: only root has others to give to, a container engine's rights are its user's, and a file of
+    the source, or the folder for temporary files, may be for its owner alone.
     """
     if os.geteuid() != 0 or isinstance(plan.source, ContainerBuild):
         return None
@@ -230,13 +235,16 @@ def _other_user(top: Path, folder: Path, plan: ImagePlan) -> int | None:
         needed = 0o500 if stat.S_ISDIR(status.st_mode) else 0o400
         if not stat.S_ISLNK(status.st_mode) and status.st_mode & needed != needed:
             return None
-    top.chmod(0o711)
+    taken = {each.gr_gid for each in grp.getgrall()}
+    owner = OTHER_USER, secrets.choice([group for group in OTHER_GROUPS if group not in taken])
+    os.chown(top, 0, owner[1])
+    top.chmod(0o710)
     for path in _walk(folder):
         status = path.lstat()
-        os.chown(path, OTHER_USER, OTHER_USER, follow_symlinks=False)
+        os.chown(path, *owner, follow_symlinks=False)
         if not stat.S_ISLNK(status.st_mode):
             path.chmod(stat.S_IMODE(status.st_mode))  # a change of owner takes set-uid away
-    return OTHER_USER
+    return owner
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -244,9 +252,10 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield from (Path(where, name) for name in (*folders, *files))
 
 
-def _build_elsewhere(plan: ImagePlan, folder: Path, user: int | None, progress: sources.Progress) -> None:
+def _build_elsewhere(plan: ImagePlan, folder: Path, owner: tuple[int, int] | None, progress: sources.Progress) -> None:
     progress("building again, elsewhere", 0, 0)
-    command = [sys.executable, *SECOND_BUILD, SAME_USER if user is None else str(user), *arguments_of(plan)]
+    user = SAME_USER if owner is None else f"{owner[0]}:{owner[1]}"
+    command = [sys.executable, *SECOND_BUILD, user, *arguments_of(plan)]
     command += ["--out", str(folder / "out" / "enclave.eif")]
     child = subprocess.Popen(
         command,

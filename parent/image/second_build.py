@@ -1,4 +1,4 @@
-"""The second build of ``image reproduce``: ``python -P -m parent.image.second_build USER OPTIONS...``.
+"""The second build of ``image reproduce``: ``python -P -m parent.image.second_build USER:GROUP OPTIONS...``.
 
 It becomes the other user only when it has imported all that it needs: an installation may be for its owner's eyes
 alone, as the one is that ``scripts/setup`` makes. Nothing of it is read after that.
@@ -19,14 +19,14 @@ from parent.image.tree import ImageBuildError
 
 
 def main(user: str, options: Sequence[str]) -> int:
-    """Builds what ``options`` of ``image build`` say as ``user``. An error is printed as JSON; its exit code is
-    returned.
+    """Builds what ``options`` of ``image build`` say as ``user``, ``UID:GID`` or :data:`SAME_USER`. An error is printed
+    as JSON; its exit code is returned.
     """
     given = dict(build.make_context("build", list(options)).params)
     plan, out = take_plan(given), given["out"]
     tool_version()
     if user != SAME_USER:
-        become(int(user))
+        become(*map(int, user.split(":")))
     try:
         build_image(plan, out, progress=lambda *_: None)
     except OSError as error:
@@ -36,10 +36,10 @@ def main(user: str, options: Sequence[str]) -> int:
     return 0
 
 
-def become(user: int) -> None:
+def become(user: int, group: int) -> None:
     """Root's rights are gone for good, with its groups."""
     os.setgroups([])
-    os.setresgid(user, user, user)
+    os.setresgid(group, group, group)
     os.setresuid(user, user, user)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import grp
 import json
 import os
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -118,10 +120,41 @@ def test_what_a_second_build_finds(tmp_path: Path, seen: Path) -> None:
     """Another user, where there can be one, in another folder and another environment."""
     reproduced(plan_of(tmp_path))
     _, users, place, umask, variables = json.loads(seen.read_text())
-    assert users == ([OTHER_USER] * 6 if OTHERS else [*os.getresuid(), *os.getresgid(), *os.getgroups()])
+    if OTHERS:
+        assert users[:3] == [OTHER_USER] * 3
+        [group] = set(users[3:])
+        assert len(users) == 6
+        assert group in module.OTHER_GROUPS
+        assert group not in {each.gr_gid for each in grp.getgrall()}
+    else:
+        assert users == [*os.getresuid(), *os.getresgid(), *os.getgroups()]
     assert umask == 0o077
     assert place != os.getcwd()
     assert variables == {"TZ": "Asia/Kathmandu", "LANG": "tr_TR.UTF-8", "HOME": place, "PYTHONHASHSEED": "1729"}
+
+
+@pytest.mark.skipif(not OTHERS, reason="only root has others to give to")
+def test_nobody_else_gets_to_the_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which have the modes of the source, as they are in the image: set-uid, too."""
+    plan = plan_of(tmp_path)
+    (tmp_path / "root" / "bin" / "tool").chmod(0o4755)
+    tried: list[int] = []
+    build = module._build_elsewhere
+
+    def looked_at(plan: ImagePlan, folder: Path, owner: tuple[int, int], progress: Any) -> None:
+        copy = folder / "source" / "bin" / "tool"
+        assert stat.S_IMODE(copy.stat().st_mode) == 0o4755
+        assert (copy.stat().st_uid, copy.stat().st_gid) == owner
+        for user, group in ((OTHER_USER, OTHER_USER), (12345, 12345), owner):
+            looking = ["test", "-e", str(copy)]
+            ran = subprocess.run(looking, user=user, group=group, extra_groups=[], check=False)
+            tried.append(ran.returncode)
+        assert stat.S_IMODE((folder.parent / "one").stat().st_mode) == 0o700
+        build(plan, folder, owner, progress)
+
+    monkeypatch.setattr(module, "_build_elsewhere", looked_at)
+    assert reproduced(plan).is_exact
+    assert tried == [1, 1, 0]
 
 
 def test_an_installation_for_its_owner_s_eyes_builds_as_another_user(
@@ -219,7 +252,7 @@ def test_an_interrupt_ends_the_second_build(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(module, "SECOND_BUILD", ("-c", "import time; time.sleep(600)"))
     monkeypatch.setattr("parent.image.reproduce.subprocess.Popen", Interrupted)
-    monkeypatch.setattr(module, "_other_user", lambda *_: None)
+    monkeypatch.setattr(module, "_other_owner", lambda *_: None)
     with pytest.raises(KeyboardInterrupt):
         reproduce_image(plan_of(tmp_path), progress=quiet)
     [child] = children
