@@ -1,5 +1,5 @@
-"""docs/codes.md has every code that the verifier, the client's commands and the building of images can end with, and no
-other.
+"""docs/codes.md has every code that the verifier, the client's commands, the building of images, the launchers and an
+enclave's boot can end with, and no other.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ import pytest
 from attestation.errors import StrongroomError
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = "attestation/**/*.py", "parent/image/*.py", "parent/cache.py", "strongroom/**/*.py"
+ROOMS = (
+    *("attestation/**/*.py", "strongroom/**/*.py", "parent/image/*.py", "parent/launch/*.py", "parent/nitro/*.py"),
+    *(f"parent/{name}.py" for name in ("cache", "config", "registry")),
+    *(f"enclave/{name}.py" for name in ("__main__", "boot", "cpu", "model", "parent")),
+)
 FILES = sorted(path for room in ROOMS for path in ROOT.glob(room))
 PAGE = (ROOT / "docs/codes.md").read_text()
 PROTOCOL = (ROOT / "PROTOCOL.md").read_text()
@@ -123,6 +127,8 @@ def codes() -> Mapping[str, str]:
 
 def test_the_reading_of_code_finds_what_is_known() -> None:
     known = {"stale", "wrong_pcr", "malformed_bundle", "unreadable_manifest", "unreadable_policy", "missing_extra"}
+    known |= {"qemu_refused", "no_heartbeat", "image_changed", "hugepages_missing", "unknown_enclave"}
+    known |= {"register_in_use", "not_enough_memory", "store_failed", "cpu_lacks_features", "image_cut_off"}
     assert known <= codes().keys()
 
 
