@@ -339,8 +339,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--vocabulary",
         type=Path,
         metavar="GGUF",
-        help="a GGUF file with the tokenizer, tensors or none; 8b needs one of at most "
-        f"{SHAPES['8b'].vocabulary} tokens, as Llama 3 has (default: ../shared/vectors/gguf/{VOCABULARY.name})",
+        help="a GGUF file with the tokenizer, tensors or none; 8b needs one with the 128256 tokens of Llama 3, or less "
+        f"(default: ../shared/vectors/gguf/{VOCABULARY.name})",
     )
     parser.add_argument(
         "--template",
