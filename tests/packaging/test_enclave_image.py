@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import zipfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +23,7 @@ from enclave.config import EnclaveConfiguration
 from enclave.kms_client import KmsClient
 from enclave.kms_https import Attempt, Credentials
 from scripts.image import collect
+from scripts.machine import wheels_digest
 from strongroom.prepare import WEIGHTS_FOLDER
 from vsockrpc.address import TcpAddress
 
@@ -167,6 +169,23 @@ def test_mistakes_of_usage_are_said_first(arguments: list[str]) -> None:
 # --- What scripts/eif hands on ------------------------------------------------------------------------------------
 
 
+def write_wheel(path: Path, *, code: bytes, folder: str = "/tmp/a") -> None:
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("one/code.so", code)
+        wheel.writestr("lib/pkgconfig/one.pc", f"prefix={folder}")
+        wheel.writestr("one-1.dist-info/RECORD", folder)
+
+
+def test_the_digest_of_wheels_is_that_of_what_was_compiled(tmp_path: Path) -> None:
+    """Not of where. Worked out with other tools: a line of sha256sum for each file."""
+    line = f"{hashlib.sha256(b'code').hexdigest()}  one.whl/one/code.so\n"
+    for folder in ("/tmp/a", "/tmp/b"):
+        write_wheel(tmp_path / "one.whl", code=b"code", folder=folder)
+        assert wheels_digest.digest_of(tmp_path) == hashlib.sha256(line.encode()).hexdigest()
+    write_wheel(tmp_path / "one.whl", code=b"other code")
+    assert wheels_digest.digest_of(tmp_path) != hashlib.sha256(line.encode()).hexdigest()
+
+
 class Stage:
     """``scripts/eif`` among stand-ins that print what they are asked to, in a checkout of its own."""
 
@@ -185,7 +204,9 @@ class Stage:
             self.put(f"scripts/machine/{name}", f"#!/bin/sh\necho {name} >>{self.said}\necho {made / name}\n")
         (made / "base/digest").write_text("sha256:" + "a" * 64 + "\n")
         (made / "base/packages").write_text("cmake 1\ng++-12 12.2\nlibc6 2\n")
-        (made / "wheels/one.whl").write_text("wheel")
+        write_wheel(made / "wheels/one.whl", code=b"code")
+        (made / "wheels/cpu-features").write_text("avx2")
+        self.put("scripts/machine/wheels_digest.py", (ROOT / "scripts/machine/wheels_digest.py").read_text())
         (made / "init/cmdline").write_text("console=ttyS0 quiet")
         self.made = made
         tell = f'printf "%s\\n" "$0" "$@" >>{self.said}\n'
@@ -258,8 +279,8 @@ def test_the_record_gets_all_that_went_in(tmp_path: Path) -> None:
     assert clean["org.opencontainers.image.base.digest"] == "sha256:" + "a" * 64
     packages = hashlib.sha256((stage.made / "base/packages").read_bytes()).hexdigest()
     assert clean["strongroom.input.base-packages"] == f"sha256:{packages}"
-    wheel = f"{hashlib.sha256(b'wheel').hexdigest()}  ./one.whl\n"
-    assert clean["strongroom.input.wheels"] == f"sha256:{hashlib.sha256(wheel.encode()).hexdigest()}"
+    assert clean["strongroom.input.wheels"] == f"sha256:{wheels_digest.digest_of(stage.made / 'wheels')}"
+    assert clean["strongroom.input.cpu-features"] == f"sha256:{hashlib.sha256(b'avx2').hexdigest()}"
     assert clean["strongroom.said.compiler"] == "cmake 1, g++-12 12.2"
     assert clean["strongroom.said.variant"] == "native"
     stage.put("README", "not of the image")
