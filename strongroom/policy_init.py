@@ -173,7 +173,7 @@ def init(**options: Any) -> None:
     made = policy_of(asked, anchor, source)
     source.require_accepted(made)
     wrote = write(made, asked.output, asked.anchor, source.notes)
-    remarks = warnings(made, datetime.now(UTC))
+    remarks = [*source.remarks, *warnings(made, datetime.now(UTC))]
     if source.is_first_use and not any(remark.code == FIRST_USE for remark in remarks):
         remarks += [first_use(release.name) for release in made.accepted_releases]
     report(made, wrote, source, remarks, asked.as_json)

@@ -6,9 +6,9 @@ made of it, before anything is written; a release history is verified whole.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 from attestation import cbor
@@ -49,7 +49,9 @@ from attestation.rules import (
 from attestation.verifier import authenticate, verify_archived
 from strongroom import reference_options as reference
 from strongroom.files import read_bounded
-from strongroom.policy_text import TRUST_ON_FIRST_USE
+from strongroom.image.check import require_sound
+from strongroom.image.commands import open_image
+from strongroom.policy_text import TRUST_ON_FIRST_USE, Remark
 
 _NOT_GIVEN = "none was given to policy init: whoever uses the document judges it"
 _HAVE_A_RULE = frozenset(
@@ -83,6 +85,8 @@ class Source:
     public_key: FieldRule = field(default_factory=lambda: Ignore(_NOT_GIVEN))
     user_data: FieldRule = field(default_factory=lambda: Ignore(_NOT_GIVEN))
     """Rules for what a bare document carries."""
+    remarks: tuple[Remark, ...] = ()
+    """What to know of the values."""
     judged: bytes | None = None
     nonce: bytes | None = None
     """The Evidence or document that the values were taken from, and what it answers, where that is known."""
@@ -99,16 +103,29 @@ class Source:
 
 
 def from_eif(path: Path, name: str | None) -> Source:
-    """An enclave image file, measured here. Raises ImageError, and PolicyError for a name that is not printable."""
-    return of_image(reference.image(path), name or path.name)
+    """An enclave image file, measured here, and asked what ``image verify`` asks of it.
+
+    Raises ImageError; BrokenImage; PolicyError for a name that is not printable; OSError.
+    """
+    with open_image(path) as opened:
+        remarks = require_sound(opened.contents(), datetime.now(UTC))
+    return of_image(opened.image, name or path.name, remarks=remarks)
 
 
 def of_image(
-    image: EnclaveImage, name: str, *, model: DigestRule | None = None, configuration: DigestRule | None = None
+    image: EnclaveImage,
+    name: str,
+    *,
+    remarks: Sequence[Remark],
+    model: DigestRule | None = None,
+    configuration: DigestRule | None = None,
 ) -> Source:
-    """An image that was measured, and what is known of its model and configuration. PolicyError as :func:`from_eif`."""
+    """An image that was found sound, with the remarks of that, and what is known of its model and configuration.
+    Raises PolicyError as :func:`from_eif`.
+    """
     made = _measured("eif", image.measurements, name, "an enclave image file, measured here")
-    return replace(made, model=model, configuration=configuration)
+    notes = (*made.notes, *(f"{remark.text[:1].upper()}{remark.text[1:]}." for remark in remarks))
+    return replace(made, notes=notes, model=model, configuration=configuration, remarks=tuple(remarks))
 
 
 def from_measurements(path: Path, name: str | None) -> Source:

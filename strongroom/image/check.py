@@ -13,7 +13,8 @@ import click
 
 from attestation.appraisal import registers_text
 from attestation.eif import Architecture, ImageError
-from attestation.image_diff import ImageContents
+from attestation.errors import StrongroomError
+from attestation.image_diff import ImageContents, ListedEntry
 from attestation.image_files import (
     CONFIGURATION_PATH,
     ROOT_FILE_SYSTEM,
@@ -32,13 +33,21 @@ from strongroom import reference_options as reference
 from strongroom.files import read_bounded
 from strongroom.image.report import kernel_text, signature_text
 from strongroom.options import load_policy, user_heads
+from strongroom.policy_text import Remark
 
-NO_COPY: Final = "no copy for the init, so that these registers fit any boundary between kernel and command line"
+MOVABLE: Final = "these registers fit any boundary between kernel and command line"
+"""Where no init compares: who starts the image may cut off the beginning of the command line, and nothing shows it."""
 CMDLINE_COPY: Final = "cmdline"
 """In ramdisk 0: the command line as it was built, for an init of ours to compare."""
 APPLICATION: Final = "cmd", "env", ROOT_FILE_SYSTEM
 """What a ramdisk of the application has at the top: what it starts, in which environment, and what becomes its root."""
 BROKEN, NOT_EXPECTED = 3, 1
+
+
+class BrokenImage(StrongroomError):
+    """An image that ``verify`` calls broken, and that no reference values are taken from: ``broken_image``."""
+
+    exit_code = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,14 +130,7 @@ def check_image(contents: ImageContents, file: BinaryIO, wanted: Wanted, at: dat
     Raises ImageError ``changed_image``, OSError.
     """
     image = contents.image
-    checks = [
-        ImageCheck("structure", f"EIF version {image.version}, {len(image.sections)} sections, the CRC is right"),
-        _signature(image, at),
-        _kernel(image),
-        _cmdline(contents),
-        _files(contents),
-        _layout(contents),
-    ]
+    checks = _own_word(contents, at)
     if wanted.history is not None:
         checks.append(_by_history(image, wanted.history))
     if wanted.measurements is not None:
@@ -136,6 +138,33 @@ def check_image(contents: ImageContents, file: BinaryIO, wanted: Wanted, at: dat
     if wanted.policy is not None:
         checks += _by_policy(image, file, wanted.policy)
     return checks
+
+
+def require_sound(contents: ImageContents, at: datetime) -> list[Remark]:
+    """That ``verify`` would not call the image broken: its registers would vouch for what nobody saw in it.
+
+    Returns what to know of its registers all the same. Raises BrokenImage with all the answers that say so.
+    """
+    broken = [f"{check.name}: {check.said}" for check in _own_word(contents, at) if check.exit_code]
+    if broken:
+        message = f"the image is broken, and vouches for nothing: {'; '.join(broken)}"
+        raise BrokenImage("broken_image", message, expected="an image that `strongroom image verify` accepts")
+    if _copy(contents) is not None:
+        return []
+    return [Remark("movable_boundary", f"the image has no copy of its command line for the init: {MOVABLE}")]
+
+
+def _own_word(contents: ImageContents, at: datetime) -> list[ImageCheck]:
+    """The answers for which nothing but the image is needed."""
+    image = contents.image
+    return [
+        ImageCheck("structure", f"EIF version {image.version}, {len(image.sections)} sections, the CRC is right"),
+        _signature(image, at),
+        _kernel(image),
+        _cmdline(contents),
+        _files(contents),
+        _layout(contents),
+    ]
 
 
 def _signature(image: EnclaveImage, at: datetime) -> ImageCheck:
@@ -157,9 +186,9 @@ def _kernel(image: EnclaveImage) -> ImageCheck:
 def _cmdline(contents: ImageContents) -> ImageCheck:
     """Printable it is, since it was measured. An init of ours halts unless the copy in its ramdisk is the beginning."""
     text = contents.image.cmdline
-    copy = next((each for each in contents.ramdisks[0].entries if each.entry.path == CMDLINE_COPY), None)
+    copy = _copy(contents)
     if copy is None:
-        said = f"{len(text)} printable characters; {NO_COPY}: {text}"
+        said = f"{len(text)} printable characters, and no copy for the init; {MOVABLE}: {text}"
         return ImageCheck("command line", said, is_asked=False)
     if copy.entry.kind is not Kind.FILE or copy.entry.links > 1:
         said = f"its copy in ramdisk0 is no file of its own, at which the init would halt: {text}"
@@ -168,6 +197,10 @@ def _cmdline(contents: ImageContents) -> ImageCheck:
         said = f"not the copy that is in ramdisk0 for the init, which would halt: {text}"
         return ImageCheck("command line", said, BROKEN)
     return ImageCheck("command line", f"{len(text)} printable characters, as the init will ask: {text}")
+
+
+def _copy(contents: ImageContents) -> ListedEntry | None:
+    return next((each for each in contents.ramdisks[0].entries if each.entry.path == CMDLINE_COPY), None)
 
 
 def _files(contents: ImageContents) -> ImageCheck:

@@ -25,6 +25,7 @@ from attestation.reference import DIGEST_PREFIX, DIGEST_SIZE, configuration_dige
 from attestation.rules import Require
 from strongroom import policy_sources as sources
 from strongroom.files import read_bounded, require_new, write_new
+from strongroom.image.check import require_sound
 from strongroom.image.commands import OpenImage, open_image
 from strongroom.kms.key_policies import Expected, generated, principals_options, show_findings, use_options
 from strongroom.kms.options import ENCRYPTED_MODEL, NamedKeys, key_options, take_keys
@@ -156,9 +157,10 @@ def policy(
 ) -> None:
     """Write the appraisal policy of the enclaves that an image starts.
 
-    The registers come from the image, and so do the model and the configuration: an image of Strongroom holds its
-    measured configuration, which names the model's manifest and the KMS keys. An image without one has no such policy:
-    `strongroom policy init --from-eif` asks for what is missing.
+    The image must be one that `strongroom image verify` does not call broken. The registers come from it, and so do the
+    model and the configuration: an image of Strongroom holds its measured configuration, which names the model's
+    manifest and the KMS keys. An image without one has no such policy: `strongroom policy init --from-eif` asks for
+    what is missing.
 
     Where the configuration asks Nitro's own device, AWS's root is trusted; where it asks an emulated NSM, the policy
     says EMULATED. With --kms-condition the policy of a KMS key is written beside it, by the same registers: --user
@@ -181,7 +183,9 @@ def policy(
     if kms_condition is not None:
         require_new(kms_condition)
     require_new(output)
+    now = datetime.now(UTC)
     with open_image(file) as opened:
+        remarks = require_sound(opened.contents(), now)
         configured = _configuration(opened)
     if configured.keys is not None and keys is not None and keys.keys != configured.keys.keys:
         raise click.UsageError("the configuration in the image names other KMS keys")
@@ -191,6 +195,7 @@ def policy(
     source = sources.of_image(
         opened.image,
         asked.release or file.name,
+        remarks=remarks,
         model=Require((configured.manifest,)),
         configuration=Require((configured.digest,)),
     )
@@ -207,7 +212,7 @@ def policy(
                 path.unlink(missing_ok=True)
             raise
         wrote = [kms_condition, *wrote]
-    report(made, wrote, source, warnings(made, datetime.now(UTC)), asked.as_json)
+    report(made, wrote, source, [*remarks, *warnings(made, now)], asked.as_json)
     if configured.entropy == HOST_ENTROPY and not configured.is_emulated:
         text = "warning  the enclave takes its random numbers from what its host can see: entropy is not nsm-hwrng"
         err.print(Text(text, "yellow"), soft_wrap=True)

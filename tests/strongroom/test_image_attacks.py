@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,10 @@ from attestation.image_files import ImageFileError
 from attestation.measure import measure_image
 from strongroom.image.files import unpack
 from tests.cpio_files import Member, archive, device, folder, link
-from tests.eif_files import CMDLINE, KERNEL, Eif, Part, image
-from tests.terminal import Terminal
+from tests.eif_files import CMDLINE, CMDLINE_TEXT, KERNEL, Eif, Part, Signer
+from tests.sound_images import BOOT, ROOT, bzimage, sound
+from tests.terminal import Ran, Terminal
 
-TEXT = "console=ttyS0 reboot=t random.trust_cpu=on"
-BOOT = (Member("cmdline", TEXT.encode()), folder("dev"), Member("init", b"\x7fELF init", mode=0o100755))
-ROOT = (Member("cmd", b"/usr/bin/python3\n"), Member("env"), folder("rootfs"), folder("rootfs/etc"))
 AS_ROOT = ("--section", "files", "--as-root", "--json")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="devices and owners are for root")
 
@@ -30,25 +29,15 @@ def run(strongroom: Terminal, monkeypatch: pytest.MonkeyPatch) -> Terminal:
     return strongroom
 
 
-def kernel() -> bytes:
-    """A bzImage of one setup sector and two paragraphs."""
-    head = bytearray(1056)
-    head[0x1F1], head[0x1F4], head[0x211] = 1, 2, 1
-    head[0x1FE:0x206] = b"\x55\xaa" + bytes(2) + b"HdrS"
-    head[0x206:0x208] = (0x20F).to_bytes(2, "little")
-    return bytes(head)
-
-
-def made(*disks: bytes, moved: int = 0) -> Eif:
-    """An image of ``disks``, or of what was tried first; ``moved`` bytes of its command line are behind its kernel."""
-    whole = image(ramdisks=disks or [archive(*BOOT), archive(*ROOT)])
-    text = TEXT.encode()
-    return whole.having(Part(KERNEL, kernel() + text[:moved])).having(Part(CMDLINE, text[moved:]))
+def moved(size: int) -> Eif:
+    """An image of which ``size`` bytes of the command line are behind the kernel: no register is another one."""
+    text = CMDLINE_TEXT.encode()
+    return sound().having(Part(KERNEL, bzimage(text[:size]))).having(Part(CMDLINE, text[size:]))
 
 
 def holding(*root: Member) -> Eif:
     """An application's ramdisk with ``root`` in it, too."""
-    return made(archive(*BOOT), archive(*ROOT, *root))
+    return sound(archive(*BOOT), archive(*ROOT, *root))
 
 
 def kept(path: Path, of: Eif, name: str = "enclave.eif") -> str:
@@ -57,7 +46,7 @@ def kept(path: Path, of: Eif, name: str = "enclave.eif") -> str:
 
 
 def test_diff_says_loudly_that_a_boundary_was_moved(run: Terminal, tmp_path: Path) -> None:
-    before, after = kept(tmp_path, made()), kept(tmp_path, made(moved=14), "moved.eif")
+    before, after = kept(tmp_path, sound()), kept(tmp_path, moved(14), "moved.eif")
     ran = run("image", "diff", before, after)
     assert ran.code == 1
     assert "A BOUNDARY WAS MOVED: kernel, cmdline changed, and PCR0 PCR1 did not" in ran.out
@@ -77,16 +66,16 @@ def checks(run: Terminal, file: str) -> dict[str, str]:
 
 
 def test_the_image_that_the_others_are_made_of_is_verified(run: Terminal, tmp_path: Path) -> None:
-    assert set(checks(run, kept(tmp_path, made())).values()) == {"ok", "n/a"}
+    assert set(checks(run, kept(tmp_path, sound())).values()) == {"ok", "n/a"}
 
 
 ANOTHER_LINE = archive(folder("rootfs"), Member("cmdline", b"random.trust_cpu=on"))
 NOT_WHAT_RUNS: dict[str, tuple[Eif, str]] = {
-    "a decoy with a dot": (made(archive(*BOOT, Member("init/.", b"decoy")), archive(*ROOT)), "files"),
-    "a line for the init of a later ramdisk": (made(archive(*BOOT[1:]), ANOTHER_LINE), "layout"),
-    "a line for the init over that of the first": (made(archive(*BOOT), ANOTHER_LINE), "files"),
-    "a line with another name": (made(archive(replace(BOOT[0], links=2), *BOOT[1:]), archive(*ROOT)), "command line"),
-    "a line that is a link": (made(archive(link("cmdline", TEXT), *BOOT[1:]), archive(*ROOT)), "command line"),
+    "a decoy with a dot": (sound(archive(*BOOT, Member("init/.", b"decoy")), archive(*ROOT)), "files"),
+    "a line for the init of a later ramdisk": (sound(archive(*BOOT[1:]), ANOTHER_LINE), "layout"),
+    "a line for the init over that of the first": (sound(archive(*BOOT), ANOTHER_LINE), "files"),
+    "a line with another name": (sound(archive(replace(BOOT[0], links=2), *BOOT[1:]), archive(*ROOT)), "command line"),
+    "a line that is a link": (sound(archive(link("cmdline", CMDLINE_TEXT), *BOOT[1:]), archive(*ROOT)), "command line"),
     "another init": (holding(Member("init", b"another")), "files"),
     "a file in no folder": (holding(Member("rootfs/usr/bin", b"x")), "files"),
     "a file through a link": (holding(link("rootfs/usr", "etc"), Member("rootfs/usr/x", b"x")), "files"),
@@ -103,7 +92,7 @@ def test_an_image_of_which_a_list_misleads_is_broken(run: Terminal, tmp_path: Pa
 
 
 def test_without_the_init_s_copy_the_line_is_not_vouched_for(run: Terminal, tmp_path: Path) -> None:
-    ran = run("image", "verify", kept(tmp_path, made(archive(*BOOT[1:]), archive(*ROOT))))
+    ran = run("image", "verify", kept(tmp_path, sound(archive(*BOOT[1:]), archive(*ROOT))))
     assert ran.code == 0
     assert "n/a     command line" in ran.out
     assert "fit any boundary between kernel and command line" in ran.out
@@ -154,7 +143,7 @@ def test_what_somebody_else_put_there_is_not_written_to(
     root = tmp_path / "root"
     root.mkdir()
     entries = Member("x", b"one", links=2), Member("y", b"two", links=2)
-    with open(kept(tmp_path, made(archive(*BOOT), archive(*entries))), "rb") as file:
+    with open(kept(tmp_path, sound(archive(*BOOT), archive(*entries))), "rb") as file:
         link_as_it_is = os.link
 
         def link_another(source: str, target: str, **options: int) -> None:
@@ -196,7 +185,7 @@ def test_files_are_unpacked_up_to_a_size(tmp_path: Path) -> None:
     size = sum(len(member.data) for member in (*BOOT, *ROOT))
     (tmp_path / "all").mkdir()
     (tmp_path / "part").mkdir()
-    with open(kept(tmp_path, made()), "rb") as file:
+    with open(kept(tmp_path, sound()), "rb") as file:
         image = measure_image(file)
         assert unpack(image, file, tmp_path / "all", as_root=False, most=size).entries == len(BOOT) + len(ROOT)
         with pytest.raises(ImageFileError) as caught:
@@ -211,3 +200,53 @@ def test_a_size_is_compared_before_anything_is_written(run: Terminal, tmp_path: 
     ran = run("image", "extract", file, "-o", str(tmp_path / "out"), "--section", "files", "--max-size", "1", "--json")
     assert (ran.code, ran.json["error"]["code"]) == (2, "files_too_large")
     assert os.listdir(tmp_path) == ["enclave.eif"]
+
+
+# --- policy
+# ------------------------------------------------------------------------------------------------
+
+TOML = b"""version = 1
+[nsm]
+address = "device:/dev/nsm"
+entropy = "nsm-hwrng"
+[model]
+manifest = "sha384:%s"
+""" % (b"ab" * 48)
+STRONGROOM = (folder("rootfs/etc/strongroom"), Member("rootfs/etc/strongroom/enclave.toml", TOML))
+IGNORING = ("--ignore-model", "any", "--ignore-configuration", "any")
+
+
+def written(run: Terminal, tmp_path: Path, of: Eif, command: str) -> Ran:
+    """What is said when a policy is made of this image."""
+    file, out = kept(tmp_path, of), ("--output", str(tmp_path / "policy.toml"), "--json")
+    if command == "init":
+        return run("policy", "init", "--from-eif", file, *IGNORING, *out)
+    return run("image", "policy", file, *out)
+
+
+@pytest.mark.parametrize("command", ["init", "image"])
+@pytest.mark.parametrize("name", ["a boundary that was moved", *NOT_WHAT_RUNS, "a signer of before"])
+def test_no_policy_comes_from_a_broken_image(run: Terminal, tmp_path: Path, name: str, command: str) -> None:
+    if name in NOT_WHAT_RUNS:
+        of, check = NOT_WHAT_RUNS[name]
+    elif name == "a signer of before":
+        of, check = sound().signed(Signer(not_after=datetime(2020, 1, 1, tzinfo=UTC))), "signature"
+    else:
+        of, check = moved(14), "kernel"
+    ran = written(run, tmp_path, of, command)
+    assert (ran.code, ran.json["error"]["code"]) == (2, "broken_image")
+    assert f"vouches for nothing: {check}: " in ran.json["error"]["message"]
+    assert not (tmp_path / "policy.toml").exists()
+
+
+@pytest.mark.parametrize("command", ["init", "image"])
+def test_a_policy_says_that_no_init_compares_the_line(run: Terminal, tmp_path: Path, command: str) -> None:
+    said = "these registers fit any boundary between kernel and command line"
+    ran = written(run, tmp_path, sound(archive(*BOOT[1:]), archive(*ROOT, *STRONGROOM)), command)
+    assert ran.code == 0
+    assert "movable_boundary" in [warning["code"] for warning in ran.json["warnings"]]
+    assert said in " ".join((tmp_path / "policy.toml").read_text().replace("\n#", "").split())
+    (tmp_path / "policy.toml").unlink()
+    ran = written(run, tmp_path, sound(archive(*BOOT), archive(*ROOT, *STRONGROOM)), command)
+    assert "movable_boundary" not in [warning["code"] for warning in ran.json["warnings"]]
+    assert said not in (tmp_path / "policy.toml").read_text()

@@ -12,13 +12,15 @@ from attestation.envelope import EnvelopePurpose
 from attestation.image_files import MAX_CONFIGURATION, ImageFileError
 from attestation.keypolicy.document import KeyPolicy
 from attestation.policy import AppraisalPolicy
+from attestation.ramdisk import RamdiskError
 from attestation.reference import PCR_ROLE, PCR_SIGNER, configuration_digest, once_extended
 from attestation.release_heads import MemoryHeads
 from attestation.rules import Forbid, Ignore, Require
 from emulator.pki import ensure_development_root
 from parent.start_command import configuration_of
 from tests.cpio_files import Member, archive, folder, link, packed
-from tests.eif_files import Eif, Signer, image
+from tests.eif_files import Eif
+from tests.sound_images import BOOT, SIGNER, sound
 from tests.terminal import Terminal
 
 CONFIGURATION = "rootfs/etc/strongroom/enclave.toml"
@@ -54,8 +56,8 @@ def built(configuration: str | bytes | None, *more: Sequence[Member]) -> Eif:
     if configuration is not None:
         data = configuration if isinstance(configuration, bytes) else configuration.encode()
         root.append(Member(CONFIGURATION, data))
-    disks = [(folder("dev"),), (*root, *(more[0] if more else ())), *more[1:]]
-    return image(ramdisks=[packed(archive(*disk)) for disk in disks])
+    disks = [BOOT, (*root, *(more[0] if more else ())), *more[1:]]
+    return sound(*(packed(archive(*disk)) for disk in disks))
 
 
 def kept(path: Path, of: Eif) -> str:
@@ -84,10 +86,8 @@ def test_an_image_for_nitro(strongroom: Terminal, tmp_path: Path) -> None:
     assert isinstance(policy.pcrs[PCR_SIGNER], Forbid)
     assert not isinstance(policy.pcrs[PCR_ROLE], Ignore)
     assert "enclave.toml" in (tmp_path / "policy.toml").read_text()
-    assert (
-        strongroom("image", "verify", str(tmp_path / "enclave.eif"), "--policy", str(tmp_path / "policy.toml")).code
-        == 3
-    )
+    verified = strongroom("image", "verify", str(tmp_path / "enclave.eif"), "--policy", str(tmp_path / "policy.toml"))
+    assert verified.code == 0
     assert strongroom("policy", "check", str(tmp_path / "policy.toml")).code == 0
 
 
@@ -103,8 +103,8 @@ def test_what_stands_there_stays(strongroom: Terminal, tmp_path: Path) -> None:
 
 
 def test_a_signed_image_pins_its_signer(strongroom: Terminal, tmp_path: Path) -> None:
-    ran = strongroom("image", "policy", kept(tmp_path, built(toml()).signed()), *options(tmp_path), "--json")
-    assert ran.json["releases"][0]["pcrs"]["8"] == Signer().pcr8().hex()
+    ran = strongroom("image", "policy", kept(tmp_path, built(toml()).signed(SIGNER)), *options(tmp_path), "--json")
+    assert ran.json["releases"][0]["pcrs"]["8"] == SIGNER.pcr8().hex()
     assert PCR_SIGNER not in written(tmp_path).pcrs
 
 
@@ -182,12 +182,12 @@ def test_an_image_of_which_nobody_can_say_what_it_reads(
     assert strongroom("image", "policy", file, *options(tmp_path)).code == 0
     file = kept(tmp_path, built(toml(), *([[], more] if is_beside else [more])))
     ran = strongroom("image", "policy", file, *options(tmp_path, "other.toml"), "--json")
-    assert (ran.code, ran.json["error"]["code"]) == (2, "bad_configuration")
+    assert (ran.code, ran.json["error"]["code"]) == (2, "broken_image")
     assert not (tmp_path / "other.toml").exists()
     seen = strongroom("image", "verify", file, "--policy", str(tmp_path / "policy.toml"), "--json")
     assert seen.code == 3
     assert {"name": "configuration", "status": "failed"}.items() <= seen.json["checks"][-1].items()
-    with pytest.raises(ImageFileError):
+    with pytest.raises(RamdiskError):
         configuration_of(Path(file))
 
 

@@ -36,15 +36,15 @@ from attestation.rules import (
 )
 from attestation.verifier import verify, verify_archived, verify_document
 from strongroom.options import out
-from tests.eif_files import image as eif
 from tests.gguf_files import TEXT, Gguf
 from tests.pki import forge
 from tests.release_files import ED25519, NAME, ONE, P384, TWO
+from tests.sound_images import SIGNER, sound
 from tests.terminal import Ran, Terminal
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "vectors" / "nitro"
 
-EIF = eif()
+EIF = sound()
 MODEL = Gguf([("tokenizer.chat_template", TEXT, "{{ messages }}")]).encode()
 CONFIGURATION = b"version = 1\n"
 IMAGE = PcrSet(forge.PCRS[0], forge.PCRS[1], forge.PCRS[2])
@@ -66,7 +66,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     files = {
         "root.der": forge.ROOT_DER,
         "enclave.eif": EIF.encode(),
-        "signed.eif": EIF.signed().encode(),
+        "signed.eif": EIF.signed(SIGNER).encode(),
         "build.json": json.dumps({"Measurements": measurements}).encode(),
         "bundle.json": BUNDLE.encode(),
         "evidence.cbor": forge.evidence(),
