@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -133,7 +134,7 @@ def build(
         commands = [wanted.docker(), [PROGRAM, "build-enclave", *wanted.nitro_cli(output)]]
         commands += [] if following is None else [["strongroom", *following]]
         click.echo(
-            json.dumps({"run": commands}) if as_json else "\n".join(f"run {' '.join(each)}" for each in commands)
+            json.dumps({"run": commands}) if as_json else "\n".join(f"run {shlex.join(each)}" for each in commands)
         )
         return 0
     image = asyncio.run(build_image(wanted, NitroCli()))
@@ -223,7 +224,7 @@ def run(
         err.print(f"[bold red]{DEBUG_WARNING}[/bold red]")
     if dry_run:
         command = [PROGRAM, *request.arguments()]
-        said = f"run {' '.join(command)}" if same is None else "nothing to do: it runs"
+        said = f"run {shlex.join(command)}" if same is None else "nothing to do: it runs"
         click.echo(json.dumps({"run": [] if same else [command]}) if as_json else said)
         return
     enclave = same or asyncio.run(start_enclave(cli, request, measured.measurements))
@@ -246,7 +247,7 @@ def describe(dry_run: bool, as_json: bool) -> None:
     """
     if dry_run:
         command = [PROGRAM, "describe-enclaves"]
-        click.echo(json.dumps({"run": [command]}) if as_json else f"run {' '.join(command)}")
+        click.echo(json.dumps({"run": [command]}) if as_json else f"run {shlex.join(command)}")
         return
     enclaves = asyncio.run(NitroCli().describe())
     if any(each.debug for each in enclaves):
@@ -282,7 +283,7 @@ def console(enclave: str, disconnect_timeout: int | None, dry_run: bool) -> int:
     command = [PROGRAM, "console", "--enclave-id", found.id]
     command += [] if disconnect_timeout is None else ["--disconnect-timeout", str(disconnect_timeout)]
     if dry_run:
-        click.echo(f"run {' '.join(command)}")
+        click.echo(f"run {shlex.join(command)}")
         return 0
     return subprocess.run(command, check=False).returncode
 
@@ -312,7 +313,11 @@ def terminate(enclave: str | None, every: bool, dry_run: bool, as_json: bool) ->
     elif not ended:
         click.echo("no enclaves" if every else f"{enclave} does not run")
     for each in [] if as_json else ended:
-        click.echo(f"run {PROGRAM} terminate-enclave --enclave-id {each}" if dry_run else f"terminated {each}")
+        click.echo(
+            f"run {shlex.join([PROGRAM, 'terminate-enclave', '--enclave-id', each])}"
+            if dry_run
+            else f"terminated {each}"
+        )
 
 
 def find(enclaves: Sequence[RunningEnclave], wanted: str) -> RunningEnclave:

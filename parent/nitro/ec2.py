@@ -216,10 +216,24 @@ class Ec2:
 
 def _asked(ask: Callable[[], T]) -> T:
     """What AWS answers. Raises Ec2Error."""
-    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, NoRegionError
 
     try:
         return ask()
+    except NoRegionError as error:
+        raise Ec2Error(
+            "ec2_unavailable",
+            "AWS cannot be asked: in which region is it to be?",
+            expected="--region NAME, or a region in your AWS configuration (`aws configure set region NAME`)",
+            got="none",
+        ) from error
+    except NoCredentialsError as error:
+        raise Ec2Error(
+            "ec2_unavailable",
+            "AWS cannot be asked: there are no credentials",
+            expected="--profile NAME, or what `aws configure` or `aws sso login` sets up",
+            got="none",
+        ) from error
     except ClientError as error:
         body = error.response.get("Error", {})
         code, message = str(body.get("Code", "?"))[:100], str(body.get("Message", ""))[:500]

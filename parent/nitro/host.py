@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -133,7 +134,7 @@ class Command:
     undone: str = ""
 
     def __str__(self) -> str:
-        return f"run {' '.join(self.words)}"
+        return f"run {shlex.join(self.words)}"
 
 
 Step: TypeAlias = WriteFile | Command

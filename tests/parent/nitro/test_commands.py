@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import stat
 from pathlib import Path
 
@@ -51,6 +52,14 @@ async def test_a_dry_run_checks_and_starts_nothing(host: NitroHost, eif: Path, f
     refused = await run(host, front, eif, "--memory-mib", "8192", "--cpus", "2", "--dry-run")
     assert refused.status == 4
     assert "hugepages_missing" in refused.err
+
+
+async def test_what_would_run_can_be_pasted_into_a_shell(host: NitroHost, eif: Path) -> None:
+    spaced = eif.rename(eif.with_name("an $(image).eif"))
+    said = await run(host, "command", spaced, *SIZE, "--name", "x", "--dry-run")
+    words = shlex.split(said.out)
+    assert words[:4] == ["run", "nitro-cli", "run-enclave", "--eif-path"]
+    assert words[4] == str(spaced)
 
 
 @ALL

@@ -133,6 +133,19 @@ def test_without_a_region_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(Ec2Error) as caught:
         Ec2()
     assert (caught.value.code, caught.value.exit_code) == ("ec2_unavailable", 4)
+    assert "--region NAME" in str(caught.value)
+
+
+def test_without_credentials_it_says_where_they_come_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(Ec2Error) as caught:
+        Ec2("eu-central-1").find("parent")
+    assert caught.value.code == "ec2_unavailable"
+    assert "--profile NAME" in str(caught.value)
 
 
 def test_a_dry_run_is_one_of_ec2s_own(aws: None) -> None:
