@@ -28,6 +28,8 @@ PACKAGES: Final = {
     DOCKER: "docker",
 }
 """On Amazon Linux 2023, by a path that each brings."""
+PROGRAM: Final = "/usr/local/bin/strongroom"
+"""How whoever works on the host calls it: a link."""
 WANTS: Final = "/etc/systemd/system/multi-user.target.wants"
 SLICE: Final = "/sys/fs/cgroup/system.slice"
 """A service that runs has a folder of its name here."""
@@ -48,6 +50,8 @@ class Wanted:
     """Who may run enclaves and build images, besides root."""
     services: Services | None = None
     """What runs beside the enclave, if that is started by ``nitro-cli`` and not by ``strongroom start``."""
+    program: str | None = None
+    """What :data:`PROGRAM` leads to. None: that stays as it is."""
 
     def __post_init__(self) -> None:
         if self.memory_mib < 1 or self.cpus < 1:
@@ -91,6 +95,8 @@ class HostState:
     """None without the driver."""
     topology: Topology | None = field(default=None)
     """None where nothing says."""
+    program: str | None = None
+    """Where :data:`PROGRAM` leads; itself, where it is no link; None where it is not."""
 
     @classmethod
     def read(cls, wanted: Wanted, root: Path = Path("/")) -> HostState:
@@ -112,6 +118,7 @@ class HostState:
             running=frozenset(each.name for each in _below(root, SLICE).glob("*.service")),
             resources=resources,
             topology=topology,
+            program=_leads_to(_below(root, PROGRAM)),
         )
 
 
@@ -137,7 +144,18 @@ class Command:
         return f"run {shlex.join(self.words)}"
 
 
-Step: TypeAlias = WriteFile | Command
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A symbolic link, in place of another one."""
+
+    path: str
+    target: str
+
+    def __str__(self) -> str:
+        return f"link {self.path} to {self.target}"
+
+
+Step: TypeAlias = WriteFile | Link | Command
 Runner: TypeAlias = Callable[[Sequence[str]], int]
 """Runs a program to its end and returns its exit status."""
 
@@ -152,7 +170,7 @@ def plan(wanted: Wanted, host: HostState, *, root: Path = Path("/")) -> list[Ste
     if host.live and host.resources is None:
         steps.append(Command(("modprobe", "nitro_enclaves"), "this kernel has no driver for Nitro enclaves"))
     steps += [WriteFile(path, text) for path, text in wanted.files().items() if host.files.get(path) != text]
-    return steps + _units(wanted, host, root)
+    return steps + _link(wanted, host) + _units(wanted, host, root)
 
 
 def _packages(host: HostState, root: Path) -> list[Step]:
@@ -177,6 +195,13 @@ def _groups(wanted: Wanted, host: HostState, root: Path) -> list[Step]:
     where = () if root == Path("/") else ("--prefix", str(root))
     missing = [group for group in (GROUP, "docker") if wanted.user not in host.members.get(group, ())]
     return [Command(("usermod", *where, "--append", "--groups", group, wanted.user)) for group in missing]
+
+
+def _link(wanted: Wanted, host: HostState) -> list[Step]:
+    """A program of somebody else's, which is no link, stays."""
+    if wanted.program is None or wanted.program in (PROGRAM, host.program) or host.program == PROGRAM:
+        return []
+    return [Link(PROGRAM, wanted.program)]
 
 
 def _units(wanted: Wanted, host: HostState, root: Path) -> list[Step]:
@@ -254,6 +279,8 @@ def apply(steps: Sequence[Step], *, root: Path = Path("/"), run: Runner | None =
         match step:
             case WriteFile(path, content):
                 _write(_below(root, path), content)
+            case Link(path, target):
+                _write_link(_below(root, path), target)
             case Command(words, undone):
                 status = (run or run_command)(words)
                 if status:
@@ -281,6 +308,20 @@ def _write(path: Path, content: str) -> None:
         os.fchmod(descriptor, 0o644)
         file.write(content)
     temporary.replace(path)
+
+
+def _write_link(path: Path, target: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    temporary.replace(path)
+
+
+def _leads_to(path: Path) -> str | None:
+    if path.is_symlink():
+        return os.readlink(path)
+    return PROGRAM if path.exists() else None
 
 
 def _below(root: Path, path: str) -> Path:

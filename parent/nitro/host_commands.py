@@ -11,9 +11,9 @@ from typing import Any, Final
 import click
 
 from parent.nitro.errors import NitroError
-from parent.nitro.host import Command, HostState, Step, Wanted, WriteFile, apply, plan
+from parent.nitro.host import Command, HostState, Link, Step, Wanted, WriteFile, apply, plan
 from parent.nitro.start import FIRST_CID
-from parent.nitro.units import Services
+from parent.nitro.units import HIDDEN_FOLDERS, Services
 from vsockrpc.address import VMADDR_CID_ANY
 
 FILE: Final = click.Path(path_type=Path, exists=True, dir_okay=False)
@@ -52,7 +52,7 @@ cid_range = click.IntRange(FIRST_CID, VMADDR_CID_ANY - 1)
     "--program",
     default=str(Path(sys.executable).with_name("strongroom")),
     metavar="PATH",
-    help="What the services run.  [default: this installation]",
+    help="What the services, and /usr/local/bin/strongroom, run.  [default: this installation]",
 )
 @click.option(
     "--root",
@@ -82,8 +82,8 @@ def bootstrap(
 ) -> None:
     """Set this host up for enclaves; again, and nothing changes.
 
-    Packages (Amazon Linux 2023), the user's groups, the allocator's memory and CPUs, huge pages through it, and units
-    for proxy, egress and model store. Needs root, unless with --dry-run.
+    Packages (Amazon Linux 2023), the user's groups, the allocator's memory and CPUs, huge pages through it, strongroom
+    in /usr/local/bin, and units for proxy, egress and model store. Needs root, unless with --dry-run.
 
     \b
     Example:
@@ -100,7 +100,8 @@ def bootstrap(
     beside = None
     if services:
         beside = Services(program, cid, listen, None if model is None else str(model.resolve()), allow)
-    wanted = Wanted(memory_mib, cpus, None if user == "root" else user, beside)
+    link = None if program.startswith(HIDDEN_FOLDERS) else program
+    wanted = Wanted(memory_mib, cpus, None if user == "root" else user, beside, link)
     steps = plan(wanted, HostState.read(wanted, root), root=root)
     if not dry_run and steps:
         if root == Path("/") and os.geteuid() != 0:
@@ -143,6 +144,8 @@ def as_object(step: Step) -> dict[str, Any]:
     match step:
         case WriteFile(path, content):
             return {"write": path, "content": content}
+        case Link(path, target):
+            return {"link": path, "to": target}
         case Command(words):
             return {"run": list(words)}
 

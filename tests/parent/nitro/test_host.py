@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -11,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from parent.nitro.errors import ALLOCATOR_FILE, ALLOCATOR_UNIT, NitroError
-from parent.nitro.host import NITRO_CLI, PACKAGES, Command, HostState, Step, Wanted, WriteFile, apply, plan
+from parent.nitro.host import NITRO_CLI, PACKAGES, PROGRAM, Command, HostState, Step, Wanted, WriteFile, apply, plan
+from parent.nitro.host_commands import bootstrap
 from parent.nitro.resources import EnclaveResources, HugePages, Topology, parse_cpus
 from parent.nitro.start import EnclaveRequest, lowest_memory_mib, require_possible
 from parent.nitro.units import UNIT_FOLDER, Services
@@ -371,6 +374,23 @@ async def test_a_file_tree_is_set_up_once(amazon_linux: NitroHost, front: str) -
     assert len(host.calls) == done
 
 
+async def test_the_program_is_on_the_path(amazon_linux: NitroHost) -> None:
+    host, link = amazon_linux, amazon_linux.root / PROGRAM.lstrip("/")
+    options = ["--root", str(host.root), *SIZE, "--no-services", "--user", "ec2-user"]
+    for target in ("/opt/one/bin/strongroom", "/opt/other/bin/strongroom"):
+        said = await host.run("command", "bootstrap", *options, "--program", target)
+        assert f"link {PROGRAM} to {target}" in said.out.splitlines()
+        assert os.readlink(link) == target
+        again = await host.run("command", "bootstrap", *options, "--program", target, "--json")
+        assert [each for each in again.json["steps"] if "link" in each] == []
+    link.unlink()
+    link.write_text("somebody's")
+    for target in ("/opt/other/bin/strongroom", PROGRAM, "/root/bin/strongroom"):
+        said = await host.run("command", "bootstrap", *options, "--program", target)
+        assert (said.status, "link" in said.out) == (0, False)
+    assert link.read_text() == "somebody's"
+
+
 async def test_image_and_model_say_how_much(amazon_linux: NitroHost, eif: Path) -> None:
     model = amazon_linux.folder / "model.gguf"
     model.write_bytes(tiny_model().encode())
@@ -397,18 +417,97 @@ async def test_sizes_are_named(host: NitroHost, options: list[str], word: str) -
     assert word in said.err
 
 
-async def test_the_script_installs_before_it_hands_over(host: NitroHost, tmp_path: Path) -> None:
-    """On a host that has nothing: it says so, and does nothing."""
+# --- The script, on a host that has nothing -------------------------------------------------------------------------
+
+SCRIPT = str(REPOSITORY / "scripts/bootstrap-parent")
+SIZE = ["--memory-mib", "512", "--cpus", "2"]
+PYTHON = """#!/bin/bash
+echo "$*" >>"$STAND_IN/python"
+case "$*" in
+  "-I -m venv "*) mkdir -p "${!#}/bin"; cp "$0" "${!#}/bin/python" ;;
+  *--force-reinstall*)
+    strongroom=$(dirname "$0")/strongroom
+    printf '#!/bin/bash\\necho "$0" "$@"\\n' >"$strongroom"; chmod 755 "$strongroom" ;;
+esac
+"""
+"""Stands for Python with venv and pip: the last of what it installs is strongroom, which says how it was called."""
+
+
+@pytest.fixture
+def bare(host: NitroHost, tmp_path: Path) -> dict[str, str]:
+    """The environment of a host without strongroom, whose user is root."""
     environment = {name: value for name, value in host.environment.items() if name != "STRONGROOM"}
-    script = str(REPOSITORY / "scripts/bootstrap-parent")
-    options = ["--dry-run", "--memory-mib", "512", "--cpus", "2", "--root=/nonexistent"]
-    said = await ran([script, *options], environment, tmp_path)
+    for name, text in (("python3.13", PYTHON), ("id", "#!/bin/sh\necho 0\n")):
+        (host.folder / "bin" / name).write_text(text)
+        (host.folder / "bin" / name).chmod(0o755)
+    return {**environment, "STRONGROOM_PREFIX": str(tmp_path / "opt"), "TMPDIR": str(tmp_path)}
+
+
+async def test_a_dry_run_says_what_a_run_does(bare: dict[str, str], tmp_path: Path) -> None:
+    said = await ran([SCRIPT, "--dry-run", *SIZE, "--user=a b"], bare, tmp_path)
+    assert said.status == 0, said.err
     lines = said.out.splitlines()
-    assert any(" -I -m venv /opt/strongroom" in line for line in lines)
+    assert lines[0] == f"run python3.13 -I -m venv {tmp_path}/opt"
     assert any(
         "--require-hashes --only-binary :all: -r" in line and "requirements/parent.txt" in line for line in lines
     )
-    assert not Path("/opt/strongroom/bin").exists()
+    assert lines[-1] == f"run {tmp_path}/opt/bin/strongroom nitro bootstrap --memory-mib 512 --cpus 2 --user=a b"
+    assert "setup" not in said.out
+    assert not (tmp_path / "opt").exists()
+
+
+async def test_strongroom_is_installed_once_and_goes_on(host: NitroHost, bare: dict[str, str], tmp_path: Path) -> None:
+    first = await ran([SCRIPT, *SIZE], bare, tmp_path)
+    calls = (host.folder / "python").read_text().splitlines()
+    again = await ran([SCRIPT, *SIZE], bare, tmp_path)
+    assert (first.status, again.status) == (0, 0), first.err + again.err
+    assert first.out == again.out == f"{tmp_path}/opt/bin/strongroom nitro bootstrap --memory-mib 512 --cpus 2\n"
+    assert len((host.folder / "python").read_text().splitlines()) == len(calls)
+
+
+@pytest.mark.parametrize("root", ["--root={}", "--root {}"])
+async def test_a_file_tree_installs_nothing_here(bare: dict[str, str], tmp_path: Path, root: str) -> None:
+    (tmp_path / "tree").mkdir()
+    options = root.format(tmp_path / "tree").split()
+    said = await ran([SCRIPT, *SIZE, *options, "--dry-run"], {**bare, "STRONGROOM": "/bin/echo"}, tmp_path)
+    assert said.out == f"nitro bootstrap {' '.join([*SIZE, *options])} --dry-run\n"
+    said = await ran([SCRIPT, *SIZE, *options, "--dry-run"], bare, tmp_path)
+    assert "venv" not in said.out
+    assert not (tmp_path / "opt").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ([], "--memory-mib and --cpus, or --image and --model"),
+        (["--memory-mib", "512"], "--memory-mib and --cpus"),
+        (["--memory-mib", "512", "--image", SCRIPT, "--model", SCRIPT], "--memory-mib and --cpus"),
+        (["--image", SCRIPT], "--image and --model"),
+        ([*SIZE, "--modle", "x"], "unknown argument: --modle"),
+        ([*SIZE, "x"], "unknown argument: x"),
+        (["--memory-mib=4G", "--cpus=2"], "--memory-mib wants a number, not '4G'"),
+        (["--cpus", "2", "--memory-mib"], "--memory-mib wants a number, not ''"),
+        ([*SIZE, "--model", "/nonexistent"], "--model: there is no file '/nonexistent'"),
+        ([*SIZE, "--image=/nonexistent"], "--image: there is no file '/nonexistent'"),
+        ([*SIZE, "--root=/nonexistent"], "--root: there is no folder '/nonexistent'"),
+        ([*SIZE, "--user"], "--user wants a value"),
+    ],
+)
+async def test_mistakes_are_said_before_anything_is_installed(
+    host: NitroHost, bare: dict[str, str], tmp_path: Path, options: list[str], word: str
+) -> None:
+    said = await ran([SCRIPT, *options], bare, tmp_path)
+    assert (said.status, said.out) == (2, "")
+    assert word in said.err
+    assert not (tmp_path / "opt").exists()
+    assert not (host.folder / "python").exists()
+
+
+def test_the_script_knows_every_option_of_the_command() -> None:
+    reader = Path(SCRIPT).read_text().partition("read_words() {")[2].partition("\n}\n")[0]
+    known = set(re.findall(r"--[a-z-]+", reader))
+    options = {name for each in bootstrap.params for name in (*each.opts, *each.secondary_opts)}
+    assert options == known
 
 
 def test_the_program_of_these_tests_is_there() -> None:
