@@ -29,11 +29,11 @@ Within a step ggml's barriers spin whatever this says: with more threads than id
 _MAX_THREADS: Final = 512  # GGML_MAX_N_THREADS
 _DEFAULT_POLL: Final = 50
 _PIECE_SIZE: Final = 256
-_LIBRARIES: Final = Path(llama_cpp.__file__).parent / "lib"
-_BOUND_HERE: Final = tuple(
-    ctypes.CDLL(str(_LIBRARIES / name)) for name in ("libggml-base.so", "libggml-cpu.so", "libllama.so")
-)
-"""For what llama-cpp-python does not bind. Opened now: the user that this process becomes may not read these files."""
+_LIBRARY: Final = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libllama.so"))
+"""For what llama-cpp-python does not bind, of ggml too: names are looked up in the libraries that llama.cpp itself has
+loaded. A wheel has each library under several names, as copies; another copy has tables of its own, which nobody fills,
+and with it a pool's threads compute zeros. Opened now: the user that this process becomes may not read these files.
+"""
 
 
 class LlamaRefused(StrongroomError):
@@ -295,17 +295,16 @@ class _ThreadPool:
         )
 
     def __init__(self, context: Any, threads: int) -> None:
-        base, cpu, llama = _BOUND_HERE
         parameters = self._Parameters()
-        base.ggml_threadpool_params_init(ctypes.byref(parameters), ctypes.c_int(threads))
+        _LIBRARY.ggml_threadpool_params_init(ctypes.byref(parameters), ctypes.c_int(threads))
         filled = (parameters.n_threads, parameters.priority, parameters.poll, parameters.strict_cpu, parameters.paused)
         if filled != (threads, 0, _DEFAULT_POLL, False, False):
             raise RuntimeError("struct ggml_threadpool_params is not laid out as expected")
         parameters.poll = POLL
-        cpu.ggml_threadpool_new.restype = ctypes.c_void_p
-        pool = _there(cpu.ggml_threadpool_new(ctypes.byref(parameters)))
-        llama.llama_attach_threadpool.restype = None
-        llama.llama_attach_threadpool(ctypes.c_void_p(context), ctypes.c_void_p(pool), ctypes.c_void_p(pool))
+        _LIBRARY.ggml_threadpool_new.restype = ctypes.c_void_p
+        pool = _there(_LIBRARY.ggml_threadpool_new(ctypes.byref(parameters)))
+        _LIBRARY.llama_attach_threadpool.restype = None
+        _LIBRARY.llama_attach_threadpool(ctypes.c_void_p(context), ctypes.c_void_p(pool), ctypes.c_void_p(pool))
 
 
 def _set(parameters: Any, **values: object) -> None:
