@@ -69,6 +69,10 @@ class ContainerArchive:
 SourceChoice: TypeAlias = RootFolder | OciLayout | ContainerArchive | ContainerBuild
 _LOCAL_PATH: Final = re.compile(r"\A([^=]+=(?:(?:oci|oci-archive|docker-archive|dir):)?)/(?:[^/]*/)*([^/]*)\Z")
 """A build argument that names a file on this machine, as base images are: the record has the file's own name alone."""
+_MOVABLE: Final = (
+    "the init gets no copy of the command line to compare: these registers fit any boundary between kernel and command "
+    "line, and who starts the image may cut off the beginning of the line; an init of ours compares"
+)
 _KINDS: Final = {RootFolder: "rootfs", OciLayout: "oci", ContainerArchive: "archive", ContainerBuild: "dockerfile"}
 
 
@@ -167,7 +171,7 @@ def build_image(plan: ImagePlan, out: Path, *, signer: ImageSigner | None = None
             record.write(statement.encode())
             size = file.seek(0, 2)
     record_path = out.with_name(out.name + SUFFIX)
-    notes = (*source.notes, *_without_effect(source))
+    notes = (*source.notes, *_without_effect(source), *(() if blobs.cmdline_copy else (_MOVABLE,)))
     return BuiltImage(image, out, size, record_path, source.digest, blobs, command, notes)
 
 

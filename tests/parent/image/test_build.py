@@ -181,15 +181,21 @@ def test_variables_of_the_caller_take_the_place_of_the_container_s(tmp_path: Pat
 def test_what_has_no_effect_is_told(tmp_path: Path) -> None:
     runs = {"Cmd": ["/x"], "User": "app", "WorkingDir": "/srv"}
     source = OciLayout(layout(Container([tar({"x": b"", "y.pyc": b""})], runs)).write(tmp_path / "layout"))
-    notes = build(ImagePlan(source=source, blobs=blobs(tmp_path)), tmp_path / "e.eif").notes
+    notes = build(ImagePlan(source=source, blobs=blobs(tmp_path, cmdline_copy=True)), tmp_path / "e.eif").notes
     assert [note.split()[0] for note in notes] == ["1", "USER", "WORKDIR"]
     for user, folder in (("root", "/"), ("0:0", ""), ("", "/")):
         quiet_runs = {"Cmd": ["/x"], "User": user, "WorkingDir": folder}
         layout(Container([tar({"x": b""})], quiet_runs)).write(tmp_path / f"layout{user}{len(folder)}")
-        plan = ImagePlan(
-            source=OciLayout(tmp_path / f"layout{user}{len(folder)}"), blobs=BlobChoice(folder=str(tmp_path / "blobs"))
-        )
+        choice = BlobChoice(folder=str(tmp_path / "blobs"), cmdline_copy=True)
+        plan = ImagePlan(source=OciLayout(tmp_path / f"layout{user}{len(folder)}"), blobs=choice)
         assert build(plan, tmp_path / "other.eif").notes == ()
+
+
+def test_that_no_init_compares_the_command_line_is_told(tmp_path: Path) -> None:
+    [note] = build(plan_of(tmp_path / "aws"), tmp_path / "aws.eif").notes
+    assert "these registers fit any boundary between kernel and command line" in note
+    own = plan_of(tmp_path / "own", blobs=blobs(tmp_path / "other", cmdline_copy=True))
+    assert build(own, tmp_path / "own.eif").notes == ()
 
 
 # --- The same each time --------------------------------------------------------------------------------------------

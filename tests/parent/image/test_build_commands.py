@@ -73,7 +73,7 @@ def test_it_prints_what_a_person_needs() -> None:
     for text in ("e.eif", "e.eif.provenance.json", "/bin/tool --all", image.measurements.pcr0.hex()):
         assert text in said
     assert [line.split()[0] for line in said.splitlines()] == [
-        "image", "record", "root", "runs", "boots", "kernel", "init", "PCR0", "PCR1", "PCR2",
+        "image", "record", "root", "runs", "boots", "kernel", "init", "PCR0", "PCR1", "PCR2", "note",
     ]  # fmt: skip
 
 
