@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import BinaryIO, Final, TypeAlias
 
 from attestation.eif import Architecture
-from attestation.measure import EnclaveImage, read_image
+from attestation.measure import EnclaveImage, measure_image
 from attestation.strict_json import Json
 from parent.image.archive import read_archive
 from parent.image.blobs import BlobChoice, Blobs, find_blobs
@@ -158,7 +158,7 @@ def build_image(plan: ImagePlan, out: Path, *, signer: ImageSigner | None = None
                 progress=lambda done, total: progress("writing the image", done, total),
             )
             file.flush()
-            image, digests = _read_again(Path(file.name), progress)
+            image, digests = _read_again(file, progress)
             statement = BuildRecord(
                 name=out.name,
                 digests=digests,
@@ -240,12 +240,15 @@ def _without_effect(source: Source) -> Sequence[str]:
     return notes
 
 
-def _read_again(path: Path, progress: Progress) -> tuple[EnclaveImage, Mapping[str, str]]:
-    """The image as everybody else will read it, and its file's digests."""
-    image = read_image(path, progress=lambda done, total: progress("reading it again", done, total), digest_file=True)
+def _read_again(file: BinaryIO, progress: Progress) -> tuple[EnclaveImage, Mapping[str, str]]:
+    """The image as everybody else will read it, and its file's digests: of this file, whatever its name leads to."""
+    file.seek(0)
+    image = measure_image(
+        file, progress=lambda done, total: progress("reading it again", done, total), digest_file=True
+    )
     assert image.sha384 is not None
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    file.seek(0)
+    sha256 = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # wants what every file has
     return image, {"sha256": sha256, "sha384": image.sha384.hex()}
 
 

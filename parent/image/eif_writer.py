@@ -165,11 +165,11 @@ def sign_image(source: Path, target: Path, signer: ImageSigner, *, progress: Pro
 
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of ``target`` once all is written; on any error, Ctrl-C among them, it is removed
-    and ``target`` is what it was. Raises OSError.
+    """A new file, to write and to read, that takes the place of ``target`` once all is written; on any error, Ctrl-C
+    among them, it is removed and ``target`` is what it was. Raises OSError.
     """
     partial = target.with_name(f".{secrets.token_hex(8)}.partial")
-    with partial.open("xb") as out:
+    with partial.open("x+b") as out:
         try:
             yield out
             out.flush()
