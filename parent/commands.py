@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -15,17 +16,21 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from parent.events import EventReader
 from parent.launch.machine import LaunchError
 from parent.proxy import Proxy
 from parent.registry import Registry, RegistryError
 from vsockrpc.address import Address, parse_address
-from vsockrpc.errors import AddressError
+from vsockrpc.errors import AddressError, ConnectionLost, Fault
 from vsockrpc.http_server import listen_on, parse_listen, serve_http
+from vsockrpc.transport import connect
 
 err = Console(stderr=True, highlight=False)
 
 POLL_SECONDS = 0.05
 STOP_SECONDS = 30
+QUIET_SECONDS = 1.0
+"""Without a new event, before an enclave is taken to have told its recent ones."""
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
@@ -62,18 +67,32 @@ def ps(as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("name", default="enclave")
+@click.argument("name", required=False)
+@click.option(
+    "--enclave",
+    metavar="ADDRESS",
+    help="Instead of a name of `strongroom ps`: where an enclave is that was started otherwise, vsock:CID:PORT, "
+    "unix:PATH or tcp:HOST:PORT.",
+)
 @click.option("-f", "--follow", is_flag=True, help="Wait for more until Ctrl-C or the enclave's end.")
-def logs(name: str, follow: bool) -> None:
+def logs(name: str | None, enclave: str | None, follow: bool) -> None:
     """Print an enclave's events, one JSON object a line.
 
-    The events come from a closed catalogue and hold nothing of any prompt or answer.
+    The events come from a closed catalogue and hold nothing of any prompt or answer. With --enclave the enclave itself
+    is asked, and says its recent ones: what nobody wrote down is gone with it.
 
     \b
     Example:
       strongroom logs demo
       strongroom logs demo --follow
+      strongroom logs --enclave vsock:16:5005 --follow
     """
+    if enclave is not None:
+        if name is not None:
+            raise click.UsageError("name an enclave, or an --enclave ADDRESS")
+        asyncio.run(print_events(enclave_address(enclave), follow=follow))
+        return
+    name = name or "enclave"
     instance = Registry.of_user().find(name)
     if not instance.events.exists() and not follow:
         return
@@ -85,6 +104,28 @@ def logs(name: str, follow: bool) -> None:
             if not follow or not instance.supervised():
                 return
             time.sleep(POLL_SECONDS)
+
+
+async def print_events(address: Address, *, follow: bool) -> None:
+    """Those that an enclave has; without ``follow`` until none has come for :data:`QUIET_SECONDS`, since nothing in
+    the protocol ends the recent ones. Raises ConnectionLost, Fault, EventError, AddressError.
+    """
+    reader = EventReader()
+    try:
+        async with connect(address) as client, client.call("events", {}) as call:
+            await call.send(b"", end=True)
+            pieces = aiter(call)
+            with contextlib.suppress(TimeoutError, StopAsyncIteration):
+                while True:
+                    async with asyncio.timeout(None if follow else QUIET_SECONDS):
+                        piece = await anext(pieces)
+                    for line, _ in reader.feed(piece):
+                        click.echo(line.decode("ascii"))
+    except Fault as fault:
+        raise Fault(fault.code, f"{address} tells no events: {fault.message}") from fault
+    except ConnectionLost as lost:
+        ended = "" if lost.code == "unreachable" else ", and the enclave with it, or the way to it"
+        raise ConnectionLost(f"{lost.message}{ended}", code=lost.code) from lost
 
 
 @click.command()
