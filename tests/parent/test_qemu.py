@@ -21,6 +21,7 @@ from attestation.eif import ImageError
 from attestation.manifest import ModelManifest
 from attestation.reference import PcrSet, digest_text
 from emulator.pki import ensure_development_root
+from parent.cache import CacheError
 from parent.config import LaunchConfigurationError
 from parent.image.sizing import EIF_FACTOR
 from parent.launch.machine import LaunchError, Machine
@@ -119,6 +120,13 @@ def test_the_newest_in_the_cache_is_taken(cache: Callable[..., Path]) -> None:
     cache(".qemu-" + "2" * 16 + ".partial", "bin/qemu-system-x86_64")
     device = cache("vsock-device-" + "a" * 16, "bin/vhost-device-vsock")
     assert Tools.find() == Tools(qemu / "bin/qemu-system-x86_64", qemu / "firmware", device / "bin/vhost-device-vsock")
+
+
+def test_tools_that_others_can_replace_are_not_run(cache: Callable[..., Path]) -> None:
+    qemu = cache("qemu-" + "0" * 16, "bin/qemu-system-x86_64")
+    (qemu / "bin").chmod(0o777)
+    with pytest.raises(CacheError, match="unsafe_cache"):
+        Tools.find()
 
 
 def test_the_environment_goes_before_the_cache(cache: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
