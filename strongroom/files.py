@@ -58,6 +58,14 @@ def require_new(path: Path, *, why: str = "nothing was changed") -> None:
         raise PermissionError(errno.EACCES, "Nothing can be written into this folder", str(folder))
 
 
+def holds(path: Path, data: bytes) -> bool:
+    """Whether a file is there already, with just these bytes. Raises OSError when it cannot be read."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(data) + 1) == data
+
+
 def write_new(path: Path, data: bytes, *, mode: int = NEW_FILE_MODE) -> None:
     """Writes a file that is not there yet, whole or not at all. Raises FileExistsError, OSError of ``path``."""
     with _said_of(path):

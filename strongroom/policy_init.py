@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,7 +39,7 @@ from attestation.rules import (
 from attestation.strict_toml import printable as require_printable
 from strongroom import policy_sources as sources
 from strongroom import reference_options as reference
-from strongroom.files import read_bounded, read_evidence, require_new, write_new
+from strongroom.files import holds, read_bounded, read_evidence, require_new, write_new
 from strongroom.kms.options import NamedKeys, key_options, take_keys
 from strongroom.options import Octets, err, json_option, load_policy, out
 from strongroom.policy_sources import Source
@@ -167,16 +167,17 @@ def init(**options: Any) -> None:
     keys = take_keys(options)
     asked = Asked(keys=keys, **options)
     require_sense(asked)
+    require_new(asked.output)
     root = None if asked.anchor is None else read_bounded(asked.anchor, MAX_CERTIFICATE)
     anchor = AWS_NITRO_G1 if root is None else Anchor.emulated(root)
     source = _source(asked, anchor)
     made = policy_of(asked, anchor, source)
     source.require_accepted(made)
-    wrote = write(made, asked.output, asked.anchor, source.notes)
+    wrote = write(files_of(made, asked.output, asked.anchor, source.notes), asked.output)
     remarks = [*source.remarks, *warnings(made, datetime.now(UTC))]
     if source.is_first_use and not any(remark.code == FIRST_USE for remark in remarks):
         remarks += [first_use(release.name) for release in made.accepted_releases]
-    report(made, wrote, source, remarks, asked.as_json)
+    report(made, asked.output, wrote, source, remarks, asked.as_json)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,7 +212,7 @@ class Asked:
 
 
 def require_sense(asked: Asked) -> None:
-    """Raises click.UsageError for options that contradict each other; OSError where no policy can be written."""
+    """Raises click.UsageError for options that contradict each other."""
     if [asked.from_eif, asked.from_measurements, asked.from_evidence, asked.from_release].count(None) != 3:
         raise click.UsageError("name one of --from-eif, --from-measurements, --from-evidence and --from-release")
     if asked.from_release is None and (asked.key, asked.product, asked.minimum_sequence) != (None, None, None):
@@ -224,7 +225,6 @@ def require_sense(asked: Asked) -> None:
     ):
         if given and reason is not None:
             raise click.UsageError(f"--{what} and --ignore-{what} contradict each other")
-    require_new(asked.output)
     if asked.release is not None:
         require_printable("--release", asked.release)
 
@@ -369,25 +369,31 @@ def _stated(path: Path, folder: Path, field: str) -> str:
     return require_printable(field, os.path.relpath(path.parent.resolve() / path.name, folder.resolve()))
 
 
-def write(made: AppraisalPolicy, output: Path, anchor: Path | None, notes: Sequence[str]) -> list[Path]:
-    """Writes the policy, and a copy of its root beside it where none is; all, or nothing.
-
-    What was written is read back, as it will be read: so a history is held to what this user remembers of it.
-    """
+def files_of(made: AppraisalPolicy, output: Path, anchor: Path | None, notes: Sequence[str]) -> Mapping[Path, bytes]:
+    """What there is to write: the policy, and a copy of its root beside it where none is."""
     files: dict[Path, bytes] = {}
     root = None
     if anchor is not None:
         root = require_printable("anchor.root", anchor.name)
         copy = output.parent / root
-        if not (copy.is_file() and copy.stat().st_size <= MAX_CERTIFICATE and copy.read_bytes() == made.anchor.der):
+        if not holds(copy, made.anchor.der):
             files[copy] = made.anchor.der
     files[output] = write_policy(made, root=root, notes=notes).encode()
+    return files
+
+
+def write(files: Mapping[Path, bytes], policy: Path) -> list[Path]:
+    """Writes all of these, or nothing.
+
+    ``policy``, one of them or there already, is read back, as it will be read: so a history is held to what this user
+    remembers of it.
+    """
     written: list[Path] = []
     try:
         for path, content in files.items():
             write_new(path, content)
             written.append(path)
-        load_policy(output)
+        load_policy(policy)
     except BaseException:
         for path in written:
             path.unlink(missing_ok=True)
@@ -396,12 +402,17 @@ def write(made: AppraisalPolicy, output: Path, anchor: Path | None, notes: Seque
 
 
 def report(
-    made: AppraisalPolicy, wrote: Sequence[Path], source: Source, remarks: Sequence[Remark], as_json: bool
+    made: AppraisalPolicy,
+    policy: Path,
+    wrote: Sequence[Path],
+    source: Source,
+    remarks: Sequence[Remark],
+    as_json: bool,
 ) -> None:
     """What was written, for people or for programs, and what to know of it."""
     if as_json:
         body = {
-            "policy": str(wrote[-1]),
+            "policy": str(policy),
             "wrote": [str(path) for path in wrote],
             "source": source.kind,
             "trust_on_first_use": source.is_first_use,
@@ -419,6 +430,8 @@ def report(
         return
     for path in wrote:
         click.echo(f"wrote {printable(str(path))}")
+    if policy not in wrote:
+        click.echo(f"unchanged {printable(str(policy))}")
     for release in made.accepted_releases:
         out.print(f"release {release.name}: {shorten(registers_text(release.pcrs.as_registers()))}", soft_wrap=True)
     for remark in remarks:

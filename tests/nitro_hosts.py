@@ -14,7 +14,8 @@ from typing import Any, Final
 
 from parent.nitro.cli import NitroCli
 from tests.cpio_files import Member, archive, folder
-from tests.eif_files import Eif, image
+from tests.eif_files import Eif
+from tests.sound_images import BOOT, sound
 
 REPOSITORY: Final = Path(__file__).resolve().parents[1]
 STAND_INS: Final = REPOSITORY / "tests/nitro_cli"
@@ -44,7 +45,7 @@ _ROOT: Final = (
     Member("rootfs/etc/strongroom/enclave.toml", CONFIGURATION.encode()),
     Member("rootfs/usr/data", bytes(1 << 20)),
 )
-IMAGE: Final = image(ramdisks=[archive(folder("dev")), archive(*_ROOT)])
+IMAGE: Final = sound(archive(*BOOT), archive(*_ROOT))
 """A sound one of Strongroom's, of more than 1 MiB."""
 
 

@@ -78,7 +78,7 @@ nitro.add_command(bootstrap)
 @click.option("--build-arg", "build_arguments", multiple=True, metavar="NAME=VALUE", help="Of the Dockerfile.")
 @click.option("--sign", metavar="KEY", help="A private key's file (PEM), or the ARN of a KMS key: gives PCR8.")
 @click.option("--certificate", type=FILE, help="Of --sign, PEM.")
-@click.option("--policy", type=NEW_FILE, help="Write the appraisal policy too; never overwritten.")
+@click.option("--policy", type=NEW_FILE, help="Write the appraisal policy too; another one that is there stays.")
 @click.argument("policy_options", nargs=-1, type=click.UNPROCESSED, metavar="[-- POLICY OPTIONS]")
 @dry_run_option
 @json_option
@@ -127,8 +127,6 @@ def build(
         raise click.UsageError("what stands behind -- goes with --policy")
     following = None
     if policy is not None:
-        if policy.exists():
-            raise NitroError("bad_request", "a policy is never overwritten: move it away, or name another", got=policy)
         following = policy_command(output, policy, policy_options, as_json)
     if dry_run:
         commands = [wanted.docker(), [PROGRAM, "build-enclave", *wanted.nitro_cli(output)]]

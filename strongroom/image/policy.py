@@ -24,13 +24,13 @@ from attestation.policy import MAX_AGE, MAX_LEEWAY, AppraisalPolicy
 from attestation.reference import DIGEST_PREFIX, DIGEST_SIZE, configuration_digest, digest_text
 from attestation.rules import Require
 from strongroom import policy_sources as sources
-from strongroom.files import read_bounded, require_new, write_new
+from strongroom.files import holds, read_bounded, require_new
 from strongroom.image.check import require_sound
 from strongroom.image.commands import OpenImage, open_image
 from strongroom.kms.key_policies import Expected, generated, principals_options, show_findings, use_options
 from strongroom.kms.options import ENCRYPTED_MODEL, NamedKeys, key_options, take_keys
 from strongroom.options import err, json_option
-from strongroom.policy_init import POLICY_TOML, Asked, policy_of, report, require_sense, write
+from strongroom.policy_init import POLICY_TOML, Asked, files_of, policy_of, report, require_sense, write
 from strongroom.policy_text import warnings
 from strongroom.reference_options import ANY_FILE
 from strongroom.render import printable
@@ -115,7 +115,7 @@ def _keys(top: strict_toml.Table) -> NamedKeys | None:
     type=ANY_FILE,
     default=POLICY_TOML,
     show_default=True,
-    help="The policy; never overwritten.",
+    help="The policy. One that is there stays; if it is another one, that is an error.",
 )
 @click.option("--release", metavar="NAME", help="What reports call the image.  [default: the file's name]")
 @click.option(
@@ -137,7 +137,7 @@ def _keys(top: strict_toml.Table) -> NamedKeys | None:
     "--kms-condition",
     type=ANY_FILE,
     metavar="FILE",
-    help="Write the policy of a KMS key too, which opens to this image alone; never overwritten.",
+    help="Write the policy of a KMS key too, which opens to this image alone; one that is there stays, as with --out.",
 )
 @use_options
 @principals_options
@@ -173,16 +173,16 @@ def policy(
       strongroom image policy enclave.eif --kms-condition key-policy.json --use model --context production \\
         --user arn:aws:iam::111122223333:role/parent --administrator arn:aws:iam::111122223333:role/key-admin
 
-    Exit codes: 0 written, 2 usage, no image of Strongroom, or a broken one.
+    Exit codes: 0 written, or there already, 2 usage, no image of Strongroom, or a broken one.
     """
     keys = take_keys(options)
     if kms_condition is None and (use or context or administrators or users or sealers or readers):
         raise click.UsageError(
             "--use, --context, --user, --sealer, --reader and --administrator are for --kms-condition"
         )
-    if kms_condition is not None:
-        require_new(kms_condition)
-    require_new(output)
+    for path in (output, kms_condition):
+        if path is not None and not path.is_file():
+            require_new(path)
     now = datetime.now(UTC)
     with open_image(file) as opened:
         remarks = require_sound(opened.contents(), now)
@@ -200,19 +200,12 @@ def policy(
         configuration=Require((configured.digest,)),
     )
     made = policy_of(asked, anchor, source)
-    key_policy = None
+    files = dict(files_of(made, output, root_file, (*source.notes, _note(configured))))
     if kms_condition is not None:
         key_policy = _key_policy(made, output, use, context, administrators, users, sealers, readers)
-    wrote = write(made, output, root_file, (*source.notes, _note(configured)))
-    if kms_condition is not None and key_policy is not None:
-        try:
-            write_new(kms_condition, key_policy.encode().encode() + b"\n")
-        except BaseException:
-            for path in wrote:
-                path.unlink(missing_ok=True)
-            raise
-        wrote = [kms_condition, *wrote]
-    report(made, wrote, source, [*remarks, *warnings(made, now)], asked.as_json)
+        files = {kms_condition: key_policy.encode().encode() + b"\n", **files}
+    wrote = write({path: content for path, content in files.items() if not holds(path, content)}, output)
+    report(made, output, wrote, source, [*remarks, *warnings(made, now)], asked.as_json)
     if configured.entropy == HOST_ENTROPY and not configured.is_emulated:
         text = "warning  the enclave takes its random numbers from what its host can see: entropy is not nsm-hwrng"
         err.print(Text(text, "yellow"), soft_wrap=True)

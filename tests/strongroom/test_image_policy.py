@@ -18,6 +18,7 @@ from attestation.release_heads import MemoryHeads
 from attestation.rules import Forbid, Ignore, Require
 from emulator.pki import ensure_development_root
 from parent.start_command import configuration_of
+from strongroom.files import write_new
 from tests.cpio_files import Member, archive, folder, link, packed
 from tests.eif_files import Eif
 from tests.sound_images import BOOT, SIGNER, sound
@@ -100,6 +101,37 @@ def test_what_stands_there_stays(strongroom: Terminal, tmp_path: Path) -> None:
     assert strongroom("image", "policy", file, *options(tmp_path, "other.toml"), *condition).code == 2
     assert sorted(each.name for each in tmp_path.iterdir()) == ["enclave.eif", "key.json", "policy.toml"]
     assert (tmp_path / "policy.toml").read_text() == (tmp_path / "key.json").read_text() == "mine"
+
+
+def test_an_equal_policy_stays_and_is_no_error(strongroom: Terminal, tmp_path: Path) -> None:
+    file = kept(tmp_path, built(toml(nsm="vsock:3:5008", entropy="host")))
+    condition = ("--kms-condition", str(tmp_path / "key.json"), *CONDITION)
+    first = strongroom("image", "policy", file, *options(tmp_path), *condition)
+    assert first.code == 0
+    assert f"wrote {tmp_path}/policy.toml\n" in first.out
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    again = strongroom("image", "policy", file, *options(tmp_path), *condition)
+    assert again.code == 0
+    assert again.out.splitlines()[0] == f"unchanged {tmp_path}/policy.toml"
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == times
+    as_json = strongroom("image", "policy", file, *options(tmp_path), *condition, "--json").json
+    assert (as_json["policy"], as_json["wrote"]) == (str(tmp_path / "policy.toml"), [])
+    (tmp_path / "key.json").unlink()
+    assert strongroom("image", "policy", file, *options(tmp_path), *condition, "--json").json["wrote"] == [
+        str(tmp_path / "key.json")
+    ]
+
+
+def test_another_image_s_policy_is_refused_and_nothing_is_written(strongroom: Terminal, tmp_path: Path) -> None:
+    assert strongroom("image", "policy", kept(tmp_path, built(toml())), *options(tmp_path)).code == 0
+    before = (tmp_path / "policy.toml").read_text()
+    file = kept(tmp_path, built(toml(manifest="sha384:" + "cd" * 48)))
+    condition = ("--kms-condition", str(tmp_path / "key.json"), *CONDITION)
+    ran = strongroom("image", "policy", file, *options(tmp_path), *condition)
+    assert ran.code == 2
+    assert "File exists" in ran.err
+    assert (tmp_path / "policy.toml").read_text() == before
+    assert not (tmp_path / "key.json").exists()
 
 
 def test_a_signed_image_pins_its_signer(strongroom: Terminal, tmp_path: Path) -> None:
@@ -271,9 +303,11 @@ def test_what_is_for_a_key_policy_alone(strongroom: Terminal, tmp_path: Path) ->
 
 def test_all_is_written_or_nothing(strongroom: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, data: bytes) -> None:
-        raise OSError(28, "No space left on device", str(path))
+        if path.suffix == ".toml":
+            raise OSError(28, "No space left on device", str(path))
+        write_new(path, data)
 
-    monkeypatch.setattr("strongroom.image.policy.write_new", full)
+    monkeypatch.setattr("strongroom.policy_init.write_new", full)
     condition = ("--kms-condition", str(tmp_path / "key.json"), *CONDITION)
     assert strongroom("image", "policy", kept(tmp_path, built(toml())), *options(tmp_path), *condition).code == 4
     assert [each.name for each in tmp_path.iterdir()] == ["enclave.eif"]

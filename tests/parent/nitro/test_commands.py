@@ -294,11 +294,11 @@ async def test_the_policy_is_written_with_the_image(host: NitroHost, dockerfile:
         "run strongroom image policy out.eif --out policy.toml --kms-condition key-policy.json"
     )
     assert host.calls == []
-    (host.folder / "policy.toml").write_text("")
+    (host.folder / "policy.toml").write_text("mine")
     said = await host.run(front, "build", *options)
     assert said.status == 2
-    assert "never overwritten" in said.err
-    assert host.calls == []
+    assert "policy.toml: File exists" in said.err
+    assert (host.folder / "policy.toml").read_text() == "mine"
 
 
 KMS = ["--kms-condition", "key-policy.json", "--use", "model", "--context", "production"]
@@ -317,6 +317,15 @@ async def test_an_image_its_policy_and_what_kms_asks(host: NitroHost, dockerfile
     condition = (host.folder / "key-policy.json").read_text()
     assert "kms:RecipientAttestation:PCR0" in condition
     assert pcr0 in condition.lower()
+
+
+@ALL
+async def test_building_twice_leaves_the_policies(host: NitroHost, dockerfile: Path, front: str) -> None:
+    options = ["--policy", "policy.toml", "--", *KMS]
+    first, again = [await host.run(front, "build", *options) for _ in range(2)]
+    assert (first.status, again.status) == (0, 0), first.err + again.err
+    assert "wrote policy.toml\n" in first.out
+    assert "unchanged policy.toml\n" in again.out
 
 
 async def test_a_policy_that_cannot_be_written_is_the_commands_end(host: NitroHost, dockerfile: Path) -> None:
