@@ -177,6 +177,20 @@ async def test_describing_says_what_runs(host: NitroHost, eif: Path, front: str)
     assert (await host.run(front, "describe", "--dry-run")).out == "run nitro-cli describe-enclaves\n"
 
 
+@ALL
+async def test_an_enclave_whose_image_has_no_name_is_one_like_others(host: NitroHost, eif: Path, front: str) -> None:
+    """nitro-cli leaves out what the image's metadata does not say."""
+    host.know(unknown=["ImageName", "ImageVersion"])
+    first, again = [await run(host, front, eif, *SIZE, "--cid", "16", "--json") for _ in range(2)]
+    assert (first.status, again.status) == (0, 0), first.err + again.err
+    assert (first.json["started"], again.json["started"]) == (True, False)
+    assert "ImageName" not in host.enclaves[0]
+    listed = (await host.run(front, "describe", "--json")).json
+    assert listed[0]["measurements"]["PCR0"] == read_image(eif).measurements.pcr0.hex()
+    assert (await host.run(front, "terminate", "enclave")).status == 0
+    assert host.enclaves == []
+
+
 # --- terminate ------------------------------------------------------------------------------------------------------
 
 
