@@ -130,9 +130,10 @@ def verify(
 
     Asked is, in this order: structure and CRC; the signature, and that its certificate is valid now; that an x86_64
     kernel ends where its section does, so that nothing of the command line can stand behind it; that the command line
-    is printable ASCII; that all files in the ramdisks can be listed; that the ramdisks of the application have cmd, env
-    and rootfs alone, and nothing of what boots, and that no file is there twice or behind a link. Then the registers
-    are held against a signed release history, measurements, or a policy.
+    is the copy that the init compares it with (n/a where there is none: the registers then fit any boundary before it);
+    that all files in the ramdisks can be listed as Linux unpacks them, none of them twice, in no folder or behind a
+    link; that the ramdisks of the application have cmd, env and rootfs alone, and nothing of what boots. Then the
+    registers are held against a signed release history, measurements, or a policy.
 
     \b
     Examples:
