@@ -32,6 +32,9 @@ class FakeMachine(Host):
     root: Path
     environment: Mapping[str, str] = field(default_factory=lambda: {"HOME": "/home/somebody", "USER": "somebody"})
     programs: dict[str, Ran] = field(default_factory=lambda: {"uname": Ran(0, "Linux x86_64\n")})
+    enclaves: Ran = field(default_factory=lambda: Ran(0, "[]\n"))
+    """What nitro-cli says that runs."""
+    superuser: bool = False
     usable: bool = True
     room: int = 100 * GIB
     time: float = 1_800_000_000.0
@@ -76,6 +79,9 @@ class FakeMachine(Host):
     def may_use(self, path: str | Path) -> bool:
         return self.exists(path) and self.usable
 
+    def is_superuser(self) -> bool:
+        return self.superuser
+
     def free(self, path: str | Path) -> int:
         return self.room
 
@@ -84,6 +90,8 @@ class FakeMachine(Host):
 
     def run(self, *command: str) -> Ran:
         ran = self.programs.get(command[0], Ran(None, "FileNotFoundError"))
+        if command[1:] == ("describe-enclaves",) and ran.status == 0:
+            return self.enclaves
         return Ran(ran.status, ran.output.partition(" ")[2]) if command[1:] == ("-m",) else ran
 
     def now(self) -> float:

@@ -35,6 +35,7 @@ CHECKS: Final[tuple[Check, ...]] = (
     nitro.allocator,
     nitro.set_apart,
     nitro.instance,
+    nitro.docker,
     machine.tools,
     machine.vsock,
     machine.disk,

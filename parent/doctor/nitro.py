@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from parent.doctor.findings import Aim, Finding, Wanted, note, ok, problem
 from parent.doctor.host import Host
 from parent.image.sizing import GIB, HUGE_PAGE, MIB
-from parent.nitro.errors import ALLOCATOR_FILE, ALLOCATOR_UNIT, CPU_POOL, DEVICE, GROUP
-from parent.nitro.resources import EnclaveResources, Topology, parse_cpus
+from parent.nitro.cli import RunningEnclave, parse_enclaves
+from parent.nitro.errors import ALLOCATOR_FILE, ALLOCATOR_UNIT, CPU_POOL, DEVICE, GROUP, NitroError
+from parent.nitro.resources import EnclaveResources, Free, HugePages, Topology, node_for, parse_cpus
 
 VENDOR: Final = "/sys/class/dmi/id/sys_vendor"
 NITRO_CLI: Final = "nitro-cli"
+DOCKER: Final = "docker"
 TESTED: Final = (1, 4)
 """The version of nitro-cli whose output and errors this project was written for."""
 
@@ -43,6 +45,10 @@ def device(host: Host, wanted: Wanted) -> Iterator[Finding]:
             todo = "use an EC2 instance (`strongroom nitro launch`), or `--for qemu` on this machine"
             got = f"vendor {vendor[:60]}"
         yield problem("device", "there is no Nitro Enclaves device", expected=DEVICE, got=got, todo=todo)
+    elif host.is_superuser():
+        yield ok("device", f"{DEVICE} is there, and root may use it")
+        found, todo = "this looked as root, who may use everything", f"sudo usermod -aG {GROUP} USER for another user"
+        yield note("groups", found, todo=f"{todo}, and look again as that user")
     elif host.may_use(DEVICE):
         yield ok("device", f"{DEVICE} is there, and {host.user()} may use it")
     else:
@@ -94,43 +100,87 @@ def allocator(host: Host, wanted: Wanted) -> Iterator[Finding]:
 
 
 def set_apart(host: Host, wanted: Wanted) -> Iterator[Finding]:
-    """What is set apart now: the CPUs of the pool and the huge pages of their NUMA node."""
+    """What is set apart now and not in use: the CPUs of the pool and the huge pages of their NUMA node, by the rules of
+    a start.
+    """
     if wanted.aim is not Aim.NITRO or not host.exists(CPU_POOL):
         return
     there = EnclaveResources.read(host.root)
-    yield from _pool(there, wanted)
-    nodes = there.nodes or tuple(sorted(there.hugepages))
-    node = max(nodes, key=lambda each: there.hugepages[each].free) if nodes else 0
-    pages = there.hugepages.get(node)
-    reserved, free = (0, 0) if pages is None else (pages.reserved, pages.free)
-    needed = wanted.memory_mib or 0
+    try:
+        running = _running(host)
+    except NitroError as error:
+        found, todo = f"which enclaves run is not known, and their CPUs count as free: {error.message}", "see nitro-cli"
+        yield note("enclaves", found, got=error.got, todo=todo)
+        running = []
+    free = there.free(running)
+    fitting = node_for(free, wanted.cpus)
+    yield _pool(there, free, running, wanted)
+    most = max(free, key=lambda each: (len(free[each].cpus), free[each].memory.free), default=0)
+    node = most if fitting is None else fitting
     if len(there.nodes) > 1:
         todo = f"in {ALLOCATOR_FILE} name CPUs of one node as cpu_pool, then sudo systemctl restart {ALLOCATOR_UNIT}"
-        got = f"nodes {', '.join(map(str, there.nodes))}"
-        yield problem("numa", "the pool's CPUs are of several NUMA nodes", expected="one node", got=got, todo=todo)
+        found, got = "the pool's CPUs are of several NUMA nodes", f"nodes {', '.join(map(str, there.nodes))}"
+        is_split = fitting is None and sum(len(each.cpus) for each in free.values()) >= wanted.cpus
+        yield (problem if is_split else note)("numa", found, expected="one node", got=got, todo=todo)
     else:
         yield ok("numa", f"the pool is on node {node}; an enclave gets CPUs and memory of it alone")
-    if free < needed or not reserved:
-        wants = f"{max(needed, 2)} MiB on node {node}: {_pages(needed)}"
-        got = f"{free} MiB free of {reserved} MiB"
-        if reserved >= needed > free:
-            todo = "end the enclave that has them (`nitro-cli describe-enclaves` names it), or set more apart"
-        else:
-            todo = f"{bootstrap(wanted)}; if pages are still missing, memory is fragmented: reboot, and do it first"
-        yield problem("hugepages", "too few huge pages are free", expected=wants, got=got, todo=todo)
-    else:
-        yield ok("hugepages", f"{free} MiB free of {reserved} MiB on node {node}, {needed} MiB needed")
+    yield _hugepages(free[node].memory if node in free else HugePages(0, 0), node, wanted)
 
 
-def _pool(there: EnclaveResources, wanted: Wanted) -> Iterator[Finding]:
+def _running(host: Host) -> list[RunningEnclave]:
+    """Raises NitroError where nitro-cli is there and does not say it."""
+    if host.program(NITRO_CLI) is None:
+        return []
+    ran = host.run(NITRO_CLI, "describe-enclaves")
+    if ran.status != 0:
+        raise NitroError("bad_nitro_cli_output", "nitro-cli describe-enclaves fails", got=ran.output.strip()[:200])
+    return parse_enclaves(ran.output.encode())
+
+
+def _pool(
+    there: EnclaveResources, free: Mapping[int, Free], running: Sequence[RunningEnclave], wanted: Wanted
+) -> Finding:
+    left = sum(len(each.cpus) for each in free.values())
     got = f"{len(there.pool)} CPUs: {','.join(map(str, there.pool))[:100] or 'none'}"
     if len(there.pool) < wanted.cpus:
-        yield problem("cpu-pool", "too few CPUs are set apart", expected=wanted.cpus, got=got, todo=bootstrap(wanted))
-    elif len(there.pool) % there.threads_per_core:
+        return problem("cpu-pool", "too few CPUs are set apart", expected=wanted.cpus, got=got, todo=bootstrap(wanted))
+    if len(there.pool) % there.threads_per_core:
         todo = f"make cpu_count in {ALLOCATOR_FILE} a multiple of {there.threads_per_core}"
-        yield problem("cpu-pool", "the pool has half a core", expected="whole cores", got=got, todo=todo)
+        return problem("cpu-pool", "the pool has half a core", expected="whole cores", got=got, todo=todo)
+    if left < wanted.cpus:
+        names = ", ".join(each.name or each.id for each in running)[:200]
+        todo = f"end an enclave that has them (`strongroom nitro terminate`): {names}; or set more apart"
+        found, got = "too few CPUs of the pool are free", f"{left} of {len(there.pool)}"
+        return problem("cpu-pool", found, expected=f"{wanted.cpus} CPUs", got=got, todo=todo)
+    return ok("cpu-pool", f"{got}; {left} of them free")
+
+
+def _hugepages(memory: HugePages, node: int, wanted: Wanted) -> Finding:
+    needed, reserved, free = wanted.memory_mib or 0, memory.reserved, memory.free
+    if free >= needed and reserved:
+        return ok("hugepages", f"{free} MiB free of {reserved} MiB on node {node}, {needed} MiB needed")
+    wants = f"{max(needed, 2)} MiB on node {node}: {_pages(needed)}"
+    if reserved >= needed > free:
+        todo = "end the enclave that has them (`nitro-cli describe-enclaves` names it), or set more apart"
     else:
-        yield ok("cpu-pool", got)
+        todo = f"{bootstrap(wanted)}; if pages are still missing, memory is fragmented: reboot, and do it first"
+    got = f"{free} MiB free of {reserved} MiB"
+    return problem("hugepages", "too few huge pages are free", expected=wants, got=got, todo=todo)
+
+
+def docker(host: Host, wanted: Wanted) -> Iterator[Finding]:
+    """What ``strongroom nitro build`` needs, where there is no image yet. Nothing else does."""
+    if wanted.aim is not Aim.NITRO or wanted.image is not None:
+        return
+    otherwise = "or build with `strongroom image build`, which needs no daemon"
+    if host.program(DOCKER) is None:
+        yield note("docker", "`strongroom nitro build` needs docker", got="none", todo=f"install it, {otherwise}")
+    elif host.run(DOCKER, "info").status == 0:
+        yield ok("docker", f"{host.user()} may use its daemon, as `strongroom nitro build` has to")
+    else:
+        found = f"{host.user()} cannot use docker's daemon, as `strongroom nitro build` has to"
+        todo = f"sudo systemctl start docker; sudo usermod -aG docker {host.user()}, then log in again; {otherwise}"
+        yield note("docker", found, expected="`docker info` answers", got="it fails", todo=todo)
 
 
 def instance(host: Host, wanted: Wanted) -> Iterator[Finding]:

@@ -113,11 +113,17 @@ class NitroMachine:
     def _request(self, host: EnclaveResources, running: list[RunningEnclave]) -> EnclaveRequest:
         """Raises NitroError."""
         size = self._image.stat().st_size
-        cpus = self._cpus or max(free_cpus(host, running), host.threads_per_core)
+        cpus = self._cpus or max(self._free_cpus(host, running), host.threads_per_core)
         assert isinstance(self._places.rpc, VsockAddress)
         request = EnclaveRequest(self._image, self._name, self._memory_mib, cpus, self._places.rpc.cid)
         require_possible(request, size, host, running)
         return request
+
+    def _free_cpus(self, host: EnclaveResources, running: list[RunningEnclave]) -> int:
+        """As many as one NUMA node has, if it can be one that has the memory."""
+        free = list(host.free(running).values())
+        roomy = [each for each in free if each.cpus and each.memory.free >= self._memory_mib]
+        return max((len(each.cpus) for each in roomy or free), default=0)
 
     async def _end(self, enclave: RunningEnclave) -> None:
         """Whatever it raises here would hide why the boot ended."""
@@ -184,9 +190,3 @@ def _served(key: str, address: Address) -> VsockAddress:
 def cid_of(name: str) -> int:
     """The same for one name every time, so that who knows the enclave's address keeps it when it boots again."""
     return FIRST_CID + int.from_bytes(hashlib.sha256(name.encode()).digest()[:3])
-
-
-def free_cpus(host: EnclaveResources, running: list[RunningEnclave]) -> int:
-    """Of the NUMA node that has most of them free for enclaves."""
-    free = set(host.pool) - {cpu for other in running for cpu in other.cpu_ids}
-    return max((sum(host.node_of[cpu] == node for cpu in free) for node in host.nodes), default=0)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from parent.nitro.cli import RunningEnclave
 from parent.nitro.errors import CPU_POOL, NitroError, driver_missing
 
 MIB: Final = 1 << 20
@@ -30,6 +31,15 @@ class HugePages:
 
     reserved: int
     free: int
+
+
+@dataclass(frozen=True, slots=True)
+class Free:
+    """What an enclave may still be given of one NUMA node."""
+
+    cpus: tuple[int, ...]
+    """Of the pool, ascending."""
+    memory: HugePages
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +71,17 @@ class EnclaveResources:
     def nodes(self) -> tuple[int, ...]:
         """Those of the pool's CPUs."""
         return tuple(sorted(set(self.node_of.values())))
+
+    def free(self, running: Sequence[RunningEnclave]) -> dict[int, Free]:
+        """By NUMA node, what those that run leave: of every node that has CPUs or huge pages for enclaves."""
+        taken = {cpu for each in running for cpu in each.cpu_ids}
+        left = [cpu for cpu in self.pool if cpu not in taken]
+        return {
+            node: Free(
+                tuple(cpu for cpu in left if self.node_of[cpu] == node), self.hugepages.get(node, HugePages(0, 0))
+            )
+            for node in sorted({*self.nodes, *self.hugepages})
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +118,12 @@ class Topology:
     def node_of(self, cpu: int) -> int:
         """Also of a CPU that is off-line."""
         return _node_of(self.root, cpu)
+
+
+def node_for(free: Mapping[int, Free], cpus: int) -> int | None:
+    """Of the nodes with so many CPUs the one with the most memory. None: no node has as many."""
+    fitting = [node for node, each in free.items() if len(each.cpus) >= cpus]
+    return max(fitting, key=lambda node: free[node].memory.free, default=None)
 
 
 def parse_cpus(text: str) -> tuple[int, ...]:

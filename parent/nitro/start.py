@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -16,7 +16,7 @@ from attestation.reference import PcrSet
 from parent.image.sizing import EIF_FACTOR
 from parent.nitro.cli import NitroCli, RunningEnclave
 from parent.nitro.errors import ALLOCATOR_FILE, ALLOCATOR_UNIT, NitroError
-from parent.nitro.resources import MIB, EnclaveResources, HugePages
+from parent.nitro.resources import MIB, EnclaveResources, Free, node_for
 from vsockrpc.address import VMADDR_CID_ANY
 
 LOWEST_MIB: Final = 64
@@ -105,49 +105,42 @@ def require_possible(
             expected=f"a multiple of {host.threads_per_core}",
             got=request.cpus,
         )
-    _require_memory(request, host, _nodes_with_cpus(request, host, running))
-
-
-def _nodes_with_cpus(
-    request: EnclaveRequest, host: EnclaveResources, running: Sequence[RunningEnclave]
-) -> Sequence[int]:
-    """The NUMA nodes that have as many CPUs free for enclaves as are wanted."""
-    free = set(host.pool) - {cpu for other in running for cpu in other.cpu_ids}
-    by_node = {node: [cpu for cpu in sorted(free) if host.node_of[cpu] == node] for node in host.nodes}
-    if fitting := [node for node, cpus in by_node.items() if len(cpus) >= request.cpus]:
-        return fitting
-    if request.cpus <= len(free):
-        raise NitroError(
-            "numa_split",
-            f"the CPUs that are free for enclaves are of several NUMA nodes: write cpu_count, not cpu_pool, into "
-            f"{ALLOCATOR_FILE} and restart {ALLOCATOR_UNIT}",
-            expected=f"{request.cpus} CPUs of one node",
-            got="; ".join(f"node {node}: {','.join(map(str, cpus)) or 'none'}" for node, cpus in by_node.items()),
-        )
-    raise NitroError(
-        "cpus_missing",
-        f"too few CPUs are free for enclaves: `strongroom nitro bootstrap --cpus "
-        f"{len(host.pool) - len(free) + request.cpus} --memory-mib N` reserves more",
-        expected=f"{request.cpus} CPUs",
-        got=f"{len(free)} free of the {len(host.pool)} in the pool",
-    )
-
-
-def _require_memory(request: EnclaveRequest, host: EnclaveResources, nodes: Sequence[int]) -> None:
-    """On one of ``nodes``, where its CPUs are."""
-    pages = {node: host.hugepages.get(node, HugePages(0, 0)) for node in nodes}
-    node = max(pages, key=lambda each: pages[each].free)
-    reserved, free = pages[node].reserved, pages[node].free
-    if request.memory_mib > free:
-        elsewhere = sum(each.free for other, each in host.hugepages.items() if other not in nodes)
+    free = host.free(running)
+    node = node_for(free, request.cpus)
+    if node is None:
+        raise _no_cpus(request, host, free)
+    memory = free[node].memory
+    if request.memory_mib > memory.free:
+        elsewhere = sum(each.memory.free for each in free.values() if len(each.cpus) < request.cpus)
         beside = f" ({elsewhere} MiB are free on other nodes, where its CPUs are not)" if elsewhere else ""
         raise NitroError(
             "hugepages_missing",
             f"too little memory is free for enclaves in huge pages{beside}: `strongroom nitro bootstrap --memory-mib "
-            f"{reserved - free + request.memory_mib} --cpus {len(host.pool)}` reserves more",
+            f"{memory.reserved - memory.free + request.memory_mib} --cpus {len(host.pool)}` reserves more",
             expected=f"{request.memory_mib} MiB on NUMA node {node}",
-            got=f"{free} MiB free of {reserved} MiB reserved",
+            got=f"{memory.free} MiB free of {memory.reserved} MiB reserved",
         )
+
+
+def _no_cpus(request: EnclaveRequest, host: EnclaveResources, free: Mapping[int, Free]) -> NitroError:
+    """What to say where no NUMA node has as many CPUs free for enclaves as are wanted."""
+    count = sum(len(each.cpus) for each in free.values())
+    if request.cpus <= count:
+        by_node = {node: ",".join(map(str, free[node].cpus)) or "none" for node in host.nodes}
+        return NitroError(
+            "numa_split",
+            f"the CPUs that are free for enclaves are of several NUMA nodes: write cpu_count, not cpu_pool, into "
+            f"{ALLOCATOR_FILE} and restart {ALLOCATOR_UNIT}",
+            expected=f"{request.cpus} CPUs of one node",
+            got="; ".join(f"node {node}: {cpus}" for node, cpus in by_node.items()),
+        )
+    return NitroError(
+        "cpus_missing",
+        f"too few CPUs are free for enclaves: `strongroom nitro bootstrap --cpus "
+        f"{len(host.pool) - count + request.cpus} --memory-mib N` reserves more",
+        expected=f"{request.cpus} CPUs",
+        got=f"{count} free of the {len(host.pool)} in the pool",
+    )
 
 
 async def start_enclave(cli: NitroCli, request: EnclaveRequest, measured: PcrSet) -> RunningEnclave:

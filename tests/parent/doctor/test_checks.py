@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -158,7 +159,13 @@ def half_a_core(host: FakeMachine) -> None:
 
 
 def two_nodes(host: FakeMachine) -> None:
-    NitroHost(host.root, host.root).lay_out({0: range(4), 1: range(4, 8)}, pool="2-3,6-7", free_mib={0: 4096, 1: 4096})
+    """With one CPU of the pool on each."""
+    NitroHost(host.root, host.root).lay_out({0: range(4), 1: range(4, 8)}, pool="3,7", free_mib={0: 4096, 1: 4096})
+
+
+def enclave_running(host: FakeMachine, cpus: Sequence[int] = (2, 3, 6)) -> None:
+    running = {"EnclaveID": "i-1-enc1", "EnclaveName": "other", "EnclaveCID": 16, "CPUIDs": list(cpus)}
+    host.enclaves = Ran(0, json.dumps([{**running, "MemoryMiB": 512, "ProcessID": 7}]))
 
 
 def a_small_instance(host: FakeMachine) -> None:
@@ -219,6 +226,7 @@ def a_wrong_clock(host: FakeMachine) -> None:
         (pages_in_use, "hugepages", "10 MiB free of 4096 MiB", "describe-enclaves"),
         (no_pool, "cpu-pool", "0 CPUs: none", "--cpus 2"),
         (half_a_core, "cpu-pool", "3 CPUs: 2,3,6", "a multiple of 2"),
+        (enclave_running, "cpu-pool", "1 of 4", "strongroom nitro terminate`): other"),
         (two_nodes, "numa", "nodes 0, 1", "cpu_pool"),
         (a_small_instance, "instance", "1024 MiB", "strongroom image size"),
         (no_vsock, "vsock", "nothing", "modprobe vsock"),
@@ -241,6 +249,55 @@ def test_a_parent_that_lacks_one_thing(
     assert got in str(finding.got)
     assert finding.expected
     assert todo in str(finding.todo)
+
+
+def test_a_pool_of_two_nodes_does_where_one_of_them_is_enough(parent: FakeMachine) -> None:
+    lay = NitroHost(parent.root, parent.root).lay_out
+    lay({0: range(4), 1: range(4, 8)}, pool="2-3,6-7", free_mib={0: 4096, 1: 16})
+    assert hindrances(parent, NITRO) == []
+    assert only(notes(parent, NITRO)).check == "numa"
+    enclave_running(parent, [2, 3])  # and leaves CPUs where the memory is not
+    assert [each.check for each in hindrances(parent, NITRO)] == ["hugepages"]
+
+
+@pytest.mark.parametrize("cpus", [(2, 6), (), (0, 1, 4, 5), (2, 6, 9999)])
+def test_what_an_enclave_leaves_is_enough(parent: FakeMachine, cpus: Sequence[int]) -> None:
+    enclave_running(parent, cpus)
+    assert hindrances(parent, NITRO) == notes(parent, NITRO) == []
+
+
+@pytest.mark.parametrize("said", [Ran(1, "[ E19 ]"), Ran(None, "TimeoutExpired"), Ran(0, "{}"), Ran(0, "")])
+def test_enclaves_of_which_nobody_tells_get_a_note(parent: FakeMachine, said: Ran) -> None:
+    parent.enclaves = said
+    assert hindrances(parent, NITRO) == []
+    assert only(notes(parent, NITRO)).check == "enclaves"
+
+
+def test_a_node_without_huge_pages_has_none(parent: FakeMachine) -> None:
+    """Its folder is away, and another node's is there."""
+    lay_out(parent, "2-3,6-7", 4096)
+    (parent.root / "sys/devices/system/node/node0").rename(parent.root / "sys/devices/system/node/node5")
+    assert [each.check for each in hindrances(parent, NITRO)] == ["hugepages"]
+
+
+def test_what_root_may_is_no_finding_about_others(parent: FakeMachine) -> None:
+    parent.superuser = True
+    assert hindrances(parent, NITRO) == []
+    assert only(notes(parent, NITRO)).check == "groups"
+
+
+@pytest.mark.parametrize(
+    ("docker", "level", "todo"),
+    [(None, Level.NOTE, "image build"), (Ran(1, ""), Level.NOTE, "usermod -aG docker"), (Ran(0, ""), Level.OK, "")],
+)
+def test_docker_is_looked_at_while_there_is_no_image(
+    parent: FakeMachine, docker: Ran | None, level: Level, todo: str
+) -> None:
+    if docker is not None:
+        parent.programs["docker"] = docker
+    finding = only([each for each in diagnose(parent, Wanted(Aim.NITRO)) if each.check == "docker"])
+    assert (finding.level, todo in str(finding.todo)) == (level, True)
+    assert not any(each.check == "docker" for each in diagnose(parent, NITRO))
 
 
 def no_tool(host: FakeMachine) -> None:
@@ -420,7 +477,7 @@ def test_no_check_raises(parent: FakeMachine, file: str, data: bytes, output: st
     path = parent.root / file
     before = path.read_bytes()
     path.write_bytes(data)
-    parent.programs["nitro-cli"] = parent.programs["uname"] = Ran(0, output)
+    parent.programs["nitro-cli"] = parent.programs["uname"] = parent.enclaves = Ran(0, output)
     try:
         for wanted in (NITRO, QEMU, PROCESS, Wanted(Aim.NITRO)):
             for finding in diagnose(parent, wanted):

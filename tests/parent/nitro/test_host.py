@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from parent.nitro.cli import RunningEnclave
 from parent.nitro.errors import ALLOCATOR_FILE, ALLOCATOR_UNIT, NitroError
 from parent.nitro.host import NITRO_CLI, PACKAGES, PROGRAM, Command, HostState, Step, Wanted, WriteFile, apply, plan
 from parent.nitro.host_commands import bootstrap
-from parent.nitro.resources import EnclaveResources, HugePages, Topology, parse_cpus
+from parent.nitro.resources import EnclaveResources, Free, HugePages, Topology, node_for, parse_cpus
 from parent.nitro.start import EnclaveRequest, lowest_memory_mib, require_possible
 from parent.nitro.units import UNIT_FOLDER, Services
 from tests.gguf_files import tiny_model
@@ -316,6 +317,23 @@ def test_what_cannot_be_read_is_said_so(host: NitroHost, path: str, code: str) -
     with pytest.raises(NitroError) as caught:
         EnclaveResources.read(host.root)
     assert caught.value.code == code
+
+
+def running(*cpus: int) -> RunningEnclave:
+    return RunningEnclave("i-1-enc1", 16, cpus, 512, 7)
+
+
+def test_what_is_free_is_what_those_that_run_leave(host: NitroHost) -> None:
+    host.lay_out({0: range(4), 1: range(4, 8)}, pool="2-3,6-7", free_mib={0: 4096, 1: 512})
+    resources = EnclaveResources.read(host.root)
+    nodes = HugePages(4096, 4096), HugePages(512, 512)
+    assert resources.free([]) == {0: Free((2, 3), nodes[0]), 1: Free((6, 7), nodes[1])}
+    left = resources.free([running(2), running(3, 7, 99)])
+    assert left == {0: Free((), nodes[0]), 1: Free((6,), nodes[1])}
+    assert [node_for(left, cpus) for cpus in (0, 1, 2)] == [0, 1, None]
+    unpaged = EnclaveResources((2,), {2: 7}, {0: nodes[0]}, 2)
+    assert unpaged.free([]) == {0: Free((), nodes[0]), 7: Free((2,), HugePages(0, 0))}
+    assert node_for({}, 0) is None
 
 
 def request(memory_mib: int, cpus: int) -> EnclaveRequest:

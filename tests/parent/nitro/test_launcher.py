@@ -88,6 +88,19 @@ async def test_memory_and_cpus_are_as_somebody_wants_them(host: NitroHost, insta
         assert (running["MemoryMiB"], running["NumberOfCPUs"]) == (1025, 2)
 
 
+async def test_cpus_that_nobody_named_are_of_the_node_that_has_the_memory(
+    host: NitroHost, instance: Instance, eif: Path
+) -> None:
+    host.lay_out({0: [0, 1, 2, 6, 7, 8], 1: [3, 4, 5, 9, 10, 11]}, pool="1,7,3-4,9-10", free_mib={0: 4096, 1: 512})
+    host.know(pool=[1, 3, 4, 7, 9, 10])
+    nitro = machine(host, instance, eif)
+    async with nitro.boot(await nitro.measure()):
+        assert host.enclaves[0]["NumberOfCPUs"] == 2
+    small = machine(host, instance, eif, memory=256 << 20)
+    async with small.boot(await small.measure()):
+        assert host.enclaves[0]["NumberOfCPUs"] == 4
+
+
 def test_where_host_and_enclave_meet(host: NitroHost, instance: Instance, eif: Path) -> None:
     nitro = machine(host, instance, eif)
     assert nitro.launcher == "nitro"
