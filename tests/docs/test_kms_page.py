@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +18,9 @@ from vsockrpc.address import VsockAddress
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SECONDS = 240
+STOP_SECONDS = 30
+ENDED_WITH_US = ("setpriv", "--pdeathsig", "TERM", "--")
+"""Linux asks a program that was started so to end when these tests are killed."""
 
 
 @pytest.mark.processes
@@ -23,17 +29,33 @@ def test_every_command_of_the_page_does_what_it_says() -> None:
         _run(Path(folder))
 
 
-def _run(folder: Path) -> None:
-    environment = {**os.environ, "TMPDIR": str(folder)}
-    ran = subprocess.run(
-        [REPOSITORY / "scripts" / "demo-kms"],
+def _ran(command: Sequence[str | Path], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """A script that ends what it started when it is asked to end: so it is, whatever ends these tests."""
+    process = subprocess.Popen(
+        [*ENDED_WITH_US, *command],
         env=environment,
         stdin=subprocess.DEVNULL,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=SECONDS,
-        check=False,
+        start_new_session=True,
     )
+    with process:
+        try:
+            out, error = process.communicate(timeout=SECONDS)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGTERM)  # with what runs in the foreground: bash waits for that
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, error)
+
+
+def _run(folder: Path) -> None:
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    ran = _ran([REPOSITORY / "scripts" / "demo-kms"], environment)
     assert ran.returncode == 0, ran.stderr[-4000:]
     said = ran.stdout + ran.stderr
     for words in (
@@ -52,6 +74,55 @@ def _run(folder: Path) -> None:
         assert words in said, (words, said[-4000:])
     assert "Traceback" not in said
     assert [path.name for path in folder.iterdir()] == [], "nothing is left behind"
+
+
+CLEANING = """#!/usr/bin/env bash
+trap 'kill "$(jobs -p)"; wait; echo cleaned >"$1"; exit 143' TERM
+sleep 1000 &
+echo $! >"$2"
+wait
+"""
+"""In the place of demo-kms: something runs in the background until the script is asked to end."""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> list[str]:
+    """With the pipes that say that it has cleaned, and what it has started."""
+    path = tmp_path / "script"
+    path.write_text(CLEANING)
+    path.chmod(0o755)
+    pipes = [str(tmp_path / name) for name in ("cleaned", "started")]
+    for pipe in pipes:
+        os.mkfifo(pipe)
+    return [str(path), *pipes]
+
+
+def test_an_interruption_ends_what_was_started(script: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    cleaned = os.open(script[1], os.O_RDONLY | os.O_NONBLOCK)
+    started: list[int] = []
+
+    class Interrupted(subprocess.Popen[str]):
+        def communicate(self, *arguments: Any, **options: Any) -> Any:
+            started.append(int(Path(script[2]).read_text()))
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _ran(script, os.environ)
+    assert os.read(cleaned, 100) == b"cleaned\n"
+    os.close(cleaned)
+    with pytest.raises(ProcessLookupError):
+        os.kill(started[0], 0)
+
+
+def test_a_kill_ends_what_was_started(script: list[str]) -> None:
+    tests = ["bash", "-c", '"$@" & wait', "tests", *ENDED_WITH_US, *script]
+    with subprocess.Popen(tests, start_new_session=True) as process:
+        started = int(Path(script[2]).read_text())
+        process.kill()
+    assert Path(script[1]).read_text() == "cleaned\n"
+    with pytest.raises(ProcessLookupError):
+        os.kill(started, 0)
 
 
 def test_every_command_of_the_page_is_shown() -> None:
