@@ -1,6 +1,6 @@
 """The contract of the Nitro Secure Module on the core in process, the emulator's process behind a socket, the ioctl
-path over a stand-in for the driver, and the device itself where there is one. ``tests/boot`` holds an emulated machine's
-to it.
+path over a stand-in for the driver, and the device itself where there is one. ``tests/boot`` holds the device of an
+emulated machine to it.
 """
 
 from __future__ import annotations
