@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import parent.image.blobs
 from bench import Row, image_boot, image_build
 from bench.__main__ import PARTS as EVERY_PART
 from bench.image_house import LAYOUT, lacking
@@ -71,6 +72,7 @@ def test_a_layout_that_is_none_is_said(bare: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_missing_part_names_the_script_that_makes_it(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(LAYOUT, str(bare))
+    monkeypatch.setattr(parent.image.blobs, "SOURCES", bare)  # as where there is no checkout: any init will do
     (bare / "oci-layout").touch()
     assert "scripts/machine/kernel" in only_row(image_boot.rows()).peer
     for name in ("bzImage", "init", "cmdline"):
@@ -116,8 +118,9 @@ def test_a_file_s_part(path: str, part: str) -> None:
 
 def test_sizes_are_those_of_kernel_and_files(tmp_path: Path) -> None:
     boot = archive(folder("dev"), Member("init", b"i" * 700))
+    on_the_way = [PACKAGES.rsplit("/", up)[0] for up in range(PACKAGES.count("/"), 0, -1)]
     root = archive(
-        folder("rootfs"),
+        *(folder(path) for path in (*on_the_way, PACKAGES, f"{PACKAGES}/numpy", "rootfs/usr/lib")),
         link("rootfs/lib", "usr/lib"),
         Member("rootfs/usr/lib/libc.so.6", b"c" * 5000),
         Member(f"{PACKAGES}/numpy/core.so", b"n" * 9000),
