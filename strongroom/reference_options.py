@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from datetime import datetime
 from pathlib import Path
 
 import click
 
 from attestation.eif import MAX_JSON_SIZE, measurements_from_nitro_cli
 from attestation.manifest import MAX_MANIFEST_SIZE, ModelManifest
-from attestation.measure import CHUNK_SIZE, EnclaveImage, read_image
+from attestation.measure import CHUNK_SIZE
 from attestation.reference import DIGEST_PREFIX, DIGEST_SIZE, PcrSet, configuration_digest
 from attestation.release_signing import PublicKey, ReleaseError
 from attestation.releases import MAX_NAME
@@ -86,14 +85,6 @@ def read_manifest(path: Path) -> ModelManifest:
 def configuration(given: bytes | Path) -> bytes:
     """The digest of a configuration: as given, or of an ``enclave.toml``. Raises FileError, OSError."""
     return given if isinstance(given, bytes) else configuration_digest(read_bounded(given, MAX_CONFIGURATION))
-
-
-def image(path: Path, at: datetime | None = None, *, digest_file: bool = False) -> EnclaveImage:
-    """An enclave image file, measured, with its own digest where it is asked for; of a signed one the certificate must
-    be valid at ``at``. Raises ImageError.
-    """
-    with hashing_bar(err, "image") as progress:
-        return read_image(path, at=at, progress=progress, digest_file=digest_file)
 
 
 def image_file_digest(path: Path) -> bytes:

@@ -26,6 +26,8 @@ from attestation.releases import (
 )
 from strongroom import reference_options as reference
 from strongroom.files import read_bounded
+from strongroom.image.check import require_sound
+from strongroom.image.commands import open_image
 from strongroom.options import Octets, json_option, out, user_heads
 from strongroom.reference_options import ANY_FILE, DigestOrFile, PinnedKey, Product
 from strongroom.release_file import Outcome, ReleaseFile, read_key, write_key
@@ -263,8 +265,9 @@ def _measure(
     if registers:
         return PcrSet(**registers), None
     if from_eif is not None:
-        image = reference.image(from_eif, datetime.now(UTC), digest_file=True)
-        return image.measurements, image.sha384
+        with open_image(from_eif, digest_file=True) as opened:
+            require_sound(opened.contents(), datetime.now(UTC))
+        return opened.image.measurements, opened.image.sha384
     assert from_measurements is not None
     return reference.measurements(from_measurements), None
 

@@ -20,9 +20,10 @@ from emulator.kms_endpoint import kms_emulator
 from strongroom.options import out
 from strongroom.release_commands import release as group
 from strongroom.release_file import ReleaseFile, write_key
-from tests.eif_files import image as eif
+from tests.eif_files import image as broken
 from tests.gguf_files import TEXT, Gguf
 from tests.release_files import ED25519, NAME, ONE, P384, TWO, verified
+from tests.sound_images import sound as eif
 from tests.terminal import Ran, Terminal
 
 
@@ -198,6 +199,13 @@ def test_everything_about_a_release(release: Publisher, folder: Path) -> None:
     assert image.source.commit == "ab" * 32
     assert image.models == (ModelManifest.from_gguf(Path("model.gguf")).digest(), b"\x0a" * 48)
     assert image.configurations == (configuration_digest(b"version = 1\n"), b"\x0b" * 48)
+
+
+def test_nobody_signs_for_a_broken_image(release: Publisher) -> None:
+    """Its registers may be those of another one, which boots otherwise."""
+    Path("enclave.eif").write_bytes(broken().encode())
+    ran = release.add("1.0", "--from-eif", "enclave.eif", *SOURCE)
+    assert (ran.code, "[broken_image]" in ran.err) == (2, True)
 
 
 def test_what_nitro_cli_printed(release: Publisher, folder: Path) -> None:
