@@ -59,3 +59,7 @@ class Street:
     @property
     def options(self) -> tuple[str, ...]:
         return ("--url", self.url, "--policy", self.policy_file)
+
+
+AS_FROM_THE_FRONT_DOOR: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
+"""For a runner that calls a command of the program itself: click keeps what the first caller's context says of help."""

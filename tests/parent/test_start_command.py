@@ -25,6 +25,7 @@ from tests.cpio_files import Member, archive, folder
 from tests.eif_files import image
 from tests.gguf_files import tiny_model
 from tests.machines import stand_in_tools
+from tests.terminal import AS_FROM_THE_FRONT_DOOR
 
 CONFIGURATION = """
 [rpc]
@@ -87,7 +88,7 @@ def instance(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("context", [64, 4096, 16384])
 def test_the_memory_that_nobody_named_is_what_image_size_says(eif: Path, model: Path, context: int) -> None:
     asked = ["--model", str(model), "--image", str(eif), "--context", str(context), "--json"]
-    said = json.loads(CliRunner().invoke(size, asked).output)["memory_mib"]
+    said = json.loads(CliRunner().invoke(size, asked, **AS_FROM_THE_FRONT_DOOR).output)["memory_mib"]
     assert needed_memory(eif, model, LaunchConfiguration.parse(configured(context=context))) == said * MIB
 
 
@@ -171,7 +172,7 @@ def test_an_image_for_another_machine_is_refused_before_the_model_is_read(
     unread = tmp_path / "no-model.gguf"
     unread.write_bytes(b"whoever reads this says that it is no model")
     asked = ["--launcher", launcher, "--image", str(eif), "--model", str(unread), "--name", "t", "--foreground"]
-    error = CliRunner().invoke(start, asked).exception
+    error = CliRunner().invoke(start, asked, **AS_FROM_THE_FRONT_DOOR).exception
     assert isinstance(error, LaunchConfigurationError)
     assert error.message.startswith(f"{key}: ")
     assert advice in str(error)

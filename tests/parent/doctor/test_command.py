@@ -19,6 +19,7 @@ from parent.image.tree import File, Tree
 from tests.doctor_hosts import KMS, S3, FakeMachine
 from tests.eif_files import image
 from tests.gguf_files import tiny_model
+from tests.terminal import AS_FROM_THE_FRONT_DOOR
 
 KMS_TABLE = '[kms]\nregion = "us-east-1"\nendpoint = "kms.us-east-1.amazonaws.com:443"\n'
 
@@ -45,7 +46,9 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeMachine:
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(command.doctor, [str(each) for each in arguments], standalone_mode=False)
+    return CliRunner().invoke(
+        command.doctor, [str(each) for each in arguments], standalone_mode=False, **AS_FROM_THE_FRONT_DOOR
+    )
 
 
 def configuration(tmp_path: Path, text: str) -> Path:

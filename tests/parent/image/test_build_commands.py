@@ -28,6 +28,7 @@ from tests.parent.image.containers import Container, layout, tar
 from tests.parent.image.independent import bzimage
 from tests.parent.image.test_build import key_pem
 from tests.parent.image.test_folder import filled
+from tests.terminal import AS_FROM_THE_FRONT_DOOR
 
 ARN = "arn:aws:kms:eu-central-1:111122223333:key/0c6b6d4e-5f0a-4b4e-9a1c-111111111111"
 SIGNER = eif_files.Signer()
@@ -58,7 +59,7 @@ def no_kms(arn: str) -> Signer:
 
 
 def run(command: click.Command, text: str, signers: Callable[[str], Signer] = no_kms) -> Result:
-    return CliRunner().invoke(command, shlex.split(text), obj=signers)
+    return CliRunner().invoke(command, shlex.split(text), obj=signers, **AS_FROM_THE_FRONT_DOOR)
 
 
 def built(text: str, **options: Any) -> Result:

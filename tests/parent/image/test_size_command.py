@@ -20,6 +20,7 @@ from parent.image.sizing import SizingError
 from parent.image.tree import File, Tree
 from tests.eif_files import image
 from tests.gguf_files import tiny_model
+from tests.terminal import AS_FROM_THE_FRONT_DOOR
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def eif(tmp_path: Path) -> Path:
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(size, [str(each) for each in arguments], catch_exceptions=True)
+    return CliRunner().invoke(size, [str(each) for each in arguments], catch_exceptions=True, **AS_FROM_THE_FRONT_DOOR)
 
 
 def test_an_image_is_as_large_as_its_ramdisks_unpacked(eif: Path) -> None:

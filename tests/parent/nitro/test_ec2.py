@@ -13,6 +13,7 @@ from moto import mock_aws
 
 from parent.nitro.commands import nitro
 from parent.nitro.ec2 import TAG, Ec2, Ec2Error, Parent
+from tests.terminal import AS_FROM_THE_FRONT_DOOR
 
 AMI = "ami-12c6146b"
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -175,7 +176,7 @@ OPTIONS += ["--enclave-memory-mib", "4096", "--enclave-cpus", "2"]
 
 
 def run(*options: str) -> str:
-    result = CliRunner().invoke(nitro, [*OPTIONS, *options], catch_exceptions=False)
+    result = CliRunner().invoke(nitro, [*OPTIONS, *options], catch_exceptions=False, **AS_FROM_THE_FRONT_DOOR)
     assert result.exit_code == 0, result.output
     return result.stdout
 
