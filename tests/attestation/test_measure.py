@@ -300,3 +300,16 @@ def test_a_section_that_changed_meanwhile_is_refused(change: Callable[[bytes], b
     with pytest.raises(ImageError) as caught:
         reader.finish()
     assert (caught.value.code, caught.value.offset) == ("changed_image", found.sections[-1].offset)
+
+
+def test_what_a_hash_refuses_is_raised_where_it_is_waited_for() -> None:
+    """An error on another thread is no digest."""
+
+    def refuse(_: memoryview) -> None:
+        raise MemoryError("no room")
+
+    with measure._Hashes() as hashes:
+        buffer = hashes.buffer()
+        hashes.feed(buffer, buffer, (refuse,))
+        with pytest.raises(MemoryError, match="no room"):
+            hashes.finish()
