@@ -6,6 +6,7 @@ alone, as the one is that ``scripts/setup`` makes. Nothing of it is read after t
 
 from __future__ import annotations
 
+import atexit  # noqa: F401  # tempfile imports it late
 import json
 import os
 import sys
