@@ -1,9 +1,8 @@
 """Measures an enclave image file: one reading, from a file or a pipe, in constant memory, and on several CPUs.
 
 PROTOCOL.md section 4 says which bytes a register is over. PCR0 and PCR2 have no prefix in common, so that every byte of
-an application goes through SHA-384 twice and through the CRC once; PCR1 is over what PCR0 begins with. Each hash runs
-on a thread of its own, a few pieces behind the one that reads and does the CRC: ``hashlib`` and ``zlib`` leave the
-interpreter to the others meanwhile.
+an application goes through SHA-384 twice and through the CRC once; PCR1 is over what PCR0 begins with. All of these are
+fed from one buffer, so that they agree on what was read.
 """
 
 from __future__ import annotations
@@ -11,14 +10,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import threading
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from queue import SimpleQueue
 from typing import BinaryIO, Final, TypeAlias
 
 from attestation.eif import (
@@ -43,19 +39,12 @@ from attestation.eif import (
     require_sections,
     verify_signature,
 )
+from attestation.parallel_hashes import CHUNK_SIZE, ParallelHashes, Update
 from attestation.reference import PcrSet, once_extended
 from attestation.strict_json import Json
 
-CHUNK_SIZE: Final = 1 << 20
-"""Bytes that are read at once."""
-BUFFERS: Final = 8
-"""Pieces that are held at a time: with ``CHUNK_SIZE`` the memory that measuring takes."""
-_WORTH_A_THREAD: Final = 64 << 10
-"""Bytes. What is shorter is hashed before another thread would have begun."""
-
 Progress: TypeAlias = Callable[[int, int], None]
 """Told bytes read and bytes in all."""
-_Update: TypeAlias = Callable[[memoryview], object]
 _MEASURED: Final = (SectionType.KERNEL, SectionType.CMDLINE, SectionType.RAMDISK)
 
 
@@ -143,13 +132,13 @@ def measure_image(
     the period is only reported. ``digest_file`` asks for the digest of the whole file too, which takes a third pass.
     Raises ImageError, and what ``file.readinto`` raises.
     """
-    with _Hashes() as hashes:
+    with ParallelHashes() as hashes:
         source = _Source(file, hashes, digest_file)
         magic = source.take(len(MAGIC), is_covered=False)
         require_magic(magic)
         fields = magic + source.take(HEADER.size - len(MAGIC), is_covered=False)
         header = read_header(fields)
-        source.cover(fields[:CRC_AT])
+        source.crc.update(fields[:CRC_AT])
         image = hashlib.sha384()
         application = None
         boot: bytes | None = None
@@ -188,8 +177,8 @@ def measure_image(
             held[kind] = offset + SECTION_HEADER.size, bytes(kept)
         source.require_end(header.end)
         hashes.finish()
-        if source.crc != header.crc:
-            expected, got = hex(header.crc), hex(source.crc)
+        if source.crc.value != header.crc:
+            expected, got = hex(header.crc), hex(source.crc.value)
             raise ImageError("wrong_crc", "the file is damaged", offset=CRC_AT, expected=expected, got=got)
     sections = tuple(Section(*place, digest.digest()) for place, digest in zip(places, digests, strict=True))
     require_sections(header, held)
@@ -264,17 +253,27 @@ class SectionReader:
             pass
 
 
+class _Crc32:
+    """As a hash."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def update(self, data: bytes | memoryview) -> None:
+        self.value = zlib.crc32(data, self.value)
+
+
 class _Source:
     """The file, once from its beginning to its end. ``crc`` is over what it covers, ``sha384`` over all."""
 
-    def __init__(self, file: BinaryIO, hashes: _Hashes, digest_file: bool) -> None:
+    def __init__(self, file: BinaryIO, hashes: ParallelHashes, digest_file: bool) -> None:
         self._file, self._hashes = file, hashes
         self._readinto: Callable[[memoryview], int | None] = file.readinto  # type: ignore[attr-defined]  # as all of io
         self.position = 0
-        self.crc = 0
+        self.crc = _Crc32()
         self.sha384 = hashlib.sha384() if digest_file else None
 
-    def pieces(self, size: int, *updates: _Update | None, is_covered: bool = True) -> Iterator[memoryview]:
+    def pieces(self, size: int, *updates: Update | None, is_covered: bool = True) -> Iterator[memoryview]:
         """The next ``size`` bytes, which nobody has to believe in: a piece at a time, as they are there.
 
         Each is fed to all of ``updates``. What they come to is there once the hashes are finished. A piece is there
@@ -282,6 +281,7 @@ class _Source:
         """
         end = self.position + size
         of_file = None if self.sha384 is None else self.sha384.update
+        crc = self.crc.update if is_covered else None
         while self.position < end:
             buffer = self._hashes.buffer()
             count = self._readinto(buffer[: end - self.position])
@@ -293,17 +293,11 @@ class _Source:
                 message = "the file ends too early"
                 raise ImageError("truncated_eif", message, offset=self.position, expected=expected, got=got)
             self.position += len(piece)
-            self._hashes.feed(buffer, piece, (of_file, *updates))
-            if is_covered:
-                self.cover(piece)
+            self._hashes.feed(buffer, piece, (crc, of_file, *updates))
             yield piece
 
     def take(self, size: int, *, is_covered: bool = True) -> bytes:
         return b"".join(map(bytes, self.pieces(size, is_covered=is_covered)))
-
-    def cover(self, data: bytes | memoryview) -> None:
-        """The CRC is over these bytes too."""
-        self.crc = zlib.crc32(data, self.crc)
 
     def require_end(self, end: int) -> None:
         last: bytes | None = self._file.read(1)
@@ -319,93 +313,3 @@ class _Source:
         return ImageError(
             "unreadable_image", message, offset=self.position, expected=expected, got="a non-blocking one"
         )
-
-
-class _Hashes:
-    """Feeds every piece to several hashes, each on a thread of its own, some pieces behind at most: as many as there
-    are buffers, which are used again and again.
-    """
-
-    def __init__(self) -> None:
-        self._threads: dict[int, _HashThread] = {}
-        self._pending: deque[tuple[memoryview, list[_HashThread]]] = deque()
-        self._free: list[memoryview] = []
-
-    def __enter__(self) -> _Hashes:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for thread in self._threads.values():
-            thread.end()
-
-    def buffer(self) -> memoryview:
-        """``CHUNK_SIZE`` bytes to be read into. What was in them is in all the hashes."""
-        if not self._free and len(self._pending) < BUFFERS:
-            return memoryview(bytearray(CHUNK_SIZE))
-        if not self._free:
-            self._wait()
-        return self._free.pop()
-
-    def feed(self, buffer: memoryview, piece: memoryview, updates: Sequence[_Update | None]) -> None:
-        """``piece``, of ``buffer``. Each of ``updates`` sees the pieces in their order if it always has the same place
-        among them.
-        """
-        if len(piece) >= _WORTH_A_THREAD:
-            fed = [self._thread(index).feed(each, piece) for index, each in enumerate(updates) if each is not None]
-            self._pending.append((buffer, fed))
-            return
-        self.finish()
-        for update in updates:
-            if update is not None:
-                update(piece)
-        self._pending.append((buffer, []))
-
-    def finish(self) -> None:
-        """All that was fed is in the hashes."""
-        while self._pending:
-            self._wait()
-
-    def _wait(self) -> None:
-        buffer, fed = self._pending.popleft()
-        for thread in fed:
-            thread.wait()
-        self._free.append(buffer)
-
-    def _thread(self, index: int) -> _HashThread:
-        if index not in self._threads:
-            self._threads[index] = _HashThread(f"image-hash-{index}")
-        return self._threads[index]
-
-
-class _HashThread:
-    """Takes pieces in their order. Two queues, since an executor's futures cost a tenth of the hashing."""
-
-    def __init__(self, name: str) -> None:
-        self._pieces: SimpleQueue[tuple[_Update, memoryview] | None] = SimpleQueue()
-        self._done: SimpleQueue[Exception | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
-
-    def feed(self, update: _Update, piece: memoryview) -> _HashThread:
-        self._pieces.put((update, piece))
-        return self
-
-    def wait(self) -> None:
-        """The oldest piece that nobody has waited for is hashed."""
-        error = self._done.get()
-        if error is not None:
-            raise error
-
-    def end(self) -> None:
-        self._pieces.put(None)
-        self._thread.join()
-
-    def _run(self) -> None:
-        while (fed := self._pieces.get()) is not None:
-            update, piece = fed
-            try:
-                update(piece)
-            except Exception as error:  # whoever waits for this piece has it
-                self._done.put(error)
-            else:
-                self._done.put(None)

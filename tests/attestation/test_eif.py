@@ -29,7 +29,8 @@ from attestation.eif import (
     SigningCertificate,
     measurements_from_nitro_cli,
 )
-from attestation.measure import BUFFERS, CHUNK_SIZE, EnclaveImage, measure_image, read_image
+from attestation.measure import EnclaveImage, measure_image, read_image
+from attestation.parallel_hashes import BUFFERS, CHUNK_SIZE
 from attestation.reference import ZERO_PCR, PcrSet, once_extended
 from tests import eif_files
 from tests.eif_files import CMDLINE, KERNEL, METADATA, RAMDISK, SIGNATURE, Eif, Part, Signer, image

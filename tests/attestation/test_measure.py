@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from attestation import measure
+from attestation import parallel_hashes
 from attestation.eif import (
     KERNEL_HEAD,
     Architecture,
@@ -21,7 +21,8 @@ from attestation.eif import (
     SectionType,
     bzimage_length,
 )
-from attestation.measure import BUFFERS, CHUNK_SIZE, SectionReader, measure_image
+from attestation.measure import SectionReader, measure_image, read_image
+from attestation.parallel_hashes import BUFFERS, CHUNK_SIZE
 from attestation.reference import PcrSet
 from tests.eif_files import AARCH64, CMDLINE, CMDLINE_TEXT, KERNEL, RAMDISK, Eif, Part, Signer, image
 
@@ -52,7 +53,7 @@ def kernel(*, sectors: int = 15, paragraphs: int = 100, length: int | None = Non
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("digest_file", [False, True])
 def test_large_sections_are_measured_alike(count: int, digest_file: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "CHUNK_SIZE", 100_000)
+    monkeypatch.setattr(parallel_hashes, "CHUNK_SIZE", 100_000)
     disks = [LARGE[number:] for number in range(count)]
     made = image(ramdisks=disks).having(Part(KERNEL, LARGE)).signed()
     data = made.encode()
@@ -195,7 +196,7 @@ def test_an_error_says_at_which_byte_it_shows(name: str) -> None:
 
 def test_an_error_without_a_place_says_none(tmp_path: Path) -> None:
     with pytest.raises(ImageError) as caught:
-        measure.read_image(tmp_path / "absent")
+        read_image(tmp_path / "absent")
     assert (caught.value.offset, caught.value.as_json()["offset"]) == (None, None)
 
 
@@ -300,16 +301,3 @@ def test_a_section_that_changed_meanwhile_is_refused(change: Callable[[bytes], b
     with pytest.raises(ImageError) as caught:
         reader.finish()
     assert (caught.value.code, caught.value.offset) == ("changed_image", found.sections[-1].offset)
-
-
-def test_what_a_hash_refuses_is_raised_where_it_is_waited_for() -> None:
-    """An error on another thread is no digest."""
-
-    def refuse(_: memoryview) -> None:
-        raise MemoryError("no room")
-
-    with measure._Hashes() as hashes:
-        buffer = hashes.buffer()
-        hashes.feed(buffer, buffer, (refuse,))
-        with pytest.raises(MemoryError, match="no room"):
-            hashes.finish()
