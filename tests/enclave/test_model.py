@@ -572,7 +572,7 @@ HARMED: dict[str, tuple[Callable[[list[bytes], int], Sequence[bytes]], str]] = {
     "swapped with the next": (lambda r, n: [*r[:n], r[n + 1], r[n], *r[n + 2 :]], "tampered_record"),
     "left out": (lambda r, n: [*r[:n], *r[n + 1 :]], "tampered_record"),
     "twice": (lambda r, n: [*r[: n + 1], *r[n:]], "tampered_record"),
-    "cut short": (lambda r, n: [*r[:n], r[n][:-1], *r[n + 1 :]], "tampered_record"),
+    "cut short": (lambda r, n: [*r[:n], r[n][:-16], *r[n + 1 :]], "tampered_record"),
     "the end": (lambda r, n: r[:n], "truncated_envelope"),
     "cut within": (lambda r, n: [*r[:n], r[n][: len(r[n]) // 2]], "tampered_record"),
 }
