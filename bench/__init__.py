@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,3 +19,11 @@ class Row:
     bar: str = ""
     holds: bool | None = None
     """Whether the bar holds; None for a row that is for the record."""
+
+
+def peak_memory() -> int:
+    """Bytes that this process had resident at most. Where the process that started it had more, ``getrusage`` says
+    that.
+    """
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["VmHWM"].removesuffix("kB")) * 1024

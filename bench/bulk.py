@@ -11,7 +11,6 @@ import argparse
 import asyncio
 import hashlib
 import json
-import resource
 import socket
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import time
 from collections.abc import Callable
 from statistics import median
 
-from bench import Row
+from bench import Row, peak_memory
 from vsockrpc.address import UnixAddress
 from vsockrpc.digest import HashingSink
 from vsockrpc.limits import BULK
@@ -159,7 +158,7 @@ def _receiver(kind: str, path: str, size: int) -> None:
         expected.update(BLOCK)
     if digest and digest != expected.hexdigest():
         raise SystemExit("the bytes that arrived are not those that were sent")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory()
     print(json.dumps({"seconds": seconds, "peak_rss": peak}))
 
 

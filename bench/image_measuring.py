@@ -12,7 +12,6 @@ import hashlib
 import json
 import mmap
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -25,7 +24,7 @@ from typing import BinaryIO
 
 from attestation.eif import CRC_AT, CRC_SIZE, HEADER, MAGIC, MAX_SECTIONS, SECTION_HEADER, SectionType
 from attestation.measure import read_image
-from bench import Row
+from bench import Row, peak_memory
 
 MIB = 1 << 20
 BLOCK = MIB
@@ -100,18 +99,14 @@ def _run(kind: str, path: Path) -> dict[str, float]:
 
 
 def _measure(kind: str, path: Path) -> dict[str, float]:
-    before = _peak()
+    before = peak_memory()
     begin = time.perf_counter()
     if kind == "ours":
         read_image(path)
     else:
         _hash(path)
-    seconds, peak = time.perf_counter() - begin, _peak()
+    seconds, peak = time.perf_counter() - begin, peak_memory()
     return {"seconds": seconds, "peak": peak, "growth": peak - before}
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _hash(path: Path) -> None:

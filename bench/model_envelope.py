@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import hashlib
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from attestation.envelope import MODEL_RECORD, EnvelopeHeader, EnvelopePurpose, 
 from attestation.envelope_records import Opener, Sealer
 from attestation.keypolicy.document import KeyArn
 from attestation.secret import Secret
-from bench import Row
+from bench import Row, peak_memory
 from vsockrpc.address import UnixAddress
 from vsockrpc.digest import HashingSink
 from vsockrpc.limits import BULK
@@ -173,7 +172,7 @@ def _opener(kind: str, path: str, size: int) -> None:
         seconds, digest = _hash(size)
     else:
         seconds, digest = _open_from_memory(int(kind.partition("-")[2]), size)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory()
     if digest != _hash(size)[1]:
         raise SystemExit("what was opened is not what was sealed")
     print(json.dumps({"seconds": seconds, "peak_rss": peak}))

@@ -10,7 +10,7 @@ import click
 
 from attestation.eif import MAX_JSON_SIZE, measurements_from_nitro_cli
 from attestation.manifest import MAX_MANIFEST_SIZE, ModelManifest
-from attestation.measure import CHUNK_SIZE
+from attestation.parallel_hashes import CHUNK_SIZE
 from attestation.reference import DIGEST_PREFIX, DIGEST_SIZE, PcrSet, configuration_digest
 from attestation.release_signing import PublicKey, ReleaseError
 from attestation.releases import MAX_NAME

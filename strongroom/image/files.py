@@ -19,7 +19,8 @@ from typing import BinaryIO, Final
 
 from attestation.eif import Section
 from attestation.image_files import ImageFileError, ramdisks
-from attestation.measure import CHUNK_SIZE, EnclaveImage, SectionReader
+from attestation.measure import EnclaveImage, SectionReader
+from attestation.parallel_hashes import CHUNK_SIZE
 from attestation.ramdisk import Kind, RamdiskEntry
 from strongroom.files import require_new
 
