@@ -93,6 +93,12 @@ class Table:
             raise wrong_value(self.field(key), "an integer of 64 bits", "more")
         return value
 
+    def flag(self, key: str) -> bool:
+        value = self._take(key)
+        if not isinstance(value, bool):
+            raise wrong_value(self.field(key), "true or false", type(value).__name__)
+        return value
+
     def true(self, key: str) -> None:
         if self._take(key) is not True:
             raise wrong_value(self.field(key), "true", type(self._values[key]).__name__)

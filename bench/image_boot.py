@@ -37,7 +37,8 @@ from parent.modelstore import ModelStore
 from parent.registry import Registry
 from parent.start_command import make_machine
 from strongroom.session import Session
-from vsockrpc.messages import ChatMessage, ChatRequest, Delta
+from vsockrpc.chat import ChatMessage, ChatRequest
+from vsockrpc.messages import Delta
 
 NAME = "bench"
 BEGUN, HEARTBEAT, LISTENING, SERVING, FIRST_TOKEN = "begun", "heartbeat", "listening", "SERVING", "first token"

@@ -21,7 +21,8 @@ from bench import Row
 from bench.house import House, house
 from strongroom.prepare import Settings
 from strongroom.session import Session
-from vsockrpc.messages import ChatMessage, ChatRequest, Delta, Done
+from vsockrpc.chat import ChatMessage, ChatRequest
+from vsockrpc.messages import Delta, Done
 
 CONTEXT = 1024
 TOKENS = 96
@@ -82,7 +83,7 @@ async def ask(session: Session, prompt: str) -> Timing:
             case Delta():
                 first = first or time.perf_counter()
             case Done():
-                ended, tokens = time.perf_counter(), answer.completion_tokens
+                ended, tokens = time.perf_counter(), answer.usage.completion_tokens
     assert first is not None
     return Timing(first - asked, (tokens - 1) / (ended - first))
 

@@ -11,6 +11,7 @@ import base64
 import binascii
 import re
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path, PurePosixPath
 
 from attestation import strict_toml
@@ -27,6 +28,8 @@ MAX_CERTIFICATE_TEXT = 4096
 """Characters of a certificate in base64."""
 MAX_ROTATIONS = 8
 """Rotations that a key may outlive: so many are kept at once when none is used up early."""
+MAX_PARALLEL = 64
+"""llama.cpp's bound is 256 (LLAMA_MAX_SEQ)."""
 _FILE = "file:"
 
 
@@ -39,20 +42,44 @@ class ConfigurationError(StrongroomError):
         super().__init__("bad_configuration", message, expected=expected, got=got)
 
 
+class KvType(StrEnum):
+    """As what llama.cpp keeps keys and values: ggml's types."""
+
+    F16 = "f16"
+    Q8_0 = "q8_0"
+    Q4_0 = "q4_0"
+
+
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
     """How llama.cpp is run."""
 
     context: int
-    """Tokens of context, prompt and answer together."""
+    """Tokens of a sequence at most, prompt and answer together."""
+    parallel: int
+    """Sequences that are decoded at once."""
+    cells: int
+    """Tokens of all sequences together: what llama.cpp keeps keys and values for. With fewer than all contexts take
+    the sequences share them."""
+    kv_type: KvType
+    """As what keys and values are kept."""
+    repack: bool
+    """llama.cpp keeps weights a second time in an order that is faster to compute with."""
     batch: int
-    """Prompt tokens in one decode step: a cancelled call stops within one."""
+    """Tokens that one decode takes at most: a cancelled call stops within one."""
+    prefill: int
+    """How many of these are of prompts while somebody waits for the next token of an answer."""
     threads: int
     """Threads that decode; 0 takes every CPU that the enclave has."""
     queue: int
     """Requests that may wait."""
     uid: int
     """The engine process's own user and group, where the server may change users."""
+
+    @property
+    def shares_cells(self) -> bool:
+        """Sequences have no cells of their own (llama.cpp's ``kv_unified``)."""
+        return self.cells < self.context * self.parallel
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,13 +183,7 @@ class EnclaveConfiguration:
             model_store=_store(model),
             manifest=_digest(model, "manifest"),
             max_model_bytes=_integer(model, "max_bytes", 1, 1 << 40, default=64 << 30),
-            engine=EngineSettings(
-                context=_integer(engine, "context", 64, 1 << 20, default=2048),
-                batch=_integer(engine, "batch", 16, 4096, default=128),
-                threads=_integer(engine, "threads", 0, 256, default=0),
-                queue=_integer(engine, "queue", 1, 1024, default=64),
-                uid=_integer(engine, "uid", 1, 2**31 - 1, default=64001),
-            ),
+            engine=_engine(engine),
             channel=ChannelSettings(
                 rotation_seconds=_integer(channel, "rotation_seconds", 1, 86400, default=300),
                 lifetime_seconds=_integer(channel, "lifetime_seconds", 1, 86400, default=600),
@@ -193,6 +214,27 @@ class EnclaveConfiguration:
                 configuration.channel.lifetime_seconds,
             )
         return configuration
+
+
+def _engine(table: Table) -> EngineSettings:
+    context = _integer(table, "context", 64, 1 << 20, default=2048)
+    parallel = _integer(table, "parallel", 1, MAX_PARALLEL, default=4)
+    batch = _integer(table, "batch", 16, 4096, default=256)
+    settings = EngineSettings(
+        context=context,
+        parallel=parallel,
+        cells=_integer(table, "cells", context, context * parallel, default=context * parallel),
+        kv_type=KvType(_choice(table, "kv_type", tuple(KvType), default=KvType.F16)),
+        repack=table.flag("repack") if table.has("repack") else True,
+        batch=batch,
+        prefill=_integer(table, "prefill", 1, batch, default=min(batch, 64)),
+        threads=_integer(table, "threads", 0, 256, default=0),
+        queue=_integer(table, "queue", 1, 1024, default=64),
+        uid=_integer(table, "uid", 1, 2**31 - 1, default=64001),
+    )
+    if batch < parallel:
+        raise wrong_value(table.field("batch"), f">= {parallel}, a token of each sequence", batch)
+    return settings
 
 
 def _kms(table: Table) -> KmsSettings:
@@ -274,6 +316,15 @@ def _integer(table: Table, key: str, low: int, high: int, *, default: int | None
     if not low <= value <= high:
         raise wrong_value(table.field(key), f"{low}..{high}", value)
     return value
+
+
+def _choice(table: Table, key: str, choices: tuple[str, ...], *, default: str) -> str:
+    if not table.has(key):
+        return default
+    text = table.text(key)
+    if text not in choices:
+        raise wrong_value(table.field(key), " or ".join(choices), ascii(text))
+    return text
 
 
 def _address(table: Table, key: str) -> Address:

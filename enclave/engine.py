@@ -10,9 +10,12 @@ else.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import hashlib
 import os
 from collections.abc import AsyncGenerator, Callable
-from typing import Final, Protocol
+from dataclasses import replace
+from typing import Final, Protocol, TypeVar
 
 from attestation.gguf import read_header
 from enclave.config import EngineSettings
@@ -25,7 +28,7 @@ from enclave.generation import (
 )
 from enclave.pipe import MAX_PROMPT_SIZE, Load, Ready
 from enclave.process import EngineProcess
-from vsockrpc.messages import ChatRequest
+from vsockrpc.chat import ChatRequest, CompletionRequest, GenerationRequest
 
 START_SECONDS: Final = 600.0
 """For a process to load the model; the largest take minutes."""
@@ -46,6 +49,8 @@ MAX_PROMPT_BYTES_PER_TOKEN: Final = 32
 do.
 """
 _CLOSED: Final = "the engine is closed"
+_NAMESPACE_LABEL: Final = b"strongroom prefix cache 1"
+Q = TypeVar("Q", bound=GenerationRequest)
 
 
 class Engine(Protocol):
@@ -54,15 +59,17 @@ class Engine(Protocol):
     async def start(self) -> None:
         """Returns when requests can be answered. Raises StrongroomError when they never will."""
 
-    def generate(self, request: ChatRequest) -> AsyncGenerator[GenerationEvent, None]:
-        """The answer: any number of TextDelta, then one Finished. Text that came in the meantime comes as one
-        TextDelta.
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
+        """The answer: any number of Delta, then one Done.
 
-        ``request`` is one that ``ChatRequest.decode`` returned, or could have: its bounds are checked there.
+        ``request`` is one that decoding returned, or could have: its bounds are checked there.
 
         Closing the iterator or cancelling the task that reads it stops the work within one decode step. Raises
         EngineError: InvalidRequest, ContextExceeded, Overloaded, Unavailable, EngineFailed.
         """
+
+    async def count(self, request: ChatRequest) -> int:
+        """The tokens of the prompt that ``request`` has. Raises EngineError as :meth:`generate` does."""
 
     @property
     def ended(self) -> bool:
@@ -133,24 +140,38 @@ class LlamaEngine:
             await worker.end(_CLOSED)
         await self._announce()
 
-    async def generate(self, request: ChatRequest) -> AsyncGenerator[GenerationEvent, None]:
-        size = sum(len(message.content.encode("utf-8")) for message in request.messages)
-        bound = min(self._settings.context * MAX_PROMPT_BYTES_PER_TOKEN, MAX_PROMPT_SIZE)
-        if size > bound:
-            raise ContextExceeded(
-                "the prompt is too large for the context", expected=f"<= {bound} bytes", got=f"{size} bytes"
-            )
-        if self._requests > self._settings.queue:
-            raise Overloaded(expected=f"<= {self._settings.queue} waiting", got=self._requests)
-        self._requests += 1
-        try:
-            worker = await self._serving()
-            answer = await worker.submit(request)
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
+        async with self._place(request) as worker:
+            answer = await worker.submit(_with_namespace(request))
             try:
                 async for event in answer:
                     yield event
             finally:
                 worker.withdraw(answer)
+
+    async def count(self, request: ChatRequest) -> int:
+        async with self._place(request) as worker:
+            answer = await worker.count(replace(request, cache_secret=None))
+            try:
+                return await answer.number_of_tokens()
+            finally:
+                worker.withdraw(answer)
+
+    @contextlib.asynccontextmanager
+    async def _place(self, request: GenerationRequest) -> AsyncGenerator[EngineProcess]:
+        """One among those who may ask at once."""
+        size = prompt_size(request)
+        bound = min(self._settings.context * MAX_PROMPT_BYTES_PER_TOKEN, MAX_PROMPT_SIZE)
+        if size > bound:
+            raise ContextExceeded(
+                "the prompt is too large for the context", expected=f"<= {bound} bytes", got=f"{size} bytes"
+            )
+        most = self._settings.parallel + self._settings.queue
+        if self._requests >= most:
+            raise Overloaded(expected=f"<= {most} at once", got=self._requests + 1)
+        self._requests += 1
+        try:
+            yield await self._serving()
         finally:
             self._requests -= 1
 
@@ -172,15 +193,8 @@ class LlamaEngine:
     async def _spawn(self) -> tuple[EngineProcess, Ready]:
         """A process that is ready, and what it said then. Raises EngineRefused."""
         settings = self._settings
-        load = Load(
-            template=self._template,
-            context=settings.context,
-            batch=settings.batch,
-            threads=settings.threads or len(os.sched_getaffinity(0)),
-            queue=settings.queue,
-            uid=settings.uid,
-            parent=os.getpid(),
-        )
+        threads = settings.threads or len(os.sched_getaffinity(0))
+        load = Load(self._template, replace(settings, threads=threads), os.getpid())
         try:
             worker = await EngineProcess.launch(self._weights, load, self._stall_seconds)
         except OSError as error:  # out of memory, processes or descriptors, perhaps for a moment
@@ -249,3 +263,24 @@ class LlamaEngine:
         if self._worker is None:
             raise Unavailable("the engine is closed or cannot be started")
         return self._worker
+
+
+def prompt_size(request: GenerationRequest) -> int:
+    """Bytes of all text that a prompt is made of."""
+    if isinstance(request, CompletionRequest):
+        return len(request.prompt.encode())
+    texts = [
+        *(message.content for message in request.messages),
+        *(call.arguments for message in request.messages for call in message.tool_calls),
+        *(text for tool in request.tools for text in (tool.description, tool.parameters or "")),
+    ]
+    return sum(len(text.encode()) for text in texts)
+
+
+def _with_namespace(request: Q) -> Q:
+    """In place of the secret what can be derived from it, and no longer leads to it."""
+    secret = request.cache_secret
+    if secret is None:
+        return request
+    namespace = hashlib.sha256(_NAMESPACE_LABEL + secret).digest()
+    return replace(request, cache_secret=namespace)

@@ -1,14 +1,13 @@
-"""The words between whoever wants text and whatever makes it: the events of an answer, and how it can fail. The
-request is :class:`vsockrpc.messages.ChatRequest`.
+"""The words between whoever wants text and whatever makes it: the events of an answer, and how it can fail. Requests
+are those of :mod:`vsockrpc.chat`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TypeAlias
 
 from attestation.errors import StrongroomError
-from vsockrpc.messages import FinishReason
+from vsockrpc.messages import Delta, Done
 
 
 class EngineError(StrongroomError):
@@ -36,8 +35,12 @@ class ContextExceeded(EngineError):
 class Overloaded(EngineError):
     """As many requests as may wait are waiting."""
 
-    def __init__(self, *, expected: object | None = None, got: object | None = None) -> None:
+    def __init__(
+        self, *, expected: object | None = None, got: object | None = None, retry_seconds: int | None = None
+    ) -> None:
+        """``retry_seconds``: when there may be room again."""
         super().__init__("overloaded", "the engine's queue is full", expected=expected, got=got)
+        self.retry_seconds = retry_seconds
 
 
 class EngineFailed(EngineError):
@@ -61,22 +64,4 @@ class EngineRefused(EngineError):
     """
 
 
-@dataclass(frozen=True, slots=True)
-class TextDelta:
-    """Text of the answer that follows what came before: never empty, and always whole characters."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """The answer is whole, because the model or a stop string ended it (``stop``) or because its budget did
-    (``length``). Counts are tokens.
-    """
-
-    reason: FinishReason
-    prompt_tokens: int
-    completion_tokens: int
-
-
-GenerationEvent: TypeAlias = TextDelta | Finished
+GenerationEvent: TypeAlias = Delta | Done

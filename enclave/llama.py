@@ -1,24 +1,26 @@
 """llama.cpp through its low-level C API, and no more of it than decoding needs. Only the engine process imports this.
 
-Its high-level class copies every row of logits into numpy and holds a prompt cache of its own; here tokens go in and
-one token comes out, sampled in llama.cpp's own chain, so that Python's part of a token is some ten microseconds.
+Its high-level class decodes one sequence at a time, copies every row of logits and holds a prompt cache of its own;
+here the rows of a step go in, and the logits of those that want a token come out, where llama.cpp has them.
 """
 
 from __future__ import annotations
 
 import ctypes
-import re
-import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import llama_cpp
+import numpy as np
 
 from attestation.errors import StrongroomError
-from enclave.generation import InvalidRequest
-from enclave.prompt import Segment
-from vsockrpc.messages import ChatMessage, ChatRequest
+from enclave.config import EngineSettings, KvType
+from enclave.kv_cache import Copy, Edit, Truncate
+from enclave.sampler import Candidates, Logits, Sampler
+from enclave.scheduler import Row
+from enclave.tokenizer import Tokenizer
+from vsockrpc.chat import ChatMessage, ChatRequest, Generation
 
 POLL: Final = 1
 """How long a decoding thread spins for the next step before it sleeps (0..100). 1 is some milliseconds: longer than the
@@ -49,35 +51,47 @@ def _say_nothing(level: int, text: bytes, data: ctypes.c_void_p) -> None:
     """llama.cpp's messages can hold pieces of prompts and of models."""
 
 
-class Llama:
-    """One model, one context, one sequence at a time. Sizes are tokens."""
+_KV_TYPES: Final[Mapping[KvType, int]] = {
+    KvType.F16: llama_cpp.GGML_TYPE_F16,
+    KvType.Q8_0: llama_cpp.GGML_TYPE_Q8_0,
+    KvType.Q4_0: llama_cpp.GGML_TYPE_Q4_0,
+}
 
-    def __init__(self, path: str, *, context: int, batch: int, threads: int) -> None:
+
+class Llama:
+    """One model and one context of several sequences. Sizes are tokens."""
+
+    def __init__(self, path: str, settings: EngineSettings, *, threads: int) -> None:
         """Loads the GGUF file at ``path``, mapped, not copied. Raises LlamaRefused."""
         llama_cpp.llama_log_set(_say_nothing, ctypes.c_void_p(None))
         llama_cpp.llama_backend_init()
-        self.context = context
-        self.batch = min(batch, context)
+        self._settings = settings
         self._model = self._load(path)
         self._vocabulary = _there(llama_cpp.llama_model_get_vocab(self._model))
+        self.vocabulary_size = llama_cpp.llama_vocab_n_tokens(self._vocabulary)
         self._context = self._make_context(threads)
         self._memory = _there(llama_cpp.llama_get_memory(self._context))
         self._pool = _ThreadPool(self._context, threads)
-        self._batch = llama_cpp.llama_batch_init(self.batch, 0, 1)
-        self._tokens = (ctypes.c_int32 * self.batch).from_address(ctypes.addressof(self._batch.token.contents))
-        self._positions = (ctypes.c_int32 * self.batch).from_address(ctypes.addressof(self._batch.pos.contents))
-        for index in range(self.batch):
-            self._batch.n_seq_id[index] = 1
-            self._batch.seq_id[index][0] = 0
-            self._batch.logits[index] = 0
+        self._batch = _Batch(settings.batch)
+        self._candidates = Candidates(self.vocabulary_size)
         self._piece = ctypes.create_string_buffer(_PIECE_SIZE)
+
+    @property
+    def can_truncate(self) -> bool:
+        """Cells can be freed from any position on. Recurrent models have a state instead of cells."""
+        return not (llama_cpp.llama_model_is_recurrent(self._model) or llama_cpp.llama_model_is_hybrid(self._model))
 
     # --- Loading -----------------------------------------------------------------------------------------------------
 
     def _load(self, path: str) -> Any:
         parameters = llama_cpp.llama_model_default_params()
         _set(
-            parameters, n_gpu_layers=0, load_mode=llama_cpp.LLAMA_LOAD_MODE_MMAP, vocab_only=False, check_tensors=False
+            parameters,
+            n_gpu_layers=0,
+            load_mode=llama_cpp.LLAMA_LOAD_MODE_MMAP,
+            vocab_only=False,
+            check_tensors=False,
+            use_extra_bufts=self._settings.repack,
         )
         model = llama_cpp.llama_model_load_from_file(path.encode(), parameters)
         if not model:
@@ -85,34 +99,41 @@ class Llama:
         if not llama_cpp.llama_model_has_decoder(model) or llama_cpp.llama_model_has_encoder(model):
             raise LlamaRefused("model_refused", "the model is no decoder", expected="a model that generates text")
         trained = llama_cpp.llama_model_n_ctx_train(model)
-        if self.context > trained:
+        if self._settings.context > trained:
             raise LlamaRefused(
                 "context_exceeded",
                 "the configured context is longer than the model's",
                 expected=f"<= {trained}",
-                got=self.context,
+                got=self._settings.context,
             )
         return model
 
     def _make_context(self, threads: int) -> Any:
+        settings = self._settings
         parameters = llama_cpp.llama_context_default_params()
         _set(
             parameters,
-            n_ctx=self.context,
-            n_batch=self.batch,
-            n_ubatch=self.batch,
-            n_seq_max=1,
+            n_ctx=settings.cells,
+            n_batch=settings.batch,
+            n_ubatch=settings.batch,
+            n_seq_max=settings.parallel,
+            n_outputs_max=settings.parallel,
             n_threads=threads,
             n_threads_batch=threads,
-            flash_attn_type=llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO,
+            flash_attn_type=llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO
+            if settings.kv_type is KvType.F16
+            else llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED,
+            type_k=_KV_TYPES[settings.kv_type],
+            type_v=_KV_TYPES[settings.kv_type],
+            kv_unified=settings.shares_cells,
             embeddings=False,
             offload_kqv=False,
             op_offload=False,
             no_perf=True,
         )
         context = llama_cpp.llama_init_from_model(self._model, parameters)
-        if not context or llama_cpp.llama_n_ctx_seq(context) < self.context:
-            raise LlamaRefused("model_refused", "llama.cpp cannot make a context of this size", got=self.context)
+        if not context or llama_cpp.llama_n_ctx_seq(context) < settings.context:
+            raise LlamaRefused("model_refused", "llama.cpp cannot make a context of this size", got=settings.cells)
         return context
 
     def warm_up(self) -> None:
@@ -120,11 +141,13 @@ class Llama:
         DecodeFailed.
         """
         token = max(0, llama_cpp.llama_vocab_bos(self._vocabulary))
-        sampler = Sampler(ChatRequest((ChatMessage("user", ""),), top_k=40, top_p=0.9, min_p=0.05))
-        self.decode([token] * min(self.batch, 8), 0, samples=False)
-        self.decode([token], min(self.batch, 8), samples=True)
-        self.sample(sampler)
-        self.decode([token], 0, samples=True)
+        many = self._settings.batch // self._settings.parallel
+        sampler = self.sampler(ChatRequest((ChatMessage("user", ""),), top_k=40, top_p=0.9, min_p=0.05), [token])
+        for count in (min(many, 32), 1):
+            rows = [Row(slot, slot, 0, [token] * count, samples=True) for slot in range(self._settings.parallel)]
+            for logits in self.decode((), rows).values():
+                self.sample(sampler, logits, is_constrained=False)
+            llama_cpp.llama_memory_clear(self._memory, False)
         sampler.close()
 
     # --- Tokens ------------------------------------------------------------------------------------------------------
@@ -162,118 +185,82 @@ class Llama:
 
     # --- Decoding ----------------------------------------------------------------------------------------------------
 
-    def decode(self, tokens: Sequence[int], start: int, *, samples: bool) -> None:
-        """Decodes at most ``batch`` tokens at the positions from ``start``; 0 forgets all that was there. Raises
-        DecodeFailed.
+    def decode(self, edits: Sequence[Edit], rows: Sequence[Row]) -> dict[int, Logits]:
+        """Changes the memory, then decodes all rows, at most ``batch`` tokens, at once. The logits, by request, of rows
+        that want a token; they are there until the next call. Raises DecodeFailed.
         """
-        if start == 0:
-            # The cells are marked empty, not overwritten: attention reaches only cells that belong to a position.
-            llama_cpp.llama_memory_clear(self._memory, False)
-        count = len(tokens)
-        self._batch.n_tokens = count
-        self._tokens[:count] = list(tokens)
-        self._positions[:count] = list(range(start, start + count))
-        self._batch.logits[count - 1] = samples
-        result = llama_cpp.llama_decode(self._context, self._batch)
-        self._batch.logits[count - 1] = 0
+        for edit in edits:
+            self._edit(edit)
+        wanted = self._batch.fill(rows)
+        result = llama_cpp.llama_decode(self._context, self._batch.batch)
         if result != 0:
             raise DecodeFailed(result)
+        return {request: self._logits(index) for request, index in wanted}
 
-    def sample(self, sampler: Sampler) -> int:
-        """The next token, from the logits of the last decode."""
-        return int(llama_cpp.llama_sampler_sample(sampler.chain, self._context, -1))
+    def _edit(self, edit: Edit) -> None:
+        match edit:
+            case Truncate(slot, length):  # the cells are marked empty, not overwritten: attention does not reach them
+                if not llama_cpp.llama_memory_seq_rm(self._memory, slot, length, -1):
+                    raise DecodeFailed("the memory cannot be cut there")
+            case Copy(source, target):
+                llama_cpp.llama_memory_seq_cp(self._memory, source, target, -1, -1)
 
+    def _logits(self, index: int) -> Logits:
+        pointer = llama_cpp.llama_get_logits_ith(self._context, index)
+        if not pointer:
+            raise DecodeFailed("there are no logits")
+        address = ctypes.addressof(pointer.contents)
+        return np.frombuffer((ctypes.c_float * self.vocabulary_size).from_address(address), np.float32)
 
-class Sampler:
-    """llama.cpp's chain for one request's parameters, whose bounds are those of ``ChatRequest.decode``."""
+    # --- Sampling ----------------------------------------------------------------------------------------------------
 
-    def __init__(self, request: ChatRequest) -> None:
-        self.chain = _there(llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params()))
-        if request.temperature == 0:
-            self._add(llama_cpp.llama_sampler_init_greedy())
-            return
-        if request.top_k > 0:
-            self._add(llama_cpp.llama_sampler_init_top_k(request.top_k))
-        if request.top_p < 1:
-            self._add(llama_cpp.llama_sampler_init_top_p(request.top_p, 1))
-        if request.min_p > 0:
-            self._add(llama_cpp.llama_sampler_init_min_p(request.min_p, 1))
-        self._add(llama_cpp.llama_sampler_init_temp(request.temperature))
-        seed = secrets.randbits(32) if request.seed is None else request.seed
-        self._add(llama_cpp.llama_sampler_init_dist(seed))
+    def sampler(self, request: Generation, prompt: Sequence[int], *, grammar: str | None = None) -> Sampler:
+        """Raises InvalidRequest."""
+        return Sampler(self._vocabulary, self.vocabulary_size, request, prompt, grammar=grammar)
 
-    def _add(self, link: Any) -> None:
-        llama_cpp.llama_sampler_chain_add(self.chain, _there(link))
-
-    def close(self) -> None:
-        llama_cpp.llama_sampler_free(self.chain)
+    def sample(self, sampler: Sampler, logits: Logits, *, is_constrained: bool) -> int:
+        return sampler.sample(logits, self._candidates, is_constrained=is_constrained)
 
 
-class Tokenizer:
-    """Turns a prompt's segments into tokens: the tokens that mean something come from trusted segments alone.
+class _Batch:
+    """``llama_batch``, with room for so many tokens, over arrays of ours: a row is written slice by slice."""
 
-    Those are the control tokens, the ends of generation, and the *user defined* ones to which the template gives a
-    meaning. Not asking for special tokens is not enough to keep them out of a person's text: llama.cpp parses user
-    defined ones always, some models' role marks are of that type, and merging may arrive at any token's text. So what
-    comes out is checked.
-    """
-
-    def __init__(self, vocabulary: Any, template: str) -> None:
-        self._vocabulary = vocabulary
-        self._bos = llama_cpp.llama_vocab_bos(vocabulary) if llama_cpp.llama_vocab_get_add_bos(vocabulary) else None
-        meaningful = dict(self._meaningful(template))
-        self._meaningful_ids = frozenset(meaningful)
-        self.mark_starts = frozenset(text[0] for text in meaningful.values())
-        """The characters with which the texts of tokens that mean something begin."""
-        self._behind_start = re.compile(
-            f"(?<=[{''.join(map(re.escape, sorted(self.mark_starts)))}])" if meaningful else "$a"
+    def __init__(self, size: int) -> None:
+        self._tokens = (ctypes.c_int32 * size)()
+        self._positions = (ctypes.c_int32 * size)()
+        self._slots = (ctypes.c_int32 * size)()
+        self._counts = (ctypes.c_int32 * size)(*[1] * size)
+        self._wants = (ctypes.c_int8 * size)()
+        start, width = ctypes.addressof(self._slots), ctypes.sizeof(ctypes.c_int32)
+        pointer = ctypes.POINTER(ctypes.c_int32)
+        self._each_slot = (pointer * size)(*(ctypes.cast(start + index * width, pointer) for index in range(size)))
+        self.batch = llama_cpp.llama_batch()
+        _set(
+            self.batch,
+            token=self._tokens,
+            pos=self._positions,
+            n_seq_id=self._counts,
+            seq_id=self._each_slot,
+            logits=self._wants,
         )
 
-    def _meaningful(self, template: str) -> Iterator[tuple[int, str]]:
-        """Such tokens with their texts. One of a single character cannot be told from the character."""
-        for token in range(llama_cpp.llama_vocab_n_tokens(self._vocabulary)):
-            kind = llama_cpp.llama_vocab_get_attr(self._vocabulary, token)
-            ends = llama_cpp.llama_vocab_is_eog(self._vocabulary, token)
-            if not ends and not kind & (llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED):
-                continue
-            text = (llama_cpp.llama_vocab_get_text(self._vocabulary, token) or b"").decode("utf-8", "replace")
-            meant = ends or kind & llama_cpp.LLAMA_TOKEN_ATTR_CONTROL or text in template or _looks_special(text)
-            if meant and len(text) > 1:
-                yield token, text
-
-    def tokens(self, segments: Sequence[Segment]) -> list[int]:
-        """Raises InvalidRequest for a person's text that cannot be kept apart from the model's special tokens."""
-        tokens: list[int] = []
-        for segment in segments:
-            tokens += self._tokenize(segment.text, special=True) if segment.trusted else self._plain(segment.text)
-        if self._bos is not None and tokens[:1] != [self._bos]:
-            tokens.insert(0, self._bos)
-        return tokens
-
-    def _plain(self, text: str) -> list[int]:
-        tokens = self._tokenize(text, special=False)
-        if self._meaningful_ids.isdisjoint(tokens):
-            return tokens
-        # The text holds such a token's text. Cut behind every character that could begin one, no part holds a whole
-        # one.
-        parts = self._behind_start.split(text)
-        tokens = [token for part in parts for token in self._tokenize(part, special=False)]
-        if not self._meaningful_ids.isdisjoint(tokens):
-            raise InvalidRequest("a message cannot be told apart from the model's special tokens")
-        return tokens
-
-    def _tokenize(self, text: str, *, special: bool) -> list[int]:
-        data = text.encode("utf-8")
-        room = len(data) + 8
-        tokens = (ctypes.c_int32 * room)()
-        count = llama_cpp.llama_tokenize(self._vocabulary, data, len(data), tokens, room, False, special)
-        if count < 0:
-            raise RuntimeError("more tokens than bytes")
-        return tokens[:count]
-
-
-def _looks_special(text: str) -> bool:
-    return re.fullmatch(r"<[|｜].*[|｜]>", text, re.DOTALL) is not None
+    def fill(self, rows: Sequence[Row]) -> list[tuple[int, int]]:
+        """The request and the place of each token whose logits are wanted."""
+        wanted: list[tuple[int, int]] = []
+        at = 0
+        for row in rows:
+            count = len(row.tokens)
+            end = at + count
+            self._tokens[at:end] = list(row.tokens)
+            self._positions[at:end] = list(range(row.start, row.start + count))
+            self._slots[at:end] = [row.slot] * count
+            self._wants[at:end] = [0] * count
+            if row.samples:
+                self._wants[end - 1] = 1
+                wanted.append((row.request, end - 1))
+            at = end
+        self.batch.n_tokens = at
+        return wanted
 
 
 class _ThreadPool:

@@ -8,20 +8,28 @@ it costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Final, TypeAlias
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from typing import Final, TypeAlias, TypeVar
 
 from attestation.errors import StrongroomError
-from enclave.generation import ContextExceeded, EngineError, Finished, InvalidRequest, Overloaded
-from vsockrpc.messages import FINISH_REASONS, ChatRequest, MessageError, MessageReader, encode_message
+from enclave.config import EngineSettings, KvType
+from enclave.generation import ContextExceeded, EngineError, InvalidRequest, Overloaded
+from vsockrpc.chat import ChatRequest, CompletionRequest, GenerationRequest
+from vsockrpc.fields import MessageError
+from vsockrpc.messages import Delta, Done, MessageReader, encode_message
 
-MAX_TO_SERVER: Final = 16 << 10
+R = TypeVar("R")
+
+MAX_TO_SERVER: Final = 64 << 10
 """Bytes of one message from the engine process."""
 MAX_TO_WORKER: Final = 8 << 20
 """Bytes of one message to it: a prompt within :data:`MAX_PROMPT_SIZE`, in CBOR, with every parameter."""
 MAX_PROMPT_SIZE: Final = 4 << 20
 MAX_DELTA_CHARACTERS: Final = 3 << 10
+"""Of a piece, in each of its texts."""
+MAX_DELTA_TOKENS: Final = 16
+"""Whose log probabilities a piece has."""
 _MAX_ID: Final = 2**63 - 1
 _MAX_TOKENS: Final = 1 << 20
 
@@ -41,25 +49,37 @@ class Load:
     """The first message: what to be. Sizes are tokens."""
 
     template: str
-    context: int
-    batch: int
-    threads: int
-    queue: int
-    uid: int
+    settings: EngineSettings
+    """``threads`` is a number of them."""
     parent: int
     """The server's process id: without it there is nothing to work for."""
 
     def encode(self) -> bytes:
-        return encode_message({"load": asdict(self)})
+        settings = asdict(self.settings) | {"kv_type": str(self.settings.kv_type)}
+        return encode_message({"load": [self.template, settings, self.parent]})
 
 
 @dataclass(frozen=True, slots=True)
 class Generate:
+    """In place of a cache secret stands the namespace that is derived from it."""
+
+    id: int
+    request: GenerationRequest
+
+    def encode(self) -> bytes:
+        method = "chat" if isinstance(self.request, ChatRequest) else "complete"
+        return encode_message({method: [self.id, self.request.encode()]})
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """How many tokens a prompt has."""
+
     id: int
     request: ChatRequest
 
     def encode(self) -> bytes:
-        return encode_message({"generate": [self.id, self.request.encode()]})
+        return encode_message({"count": [self.id, self.request.encode()]})
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,32 +90,39 @@ class Cancel:
         return encode_message({"cancel": self.id})
 
 
-ToWorker: TypeAlias = Load | Generate | Cancel
+ToWorker: TypeAlias = Load | Generate | Count | Cancel
 
 
 def read_to_worker(reader: MessageReader, data: bytes) -> Iterator[ToWorker]:
     """The messages that ``data`` completes. Raises PipeError, never anything else."""
     for kind, body in _messages(reader, data):
         match kind, body:
-            case "load", dict():
-                names = ("context", "batch", "threads", "queue", "uid", "parent")
-                if body.keys() != {"template", *names} or not isinstance(body["template"], str):
-                    raise PipeError("malformed load")
-                yield Load(body["template"], *(_uint(body[name], _MAX_ID) for name in names))
-            case "generate", [id_, request]:
-                yield Generate(_uint(id_, _MAX_ID), _request(request))
+            case "load", [str() as template, dict() as settings, parent]:
+                yield Load(template, _settings(settings), _uint(parent, _MAX_ID))
+            case "chat", [id_, request]:
+                yield Generate(_uint(id_, _MAX_ID), _decoded(ChatRequest.decode, request))
+            case "complete", [id_, request]:
+                yield Generate(_uint(id_, _MAX_ID), _decoded(CompletionRequest.decode, request))
+            case "count", [id_, request]:
+                yield Count(_uint(id_, _MAX_ID), _decoded(ChatRequest.decode, request))
             case "cancel", id_:
                 yield Cancel(_uint(id_, _MAX_ID))
             case _:
                 raise PipeError("unknown message", got=kind)
 
 
-def _request(value: object) -> ChatRequest:
-    """The server has decoded it before: one that does not pass again is not a client's mistake."""
+def _settings(value: dict[object, object]) -> EngineSettings:
+    if value.keys() != {each.name for each in fields(EngineSettings)}:
+        raise PipeError("malformed settings")
     try:
-        return ChatRequest.decode(value)
-    except MessageError as error:
-        raise PipeError(error.message, got=error.got) from error
+        kv_type = KvType(str(value["kv_type"]))
+    except ValueError as error:
+        raise PipeError("malformed settings", got=value["kv_type"]) from error
+    repack = value["repack"]
+    if not isinstance(repack, bool):
+        raise PipeError("malformed settings", got=repack)
+    numbers = {str(name): _uint(each, _MAX_ID) for name, each in value.items() if name not in ("kv_type", "repack")}
+    return EngineSettings(kv_type=kv_type, repack=repack, **numbers)
 
 
 # --- To the server ---------------------------------------------------------------------------------------------------
@@ -136,22 +163,34 @@ class Alive:
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class Piece:
+    """What follows of an answer."""
+
     id: int
-    text: str
+    delta: Delta
 
     def encode(self) -> bytes:
-        return encode_message({"text": [self.id, self.text]})
+        return encode_message({"piece": [self.id, self.delta.as_map()]})
 
 
 @dataclass(frozen=True, slots=True)
 class End:
     id: int
-    finished: Finished
+    done: Done
 
     def encode(self) -> bytes:
-        end = self.finished
-        return encode_message({"end": [self.id, end.reason, end.prompt_tokens, end.completion_tokens]})
+        return encode_message({"end": [self.id, self.done.as_map()]})
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """Of a :class:`Count`."""
+
+    id: int
+    tokens: int
+
+    def encode(self) -> bytes:
+        return encode_message({"counted": [self.id, self.tokens]})
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,20 +205,21 @@ class Failed:
         return encode_message({"failed": [self.id, error.code, error.message, error.expected, error.got]})
 
 
-ToServer: TypeAlias = Ready | Refused | Alive | Text | End | Failed
+ToServer: TypeAlias = Ready | Refused | Alive | Piece | End | Counted | Failed
 
 
 def read_to_server(reader: MessageReader, data: bytes) -> Iterator[ToServer]:
     """The messages that ``data`` completes. Raises PipeError, never anything else."""
     for kind, body in _messages(reader, data):
         match kind, body:
-            case "text", [id_, str() as text] if 0 < len(text) <= MAX_DELTA_CHARACTERS:
-                yield Text(_uint(id_, _MAX_ID), text)
+            case "piece", [id_, delta]:
+                yield Piece(_uint(id_, _MAX_ID), _decoded(Delta.decode, delta))
             case "alive", None:
                 yield Alive()
-            case "end", [id_, reason, prompt, completion] if reason in FINISH_REASONS:
-                counts = _uint(prompt, _MAX_TOKENS), _uint(completion, _MAX_TOKENS)
-                yield End(_uint(id_, _MAX_ID), Finished(reason, *counts))
+            case "end", [id_, done]:
+                yield End(_uint(id_, _MAX_ID), _decoded(Done.decode, done))
+            case "counted", [id_, tokens]:
+                yield Counted(_uint(id_, _MAX_ID), _uint(tokens, _MAX_TOKENS))
             case "failed", [id_, code, message, expected, got]:
                 yield Failed(_uint(id_, _MAX_ID), _error(code, _line(message), _detail(expected), _detail(got)))
             case "ready", [bool() as own_user, bool() as seccomp]:
@@ -210,6 +250,14 @@ def _messages(reader: MessageReader, data: bytes) -> Iterator[tuple[str, object]
             if len(message) != 1:
                 raise PipeError("a message has one key", got=len(message))
             yield from message.items()
+    except MessageError as error:
+        raise PipeError(error.message, got=error.got) from error
+
+
+def _decoded(decode: Callable[[object], R], value: object) -> R:
+    """A request was decoded by the server before: one that does not pass again is not a client's mistake."""
+    try:
+        return decode(value)
     except MessageError as error:
         raise PipeError(error.message, got=error.got) from error
 

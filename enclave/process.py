@@ -5,38 +5,40 @@ from __future__ import annotations
 import asyncio
 import socket
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
-from typing import Final
+from typing import Final, TypeVar
 
 from enclave.generation import (
     EngineError,
     EngineFailed,
     EngineRefused,
-    Finished,
     GenerationEvent,
-    TextDelta,
 )
 from enclave.pipe import (
     MAX_DELTA_CHARACTERS,
     MAX_TO_SERVER,
     Alive,
     Cancel,
+    Count,
+    Counted,
     End,
     Failed,
     Generate,
     Load,
+    Piece,
     PipeError,
     Ready,
     Refused,
-    Text,
     ToServer,
     read_to_server,
 )
-from vsockrpc.messages import ChatRequest, MessageReader
+from vsockrpc.chat import ChatRequest, GenerationRequest
+from vsockrpc.messages import Delta, Done, MessageReader
 
 _CHUNK: Final = 64 << 10
 _ENDED: Final = "the engine process ended"
+R = TypeVar("R", bound=GenerationRequest)
 
 
 class Answer:
@@ -46,23 +48,24 @@ class Answer:
         self.number = number
         self.tokens = tokens
         """More cannot come."""
-        self._text: list[str] = []
-        self._room = (tokens + 1) * MAX_DELTA_CHARACTERS
-        self._end: Finished | EngineError | None = None
+        self._deltas: list[Delta] = []
+        self._room = (tokens + 1) * (2 * MAX_DELTA_CHARACTERS)
+        self._end: Done | int | EngineError | None = None
         self._news = asyncio.Event()
 
     @property
     def ended(self) -> bool:
         return self._end is not None
 
-    def add(self, text: str) -> None:
-        self._room -= len(text)
+    def add(self, delta: Delta) -> None:
+        self._room -= _size(delta)
         if self._room < 0:
             raise PipeError("more text than tokens can make")
-        self._text.append(text)
+        self._deltas.append(delta)
         self._news.set()
 
-    def finish(self, end: Finished | EngineError) -> None:
+    def finish(self, end: Done | int | EngineError) -> None:
+        """``end`` is a number for a request that asked for one."""
         self._end = end
         self._news.set()
 
@@ -70,15 +73,28 @@ class Answer:
         while True:
             await self._news.wait()
             self._news.clear()
-            text, end = "".join(self._text), self._end
-            self._text.clear()
-            if text:
-                yield TextDelta(text)
+            end = self._end
+            while self._deltas:
+                yield self._deltas.pop(0)
             if isinstance(end, EngineError):
                 raise end
             if end is not None:
+                assert isinstance(end, Done), "an answer to a generation"
                 yield end
                 return
+
+    async def number_of_tokens(self) -> int:
+        await self._news.wait()
+        if isinstance(self._end, EngineError):
+            raise self._end
+        assert isinstance(self._end, int), "an answer to a count"
+        return self._end
+
+
+def _size(delta: Delta) -> int:
+    """Characters, and what a log probability takes as some of them."""
+    calls = sum(len(call.arguments) for call in delta.tool_calls)
+    return len(delta.content) + len(delta.reasoning) + calls + len(delta.logprobs)
 
 
 class EngineProcess:
@@ -112,7 +128,7 @@ class EngineProcess:
                 raise
         reader, writer = await asyncio.open_connection(sock=ours)
         writer.write(load.encode())
-        return cls(process, reader, writer, load.context, stall_seconds)
+        return cls(process, reader, writer, load.settings.context, stall_seconds)
 
     def __init__(
         self,
@@ -184,15 +200,19 @@ class EngineProcess:
         match message:
             case Alive():
                 return
-            case Text(number, text):
+            case Piece(number, delta):
                 if (answer := self._answer(number)) is not None:
-                    answer.add(text)
-            case End(number, finished):
+                    answer.add(delta)
+            case End(number, done):
                 if (answer := self._answer(number)) is not None:
-                    if finished.prompt_tokens > self._context or finished.completion_tokens > answer.tokens:
+                    usage = done.usage
+                    if usage.prompt_tokens > self._context or usage.completion_tokens > answer.tokens:
                         raise PipeError("more tokens than there can be")
-                    self._end(answer, finished)
+                    self._end(answer, done)
                     self.answered = True
+            case Counted(number, tokens):
+                if (answer := self._answer(number)) is not None:
+                    self._end(answer, tokens)
             case Failed(number, error):
                 if (answer := self._answer(number)) is not None:
                     self._end(answer, error)
@@ -207,12 +227,19 @@ class EngineProcess:
             raise PipeError("an answer that nobody asked for", got=number)
         return self._answers.get(number)
 
-    def _end(self, answer: Answer, end: Finished | EngineError) -> None:
+    def _end(self, answer: Answer, end: Done | int | EngineError) -> None:
         del self._answers[answer.number]
         answer.finish(end)
 
-    async def submit(self, request: ChatRequest) -> Answer:
+    async def submit(self, request: GenerationRequest) -> Answer:
         """Raises EngineFailed when the process just ended."""
+        return await self._submit(Generate, request)
+
+    async def count(self, request: ChatRequest) -> Answer:
+        """As :meth:`submit`. What it asks for is a number of tokens."""
+        return await self._submit(Count, request)
+
+    async def _submit(self, kind: Callable[[int, R], Generate | Count], request: R) -> Answer:
         try:
             await self._writer.drain()  # cancellations may have piled up before a process that is slow to read
         except ConnectionError as error:
@@ -222,7 +249,7 @@ class EngineProcess:
         answer = Answer(self._issued, min(request.max_tokens or self._context, self._context))
         self._issued += 1
         self._answers[answer.number] = answer
-        self._writer.write(Generate(answer.number, request).encode())
+        self._writer.write(kind(answer.number, request).encode())
         return answer
 
     def withdraw(self, answer: Answer) -> None:

@@ -19,25 +19,16 @@ from attestation.envelope import LENGTH_SIZE, MAX_OPENING, MAX_TERMS, PROMPT_REC
 from attestation.errors import StrongroomError
 from attestation.verifier import NONCE_SIZE
 from enclave.boot import Enclave
-from enclave.generation import Finished, TextDelta
 from enclave.identity import OfferedKey
 from enclave.kms_errors import KmsError
 from enclave.log import TOTALS_INTERVAL_SECONDS, NsmFailed, Phase
 from enclave.nsm import NsmError
 from enclave.pacing import PacedAnswer
 from enclave.release import EnvelopeReader
+from vsockrpc.chat import ChatRequest, CompletionRequest
 from vsockrpc.deferred import SECRET_SIZE, ReplyKeys, reply_secret_of, request_of
-from vsockrpc.messages import (
-    ChatRequest,
-    Delta,
-    DescribeRequest,
-    Description,
-    Done,
-    MessageError,
-    MessageReader,
-    Request,
-    Start,
-)
+from vsockrpc.fields import MessageError
+from vsockrpc.messages import Counted, CountRequest, DescribeRequest, Description, MessageReader, Request, Start
 from vsockrpc.sealed import (
     HEADER_SIZE,
     LENGTH_PREFIX_SIZE,
@@ -311,22 +302,21 @@ class Server:
             case DescribeRequest():
                 context = self._enclave.configuration.engine.context
                 await answer.write(Description(manifest.name, context, manifest.digest()).encode())
-            case ChatRequest() as chat:
-                if chat.model is not None and chat.model != manifest.name:
-                    raise StrongroomError(
-                        "unknown_model",
-                        "this enclave does not serve that model",
-                        expected=manifest.name,
-                        got=chat.model,
-                    )
+            case CountRequest(chat):
+                self._require_model(chat.model)
+                await answer.write(Counted(await engine.count(chat)).encode())
+            case ChatRequest() | CompletionRequest() as generation:
+                self._require_model(generation.model)
                 await answer.write(Start(manifest.name).encode())
-                async with contextlib.aclosing(engine.generate(chat)) as events:
+                async with contextlib.aclosing(engine.generate(generation)) as events:
                     async for event in events:
-                        match event:
-                            case TextDelta(text):
-                                await answer.write(Delta(text).encode())
-                            case Finished(reason, prompt_tokens, completion_tokens):
-                                await answer.write(Done(reason, prompt_tokens, completion_tokens).encode())
+                        await answer.write(event.encode())
+
+    def _require_model(self, name: str | None) -> None:
+        served = self._enclave.model.manifest.name
+        if name not in (None, served):
+            message = "this enclave does not serve that model"
+            raise StrongroomError("unknown_model", message, expected=served, got=name)
 
     # --- Events --------------------------------------------------------------------------------------------------
 

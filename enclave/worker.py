@@ -18,33 +18,43 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass, field
 
 from attestation.errors import StrongroomError
 from enclave import confine
-from enclave.generation import EngineError, Finished, InvalidRequest, TextDelta
-from enclave.llama import Llama, Sampler, Tokenizer
+from enclave.config import EngineSettings
+from enclave.generation import EngineError, InvalidRequest
+from enclave.kv_cache import KvCache
+from enclave.llama import Llama
 from enclave.pipe import (
     MAX_DELTA_CHARACTERS,
+    MAX_DELTA_TOKENS,
     MAX_TO_WORKER,
     Alive,
     Cancel,
+    Count,
+    Counted,
     End,
     Failed,
     Generate,
     Load,
+    Piece,
     PipeError,
     Ready,
     Refused,
-    Text,
     ToServer,
     ToWorker,
     read_to_worker,
 )
-from enclave.prompt import ChatTemplate, TemplateError
-from enclave.scheduler import PromptRead, Sampled, Scheduler, Step
-from vsockrpc.messages import MessageReader
+from enclave.prompt import ChatTemplate, Segment, TemplateError
+from enclave.reply import TextReply
+from enclave.sampler import Logits, Sampler
+from enclave.scheduler import Admission, Sampled, Scheduler, Step
+from enclave.tokenizer import Tokenizer
+from vsockrpc.chat import CompletionRequest, GenerationRequest
+from vsockrpc.messages import Delta, Done, MessageReader
 
 _CHUNK = 256 << 10
 NICENESS = 5
@@ -92,8 +102,19 @@ class Pipe:
             raise Gone from error
 
 
+@dataclass(slots=True)
+class _Request:
+    """One that the scheduler has."""
+
+    reply: TextReply
+    sampler: Sampler
+    held: list[Delta] = field(default_factory=list)
+    """What waits for the interval to pass."""
+    due: float = 0.0
+
+
 class Loop:
-    """Receives, plans, decodes, answers; a cancellation is seen before every step."""
+    """Receives, plans, decodes, samples, answers; a cancellation is seen before every step."""
 
     def __init__(
         self,
@@ -101,7 +122,7 @@ class Loop:
         llama: Llama,
         template: ChatTemplate,
         tokenizer: Tokenizer,
-        queue: int,
+        settings: EngineSettings,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -109,20 +130,24 @@ class Loop:
         self._llama = llama
         self._template = template
         self._tokenizer = tokenizer
-        self._scheduler = Scheduler(context=llama.context, chunk=llama.batch, queue=queue)
-        self._arrived: deque[Generate] = deque()
-        self._samplers: dict[int, Sampler] = {}
+        self._scheduler = Scheduler(
+            cache=KvCache(slots=settings.parallel, cells=settings.cells, reuses=llama.can_truncate),
+            slots=settings.parallel,
+            context=settings.context,
+            step=settings.batch,
+            beside=settings.prefill,
+            queue=settings.queue,
+        )
+        self._arrived: deque[Generate | Count] = deque()
+        self._requests: dict[int, _Request] = {}
         self._clock = clock
-        self._held: dict[int, str] = {}
-        """Text that waits for its request's interval to pass."""
-        self._due: dict[int, float] = {}
         self._spoke = clock()
 
     def run(self) -> None:
         """Until the server goes. Raises Gone, PipeError and DecodeFailed."""
         while True:
             self._receive()
-            if self._arrived:  # one between two steps, so that those who arrive do not hold up the one in work
+            if self._arrived:  # one between two steps, so that those who arrive do not hold up the ones in work
                 self._admit(self._arrived.popleft())
             step = self._scheduler.plan()
             if step is not None:
@@ -133,68 +158,112 @@ class Loop:
         while (message := self._pipe.receive(wait=wait)) is not None:
             wait = False
             match message:
-                case Generate():
+                case Generate() | Count():
                     self._arrived.append(message)
                 case Cancel(id=number):
                     self._arrived = deque(entry for entry in self._arrived if entry.id != number)
                     if self._scheduler.cancel(number):
-                        self._samplers.pop(number).close()
-                        self._held.pop(number, None)
-                        self._due.pop(number, None)
+                        self._requests.pop(number).sampler.close()
                 case Load():
                     raise PipeError("loaded twice")
 
-    def _admit(self, message: Generate) -> None:
-        request = message.request
+    def _admit(self, message: Generate | Count) -> None:
         try:
-            conversation = [(entry.role, entry.content) for entry in request.messages]
-            tokens = self._tokenizer.tokens(self._template.render(conversation))
-            if not tokens:
-                raise InvalidRequest("the prompt is empty", expected="at least 1 token", got=0)
-            self._scheduler.admit(message.id, tokens, max_tokens=request.max_tokens, stop=request.stop)
+            tokens = self._tokens(message.request)
+            if isinstance(message, Count):
+                self._pipe.send(Counted(message.id, len(tokens)))
+            else:
+                self._begin(message.id, message.request, tokens)
         except EngineError as error:
             self._pipe.send(Failed(message.id, error))
         except TemplateError as error:
             refusal = InvalidRequest(error.message, expected=error.expected, got=error.got)
             self._pipe.send(Failed(message.id, refusal))
+
+    def _tokens(self, request: GenerationRequest) -> list[int]:
+        if isinstance(request, CompletionRequest):
+            segments = [Segment(request.prompt, trusted=False)]
         else:
-            self._samplers[message.id] = Sampler(request)
+            segments = self._template.render([(entry.role, entry.content) for entry in request.messages])
+        tokens = self._tokenizer.tokens(segments)
+        if not tokens:
+            raise InvalidRequest("the prompt is empty", expected="at least 1 token", got=0)
+        return tokens
+
+    def _begin(self, number: int, request: GenerationRequest, tokens: list[int]) -> None:
+        sampler = self._llama.sampler(request, tokens)
+        reply = TextReply(request)
+        try:
+            self._scheduler.admit(
+                Admission(number, tokens, reply, max_tokens=request.max_tokens, namespace=request.cache_secret)
+            )
+        except BaseException:
+            sampler.close()
+            raise
+        self._requests[number] = _Request(reply, sampler)
 
     def _work(self, step: Step) -> None:
-        self._llama.decode(step.tokens, step.start, samples=step.samples)
-        sampled = None
-        if step.samples:
-            token = self._llama.sample(self._samplers[step.request])
-            sampled = Sampled(token, self._llama.piece(token), self._llama.ends(token))
-        number, messages, now = step.request, list[ToServer](), self._clock()
-        for output in self._scheduler.apply(step, sampled):
+        logits = self._llama.decode(step.edits, step.rows)
+        sampled = {number: self._sample(self._requests[number], row) for number, row in logits.items()}
+        messages, now = list[ToServer](), self._clock()
+        for number, output in self._scheduler.apply(step, sampled):
+            request = self._requests[number]
             match output:
-                case TextDelta(text):
-                    self._held[number] = self._held.get(number, "") + text
-                    if now >= self._due.get(number, now):
-                        messages += self._release(number, now)
-                case Finished():
-                    self._samplers.pop(number).close()
-                    messages += [*self._release(number, now), End(number, output)]
-                    self._due.pop(number, None)
-                case PromptRead():
-                    messages.append(Alive())
+                case Delta():
+                    request.held.append(output)
+                    if now >= request.due:
+                        request.due = now + COALESCE_SECONDS
+                        messages += _pieces(number, request.held)
+                case Done():
+                    del self._requests[number]
+                    request.sampler.close()
+                    messages += [*_pieces(number, request.held), End(number, output)]
         if not messages and now - self._spoke >= COALESCE_SECONDS:
             messages.append(Alive())  # the server takes a long silence for a death
         if messages:
             self._pipe.send(*messages)
             self._spoke = now
 
-    def _release(self, number: int, now: float) -> list[ToServer]:
-        """The text that was held back for a request; the next may go after the interval."""
-        self._due[number] = now + COALESCE_SECONDS
-        return _texts(number, self._held.pop(number, ""))
+    def _sample(self, request: _Request, logits: Logits) -> Sampled:
+        llama = self._llama
+        token = llama.sample(request.sampler, logits, is_constrained=request.reply.is_constrained)
+        logprobs = request.sampler.logprobs(logits, token)
+        if logprobs is not None:
+            own, top = logprobs
+            likeliest = [(llama.piece(each), logprob) for each, logprob in top]
+            return Sampled(token, llama.piece(token), llama.ends(token), (own, likeliest))
+        return Sampled(token, llama.piece(token), llama.ends(token))
 
 
-def _texts(request: int, text: str) -> list[ToServer]:
-    """Usually one message. A token may stand for more text than one may hold."""
+def _pieces(request: int, held: list[Delta]) -> Iterator[Piece]:
+    """What was held back, as few messages as it fits into: usually one."""
+    while held:
+        delta = held.pop(0)
+        while held and (joined := _joined(delta, held[0])) is not None:
+            delta = joined
+            del held[0]
+        yield from (Piece(request, part) for part in _parts(delta))
+
+
+def _joined(one: Delta, other: Delta) -> Delta | None:
+    """Both as one, where their order is kept and a message has room."""
+    if bool(one.reasoning) != bool(other.reasoning) or one.tool_calls or other.tool_calls:
+        return None
+    text, reasoning = one.content + other.content, one.reasoning + other.reasoning
+    logprobs = one.logprobs + other.logprobs
+    if max(len(text), len(reasoning)) > MAX_DELTA_CHARACTERS or len(logprobs) > MAX_DELTA_TOKENS:
+        return None
+    return Delta(text, reasoning, logprobs=logprobs)
+
+
+def _parts(delta: Delta) -> Iterator[Delta]:
+    """A token may stand for more text than a message may hold."""
     size = MAX_DELTA_CHARACTERS
-    return [Text(request, text[start : start + size]) for start in range(0, len(text), size)]
+    if max(len(delta.content), len(delta.reasoning)) <= size:
+        yield delta
+        return
+    yield Delta(delta.content[:size], delta.reasoning[:size], delta.tool_calls, delta.logprobs)
+    yield from _parts(Delta(delta.content[size:], delta.reasoning[size:]))
 
 
 def main(arguments: list[str]) -> int:
@@ -210,17 +279,17 @@ def main(arguments: list[str]) -> int:
         os.nice(NICENESS)
         confine.close_all_but({pipe_fd, weights_fd})
         confine.forbid_core_dumps()
-        own_user = confine.become(load.uid)
+        own_user = confine.become(load.settings.uid)
         confine.drop_capabilities()
         confine.die_with(load.parent)
         confine.forbid_new_privileges()
         confine.set_dumpable(True)
-        llama = Llama(f"/proc/self/fd/{weights_fd}", context=load.context, batch=load.batch, threads=load.threads)
+        llama = Llama(f"/proc/self/fd/{weights_fd}", load.settings, threads=load.settings.threads)
         confine.set_dumpable(False)
         os.close(weights_fd)
         tokenizer = llama.tokenizer(load.template)
         template = ChatTemplate(load.template, bos=llama.bos, eos=llama.eos, mark_starts=tokenizer.mark_starts)
-        loop = Loop(pipe, llama, template, tokenizer, load.queue)
+        loop = Loop(pipe, llama, template, tokenizer, load.settings)
         # 2. Whatever is made on first use is used once. A template may refuse a conversation; it may not fail on the
         # simplest.
         llama.warm_up()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from attestation.secret import Secret
-from vsockrpc.messages import Delta, Done, Failure, MessageError, MessageReader, Start, decode_answer
+from vsockrpc.fields import MessageError
+from vsockrpc.messages import Delta, Done, Failure, MessageReader, Start, Usage, decode_answer
 from vsockrpc.sealed import AnswerOpener, AnswerRecords, ExchangeKeys, SealedError
 
 KEYS = ExchangeKeys(Secret(bytes(32)), bytes(1168))
@@ -51,6 +52,6 @@ def received(data: bytes, *, size: int = 1 << 20) -> list[object]:
 
 
 def seeds() -> list[bytes]:
-    answers = (Start("m"), Delta("text"), Done("stop", 1, 2), Failure("code", "text", "1", None))
+    answers = (Start("m"), Delta("text"), Done("stop", Usage(1, 2)), Failure("code", "text", "1", None))
     contents = [b"".join(answer.encode() for answer in answers), *(answer.encode() for answer in answers)]
     return [*(b"e" + content for content in contents), *(b"w" + b"".join(sealed(content)) for content in contents)]

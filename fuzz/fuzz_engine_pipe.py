@@ -4,7 +4,7 @@ direction.
 
 from __future__ import annotations
 
-from enclave.generation import Finished, Overloaded
+from enclave.generation import Overloaded
 from enclave.pipe import (
     MAX_TO_SERVER,
     MAX_TO_WORKER,
@@ -23,7 +23,8 @@ from enclave.pipe import (
     read_to_server,
     read_to_worker,
 )
-from vsockrpc.messages import ChatMessage, ChatRequest, MessageReader
+from vsockrpc.chat import ChatMessage, ChatRequest
+from vsockrpc.messages import Done, MessageReader, Usage
 
 
 def one_input(data: bytes) -> None:
@@ -52,7 +53,7 @@ def seeds() -> list[bytes]:
         Refused("model_refused", "no", "a", None),
         Alive(),
         Text(1, "ü🌞"),
-        End(1, Finished("stop", 3, 4)),
+        End(1, Done("stop", Usage(3, 4))),
         Failed(2, Overloaded(expected=1, got=2)),
     ]
     to_worker: list[ToWorker] = [Load("{{ x }}", 2048, 128, 2, 64, 64001, 4711), Generate(0, request), Cancel(0)]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from attestation.secret import Secret
-from vsockrpc.messages import MessageError, MessageReader, Request, decode_answer
+from vsockrpc.fields import MessageError
+from vsockrpc.messages import MessageReader, Request, Usage, decode_answer
 from vsockrpc.sealed import RecordOpener, RecordSealer, SealedError, split_opening
 
 KEY = Secret(bytes(32))
@@ -37,12 +38,13 @@ def read(message: dict[str, object]) -> None:
 
 
 def seeds() -> list[bytes]:
-    from vsockrpc.messages import ChatMessage, ChatRequest, Delta, Done, Failure, Start
+    from vsockrpc.chat import ChatMessage, ChatRequest
+    from vsockrpc.messages import Delta, Done, Failure, Start
 
     sealer = RecordSealer(KEY, 64)
     records = sealer.seal(b"one", final=False) + sealer.seal(b"two", final=True)
     request = Request(bytes(16), ChatRequest((ChatMessage("user", "hi"),), max_tokens=5, stop=("x",)))
-    answers = (Start("m"), Delta("text"), Done("stop", 1, 2), Failure("code", "text", "1", None))
+    answers = (Start("m"), Delta("text"), Done("stop", Usage(1, 2)), Failure("code", "text", "1", None))
     return [
         b"r" + records,
         b"m" + request.encode(),

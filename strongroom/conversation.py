@@ -20,7 +20,8 @@ from attestation.verifier import AttestationResult
 from strongroom.options import F, err, load_policy, out, session_options
 from strongroom.render import printable, verdict_line, warn_of_labels
 from strongroom.session import Session
-from vsockrpc.messages import MAX_SEED, ChatMessage, ChatRequest, Delta, Done
+from vsockrpc.chat import MAX_SEED, ChatMessage, ChatRequest
+from vsockrpc.messages import Delta, Done
 
 _CONTROLS = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 """What moves a terminal's cursor, sets its title or its clipboard (ECMA-48's C0 and C1): no answer needs it."""
@@ -65,7 +66,7 @@ class Spoken:
         async with contextlib.aclosing(session.chat(request)) as answers:
             async for answer in answers:
                 match answer:
-                    case Delta(text):
+                    case Delta(content=text):
                         self._first = self._first or time.monotonic()
                         self.text += text
                         self._write(text)
@@ -77,8 +78,9 @@ class Spoken:
         self.done = done
         first = self._first or ended
         self.seconds_to_first = first - self._asked
-        if ended > first and done.completion_tokens > 1:
-            self.tokens_per_second = (done.completion_tokens - 1) / (ended - first)
+        written = done.usage.completion_tokens
+        if ended > first and written > 1:
+            self.tokens_per_second = (written - 1) / (ended - first)
 
     def as_json(self, result: AttestationResult) -> dict[str, object]:
         """The answer, and what vouched for who gave it."""
@@ -86,7 +88,7 @@ class Spoken:
         return {
             "text": self.text,
             "finish_reason": self.done.finish_reason,
-            "usage": {"prompt_tokens": self.done.prompt_tokens, "completion_tokens": self.done.completion_tokens},
+            "usage": self.done.usage.as_map(),
             "seconds_to_first_token": round(self.seconds_to_first, 4),
             "tokens_per_second": round(self.tokens_per_second, 2),
             "model": digest_text(result.commitment.model),

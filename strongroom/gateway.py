@@ -131,7 +131,7 @@ async def _gather(first: Answer, rest: AsyncGenerator[Answer]) -> tuple[str, Don
     async with contextlib.aclosing(_from(first, rest)) as answers:
         async for answer in answers:
             match answer:
-                case Delta(text):
+                case Delta(content=text):
                     pieces.append(text)
                 case Done():
                     done = answer
@@ -156,7 +156,7 @@ async def _events(
             async for answer in rest:
                 match answer:
                     case Delta():
-                        yield _event(shape.chunk({"content": answer.text}))
+                        yield _event(shape.chunk({"content": answer.content}))
                     case Done():
                         yield _event(shape.chunk({}, answer.finish_reason))
                         if completion.include_usage:

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from attestation.errors import AppraisalError, EvidenceError, StrongroomError
-from vsockrpc.messages import ChatRequest, Done, MessageError
+from vsockrpc.chat import ChatRequest
+from vsockrpc.fields import MessageError
+from vsockrpc.messages import Done
 from vsockrpc.sealed import SealedError
 
 TRANSLATED = frozenset(
@@ -207,9 +209,9 @@ class CompletionShape:
 
 def usage_of(done: Done) -> dict[str, int]:
     return {
-        "prompt_tokens": done.prompt_tokens,
-        "completion_tokens": done.completion_tokens,
-        "total_tokens": done.prompt_tokens + done.completion_tokens,
+        "prompt_tokens": done.usage.prompt_tokens,
+        "completion_tokens": done.usage.completion_tokens,
+        "total_tokens": done.usage.prompt_tokens + done.usage.completion_tokens,
     }
 
 

@@ -22,7 +22,8 @@ from strongroom.prompt_file import MAX_ANSWER, MAX_REPLY, Reply, open_answer, se
 from strongroom.proxy_client import ClearFault, ProxyClient, bounded
 from strongroom.render import show_verdict, waiting, warn_of_labels
 from strongroom.session import SILENCE_SECONDS, Session
-from vsockrpc.messages import ChatMessage, Delta, Done
+from vsockrpc.chat import ChatMessage
+from vsockrpc.messages import Delta, Done
 from vsockrpc.sealed import Truncated
 
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -202,11 +203,10 @@ def open_command(file: Path, reply: Path, as_json: bool) -> None:
       strongroom prompt open answer.sealed --reply question.sealed.reply
     """
     answers = list(open_answer(read_bounded(file, MAX_ANSWER), Reply.decode(read_bounded(reply, MAX_REPLY))))
-    text = "".join(each.text for each in answers if isinstance(each, Delta))
+    text = "".join(each.content for each in answers if isinstance(each, Delta))
     if not as_json:
         write_now(text)
         click.echo()
         return
     [done] = [each for each in answers if isinstance(each, Done)]
-    usage = {"prompt_tokens": done.prompt_tokens, "completion_tokens": done.completion_tokens}
-    click.echo(json.dumps({"text": text, "finish_reason": done.finish_reason, "usage": usage}))
+    click.echo(json.dumps({"text": text, "finish_reason": done.finish_reason, "usage": done.usage.as_map()}))

@@ -21,16 +21,16 @@ from attestation.keyrelease import KeyRelease
 from attestation.reference import DIGEST_SIZE
 from attestation.secret import Secret
 from strongroom.session import RequestFailed
+from vsockrpc.chat import ChatRequest
 from vsockrpc.deferred import SECRET_SIZE, DeferredPrompt, ReplyKeys, envelope_digest, new_reply_secret
+from vsockrpc.fields import MessageError
 from vsockrpc.messages import (
     MAX_MESSAGE_SIZE,
     REQUEST_ID_SIZE,
     Answer,
-    ChatRequest,
     Delta,
     Done,
     Failure,
-    MessageError,
     MessageReader,
     Request,
     Start,

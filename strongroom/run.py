@@ -28,7 +28,7 @@ from strongroom.initialise import model_or_installed
 from strongroom.options import engine_options, err, out
 from strongroom.prepare import Prepared, Settings, prepare
 from strongroom.render import hashing_bar, show_verdict, verdict_line, warn_of_labels
-from vsockrpc.messages import ChatMessage
+from vsockrpc.chat import ChatMessage
 
 STOP_SECONDS = 30
 
@@ -107,7 +107,7 @@ def _ask(url: str, prepared: Prepared, prompt: str, sampling: Sampling, as_json:
     digest = digest_text(prepared.manifest.digest())
     out.print(f"\n\nmodel        {prepared.manifest.name}  {digest}", soft_wrap=True)
     out.print(f"first token  {spoken.seconds_to_first * 1000:.0f} ms, with the pacing tick")
-    out.print(f"speed        {spoken.tokens_per_second:.1f} tokens/s over {spoken.done.completion_tokens} tokens")
+    out.print(f"speed        {spoken.tokens_per_second:.1f} tokens/s over {spoken.done.usage.completion_tokens} tokens")
 
 
 def _show_verdict(result: AttestationResult) -> None:

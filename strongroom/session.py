@@ -27,15 +27,15 @@ from attestation.policy import AppraisalPolicy
 from attestation.verifier import NO_KEYS, NONCE_SIZE, AttestationResult, verify
 from strongroom.kms.client import ask_of_keys
 from strongroom.proxy_client import ClearFault, ProxyClient
+from vsockrpc.chat import ChatRequest
+from vsockrpc.fields import MessageError
 from vsockrpc.messages import (
     REQUEST_ID_SIZE,
     Answer,
-    ChatRequest,
     DescribeRequest,
     Description,
     Done,
     Failure,
-    MessageError,
     MessageReader,
     Request,
     Start,

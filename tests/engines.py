@@ -1,42 +1,61 @@
-"""An engine without a model, for tests of whatever stands before one: the real scheduler, and an echo where llama.cpp
-would be.
+"""An engine without a model, for tests of whatever stands before one: the real scheduler and replies, and an echo where
+llama.cpp would be.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from enclave.config import EngineSettings, KvType
 from enclave.generation import (
     ContextExceeded,
     EngineError,
     EngineFailed,
-    Finished,
     GenerationEvent,
     Overloaded,
-    TextDelta,
     Unavailable,
 )
-from enclave.scheduler import PromptRead, Sampled, Scheduler, Step
-from vsockrpc.messages import ChatRequest
+from enclave.kv_cache import KvCache
+from enclave.reply import TextReply
+from enclave.scheduler import Admission, Sampled, Scheduler, Step
+from vsockrpc.chat import ChatRequest, CompletionRequest, GenerationRequest
+from vsockrpc.messages import Delta, Done
 
 TOKEN_SIZE = 3
-"""Bytes of UTF-8 in a token: characters straddle them."""
+"""Bytes of UTF-8 in a token of an answer: characters straddle them."""
+
+
+def engine_settings(*, context: int = 256, parallel: int = 4, **changes: object) -> EngineSettings:
+    """Small, as tests are."""
+    settings = EngineSettings(
+        context=context,
+        parallel=parallel,
+        cells=context * parallel,
+        kv_type=KvType.F16,
+        repack=True,
+        batch=64,
+        prefill=32,
+        threads=2,
+        queue=64,
+        uid=64001,
+    )
+    return replace(settings, **changes)  # type: ignore[arg-type]
 
 
 @dataclass
 class _Answer:
     echo: list[bytes]
     """What is still to be said, in tokens."""
-    parts: list[str] = field(default_factory=list)
-    end: Finished | EngineError | None = None
+    deltas: list[Delta] = field(default_factory=list)
+    end: Done | EngineError | None = None
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class EchoEngine:
-    """Answers with the last message's content, and then ends, if the request's budget lets it. The same request gets
-    the same answer.
+    """Answers with the last message's content, or the prompt, and then ends, if the request's budget lets it. The same
+    request gets the same answer. A byte of the prompt is a token.
 
     ``before_step`` is awaited before each step: a test holds answers there, or counts. ``steps`` is the number of
     steps done, ``in_work`` that of requests taken in and not ended.
@@ -44,16 +63,13 @@ class EchoEngine:
 
     def __init__(
         self,
+        settings: EngineSettings | None = None,
         *,
-        context: int = 2048,
-        chunk: int = 128,
-        queue: int = 64,
         before_step: Callable[[], Awaitable[None]] = lambda: asyncio.sleep(0),
     ) -> None:
         self.steps = 0
-        self._context = context
-        self._scheduler = Scheduler(context=context, chunk=chunk, queue=queue)
-        self._queue = queue
+        self._settings = settings or engine_settings(context=2048)
+        self._scheduler = scheduler_of(self._settings)
         self._before_step = before_step
         self._answers: dict[int, _Answer] = {}
         self._issued = 0
@@ -84,28 +100,30 @@ class EchoEngine:
             self._scheduler.cancel(number)
             self._end(number, EngineFailed(reason))
 
-    async def generate(self, request: ChatRequest) -> AsyncGenerator[GenerationEvent, None]:
-        if self._loop is None:
-            raise Unavailable("the engine is closed or was never started")
-        prompt = [byte for entry in request.messages for byte in f"{entry.role}:{entry.content}\n".encode()]
-        if len(self._answers) > self._queue:
-            raise Overloaded(expected=f"<= {self._queue} waiting", got=len(self._answers))
-        if len(prompt) >= self._context:
-            raise ContextExceeded("the prompt is longer than the context", expected=self._context - 1, got=len(prompt))
-        number, echo = self._issued, request.messages[-1].content.encode()
+    async def count(self, request: ChatRequest) -> int:
+        return len(self._prompt(request))
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
+        prompt = self._prompt(request)
+        most = self._settings.parallel + self._settings.queue
+        if len(self._answers) >= most:
+            raise Overloaded(expected=f"<= {most} at once", got=len(self._answers) + 1)
+        number, said = self._issued, _last_said(request).encode()
         self._issued += 1
-        self._scheduler.admit(number, prompt, max_tokens=request.max_tokens, stop=request.stop)
-        answer = _Answer([echo[start : start + TOKEN_SIZE] for start in range(0, len(echo), TOKEN_SIZE)])
+        reply = TextReply(request)
+        self._scheduler.admit(
+            Admission(number, prompt, reply, max_tokens=request.max_tokens, namespace=request.cache_secret)
+        )
+        answer = _Answer([said[start : start + TOKEN_SIZE] for start in range(0, len(said), TOKEN_SIZE)])
         self._answers[number] = answer
         self._work.set()
         try:
             while True:
                 await answer.news.wait()
                 answer.news.clear()
-                text, end = "".join(answer.parts), answer.end
-                answer.parts.clear()
-                if text:
-                    yield TextDelta(text)
+                end = answer.end
+                while answer.deltas:
+                    yield answer.deltas.pop(0)
                 if isinstance(end, EngineError):
                     raise end
                 if end is not None:
@@ -114,6 +132,18 @@ class EchoEngine:
         finally:
             if self._answers.pop(number, None) is not None:
                 self._scheduler.cancel(number)
+
+    def _prompt(self, request: GenerationRequest) -> list[int]:
+        if self._loop is None:
+            raise Unavailable("the engine is closed or was never started")
+        if isinstance(request, CompletionRequest):
+            prompt = list(request.prompt.encode())
+        else:
+            prompt = [byte for entry in request.messages for byte in f"{entry.role}:{entry.content}\n".encode()]
+        context = self._settings.context
+        if len(prompt) >= context:
+            raise ContextExceeded("the prompt is longer than the context", expected=context - 1, got=len(prompt))
+        return prompt
 
     async def _run(self) -> None:
         while True:
@@ -127,21 +157,34 @@ class EchoEngine:
 
     def _do(self, step: Step) -> None:
         self.steps += 1
-        answer = self._answers[step.request]
-        sampled = None
-        if step.samples:
-            sampled = Sampled(0, answer.echo.pop(0), ends=False) if answer.echo else Sampled(0, b"", ends=True)
-        for output in self._scheduler.apply(step, sampled):
+        sampled = {row.request: self._sample(self._answers[row.request]) for row in step.rows if row.samples}
+        for number, output in self._scheduler.apply(step, sampled):
             match output:
-                case TextDelta(text):
-                    answer.parts.append(text)
-                    answer.news.set()
-                case Finished():
-                    self._end(step.request, output)
-                case PromptRead():
-                    pass
+                case Delta():
+                    self._answers[number].deltas.append(output)
+                    self._answers[number].news.set()
+                case Done():
+                    self._end(number, output)
 
-    def _end(self, number: int, end: Finished | EngineError) -> None:
+    def _sample(self, answer: _Answer) -> Sampled:
+        return Sampled(0, answer.echo.pop(0), ends=False) if answer.echo else Sampled(0, b"", ends=True)
+
+    def _end(self, number: int, end: Done | EngineError) -> None:
         answer = self._answers.pop(number)
         answer.end = end
         answer.news.set()
+
+
+def scheduler_of(settings: EngineSettings) -> Scheduler:
+    return Scheduler(
+        cache=KvCache(slots=settings.parallel, cells=settings.cells),
+        slots=settings.parallel,
+        context=settings.context,
+        step=settings.batch,
+        beside=settings.prefill,
+        queue=settings.queue,
+    )
+
+
+def _last_said(request: GenerationRequest) -> str:
+    return request.prompt if isinstance(request, CompletionRequest) else request.messages[-1].content

@@ -34,9 +34,10 @@ from tests.attested import policy_for, software_nsm, write_policy
 from tests.engines import EchoEngine
 from tests.gguf_files import TEXT, Gguf
 from vsockrpc.address import TcpAddress, UnixAddress
+from vsockrpc.chat import ChatMessage, ChatRequest
 from vsockrpc.http import SEALED_PATH
 from vsockrpc.http_server import HttpServer, listen_on
-from vsockrpc.messages import ChatMessage, ChatRequest, Delta, Done
+from vsockrpc.messages import Delta, Done
 from vsockrpc.transport import Limits, serve
 
 MODEL_NAME = "tiny"

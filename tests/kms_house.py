@@ -117,7 +117,7 @@ class KmsHouse:
 
 
 def text_of(answer: bytes, reply: Reply) -> str:
-    return "".join(each.text for each in open_answer(answer, reply) if isinstance(each, Delta))
+    return "".join(each.content for each in open_answer(answer, reply) if isinstance(each, Delta))
 
 
 @contextlib.asynccontextmanager

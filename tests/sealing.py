@@ -23,8 +23,9 @@ from enclave.kms_errors import KmsError
 from strongroom.prompt_file import Reply
 from tests.key_policies import ACCOUNT
 from vsockrpc.address import UnixAddress
+from vsockrpc.chat import ChatMessage, ChatRequest
 from vsockrpc.deferred import DeferredPrompt, envelope_digest, new_reply_secret
-from vsockrpc.messages import ChatMessage, ChatRequest, Request
+from vsockrpc.messages import Request
 
 MODEL, PROMPT = EnvelopePurpose.MODEL, EnvelopePurpose.PROMPT
 MODEL_KEY, PROMPTS_KEY, OTHER_KEY = (

@@ -16,7 +16,8 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from attestation.envelope import PROMPT_RECORD
 from attestation.secret import Secret
-from vsockrpc.messages import MessageError, MessageReader, Request
+from vsockrpc.fields import MessageError
+from vsockrpc.messages import MessageReader, Request
 
 SECRET_SIZE = 32
 

@@ -1,4 +1,5 @@
-"""What is inside the sealed channel: CBOR maps in the shape of OpenAI's chat API. PROTOCOL.md section 7.
+"""What is inside the sealed channel: CBOR maps in the shape of OpenAI's API. PROTOCOL.md section 7. What a request asks
+a model for is in :mod:`vsockrpc.chat`.
 
 Every type here decodes strictly (unknown, missing and ill-typed fields are refused, every number and length is
 bounded) and encodes to what it decodes from.
@@ -9,41 +10,48 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any, Literal, NoReturn, TypeAlias, cast
+from typing import Any, Final, Literal, NoReturn, Self, TypeAlias, cast
 
 import cbor2
 
 from attestation.errors import StrongroomError
+from vsockrpc.chat import (
+    MAX_CONTENT_CHARACTERS,
+    MAX_ID_CHARACTERS,
+    MAX_MODEL_CHARACTERS,
+    MAX_NAME_CHARACTERS,
+    MAX_TOOL_CALLS,
+    MAX_TOP_LOGPROBS,
+    ChatRequest,
+    CompletionRequest,
+)
+from vsockrpc.fields import (
+    MessageError,
+    bytes_of,
+    choice_of,
+    fields_of,
+    integer_of,
+    list_of,
+    number_of,
+    shown,
+    text_of,
+)
 
-VERSION = 1
-REQUEST_ID_SIZE = 16
-MAX_MESSAGE_SIZE = 4 * 1024 * 1024
-MAX_CHAT_MESSAGES = 1024
-MAX_CONTENT_CHARACTERS = 1024 * 1024
-MAX_STOPS = 16
-MAX_STOP_CHARACTERS = 256
-MAX_COMPLETION_TOKENS = 1 << 20
-MAX_SEED = 2**32 - 2
-"""llama.cpp takes the next one to mean "a random seed", which a person who names a seed does not want."""
-MAX_CODE_CHARACTERS = 64
-MAX_FAILURE_CHARACTERS = 4096
+VERSION: Final = 1
+REQUEST_ID_SIZE: Final = 16
+MAX_MESSAGE_SIZE: Final = 4 * 1024 * 1024
+MAX_CODE_CHARACTERS: Final = 64
+MAX_FAILURE_CHARACTERS: Final = 4096
 """Of a failure's message, and of what was expected and got."""
+MAX_RETRY_SECONDS: Final = 3600
+MAX_DELTA_LOGPROBS: Final = 1024
+MAX_TOKEN_SIZE: Final = 1024
+"""Bytes that one token stands for."""
+MANIFEST_SIZE: Final = 48
 _LENGTH_SIZE = 4
 
-Role: TypeAlias = Literal["system", "user", "assistant"]
-FinishReason: TypeAlias = Literal["stop", "length"]
-ROLES: tuple[Role, ...] = ("system", "user", "assistant")
-FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length")
-
-
-class MessageError(StrongroomError):
-    """A message that is not one of those in PROTOCOL.md section 7. ``param`` names the field."""
-
-    exit_code = 2
-
-    def __init__(self, message: str, *, param: str, expected: object | None = None, got: object | None = None) -> None:
-        super().__init__("invalid_request", message, expected=expected, got=got)
-        self.param = param
+FinishReason: TypeAlias = Literal["stop", "length", "tool_calls"]
+FINISH_REASONS: Final[tuple[FinishReason, ...]] = ("stop", "length", "tool_calls")
 
 
 # --- Framing -------------------------------------------------------------------------------------------------------
@@ -109,151 +117,7 @@ def _decode_map(body: bytes) -> dict[str, object]:
     return cast(dict[str, object], value)
 
 
-# --- Fields --------------------------------------------------------------------------------------------------------
-
-
-def _shown(value: object) -> str:
-    """What an error says of a value that should have been a text. A whole structure as text costs as much as it is
-    large."""
-    return value[:64] if isinstance(value, str) else type(value).__name__
-
-
-def _fields(
-    value: object, *, param: str, required: set[str], optional: frozenset[str] = frozenset()
-) -> dict[str, object]:
-    if not isinstance(value, dict):
-        raise MessageError(f"{param} is not a map", param=param, expected="map", got=type(value).__name__)
-    for key in value:
-        if key not in required and key not in optional:
-            name = _shown(key)
-            raise MessageError(f"unknown field {name!r}", param=name, expected=", ".join(sorted(required | optional)))
-    for key in sorted(required):
-        if key not in value:
-            raise MessageError(f"missing field {key!r}", param=key, expected="present", got="absent")
-    return cast(dict[str, object], value)
-
-
-def _text(value: object, param: str, limit: int) -> str:
-    if not isinstance(value, str):
-        raise MessageError(f"{param} is not text", param=param, expected="text", got=type(value).__name__)
-    if len(value) > limit:
-        raise MessageError(f"{param} is too long", param=param, expected=f"<= {limit} characters", got=len(value))
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise MessageError(f"{param} holds a lone surrogate", param=param, expected="Unicode scalar values") from error
-    return value
-
-
-def _integer(value: object, param: str, low: int, high: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise MessageError(f"{param} is not an integer", param=param, expected="integer", got=type(value).__name__)
-    if not low <= value <= high:
-        raise MessageError(f"{param} is out of range", param=param, expected=f"{low}..{high}", got=value)
-    return value
-
-
-def _number(value: object, param: str, low: float, high: float) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise MessageError(f"{param} is not a number", param=param, expected="number", got=type(value).__name__)
-    if not low <= value <= high:  # also refuses NaN
-        raise MessageError(f"{param} is out of range", param=param, expected=f"{low}..{high}", got=value)
-    return float(value)
-
-
-def _list(value: object, param: str, limit: int) -> list[object]:
-    if not isinstance(value, list | tuple):
-        raise MessageError(f"{param} is not a list", param=param, expected="list", got=type(value).__name__)
-    if len(value) > limit:
-        raise MessageError(f"{param} has too many entries", param=param, expected=f"<= {limit}", got=len(value))
-    return list(value)
-
-
 # --- Requests ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class ChatMessage:
-    role: Role
-    content: str
-
-    @classmethod
-    def decode(cls, value: object, param: str) -> ChatMessage:
-        fields = _fields(value, param=param, required={"role", "content"})
-        role = fields["role"]
-        if role not in ROLES:
-            raise MessageError("unknown role", param=f"{param}.role", expected=" | ".join(ROLES), got=_shown(role))
-        return cls(role, _text(fields["content"], f"{param}.content", MAX_CONTENT_CHARACTERS))
-
-
-@dataclass(frozen=True, slots=True)
-class ChatRequest:
-    """A chat completion, with OpenAI's names and meanings. ``None`` leaves the choice to the enclave.
-
-    What :meth:`decode` returns is within every bound of PROTOCOL.md section 7. Construction checks nothing: whoever
-    is sent a request decodes it, the enclave and its engine process too.
-    """
-
-    messages: tuple[ChatMessage, ...]
-    """In order; the last is what is answered."""
-    model: str | None = None
-    max_tokens: int | None = None
-    """Tokens of the answer at most."""
-    temperature: float = 1.0
-    """0 always takes the likeliest token."""
-    top_p: float = 1.0
-    """More than 0."""
-    top_k: int = 0
-    """0 for all tokens."""
-    min_p: float = 0.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    """The answer ends before the first of these."""
-
-    def encode(self) -> dict[str, object]:
-        body: dict[str, object] = {
-            "messages": [{"role": message.role, "content": message.content} for message in self.messages],
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "min_p": self.min_p,
-        }
-        if self.model is not None:
-            body["model"] = self.model
-        if self.max_tokens is not None:
-            body["max_tokens"] = self.max_tokens
-        if self.seed is not None:
-            body["seed"] = self.seed
-        if self.stop:
-            body["stop"] = list(self.stop)
-        return body
-
-    @classmethod
-    def decode(cls, value: object) -> ChatRequest:
-        """Raises MessageError naming the field."""
-        optional = frozenset({"model", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop"})
-        fields = _fields(value, param="body", required={"messages"}, optional=optional)
-        entries = _list(fields["messages"], "messages", MAX_CHAT_MESSAGES)
-        if not entries:
-            raise MessageError("messages is empty", param="messages", expected="at least 1", got=0)
-        model, tokens, seed = fields.get("model"), fields.get("max_tokens"), fields.get("seed")
-        stops = _list(fields.get("stop", []), "stop", MAX_STOPS)
-        request = cls(
-            messages=tuple(ChatMessage.decode(entry, f"messages[{index}]") for index, entry in enumerate(entries)),
-            model=None if model is None else _text(model, "model", 256),
-            max_tokens=None if tokens is None else _integer(tokens, "max_tokens", 1, MAX_COMPLETION_TOKENS),
-            temperature=_number(fields.get("temperature", 1.0), "temperature", 0, 2),
-            top_p=_number(fields.get("top_p", 1.0), "top_p", 0, 1),
-            top_k=_integer(fields.get("top_k", 0), "top_k", 0, 1000),
-            min_p=_number(fields.get("min_p", 0.0), "min_p", 0, 1),
-            seed=None if seed is None else _integer(seed, "seed", 0, MAX_SEED),
-            stop=tuple(_text(stop, f"stop[{index}]", MAX_STOP_CHARACTERS) for index, stop in enumerate(stops)),
-        )
-        if request.top_p == 0:
-            raise MessageError("top_p is out of range", param="top_p", expected="more than 0", got=0)
-        if "" in request.stop:
-            raise MessageError("an empty stop string stops everything", param="stop", expected="text", got="''")
-        return request
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,9 +128,33 @@ class DescribeRequest:
         return {}
 
     @classmethod
-    def decode(cls, value: object) -> DescribeRequest:
-        _fields(value, param="body", required=set())
+    def decode(cls, value: object) -> Self:
+        fields_of(value, param="body", required=set())
         return cls()
+
+
+@dataclass(frozen=True, slots=True)
+class CountRequest:
+    """Asks how many tokens the prompt has that ``of`` would be."""
+
+    of: ChatRequest
+
+    def encode(self) -> dict[str, object]:
+        return self.of.encode()
+
+    @classmethod
+    def decode(cls, value: object) -> Self:
+        return cls(ChatRequest.decode(value))
+
+
+RequestBody: TypeAlias = ChatRequest | CompletionRequest | CountRequest | DescribeRequest
+METHODS: Final[Mapping[str, type[RequestBody]]] = {
+    "chat": ChatRequest,
+    "complete": CompletionRequest,
+    "count": CountRequest,
+    "describe": DescribeRequest,
+}
+_NAMES: Final = {kind: name for name, kind in METHODS.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,27 +162,20 @@ class Request:
     """A request and its random 16-byte id, which a second attempt repeats."""
 
     id: bytes
-    body: ChatRequest | DescribeRequest
+    body: RequestBody
 
     def encode(self) -> bytes:
-        method = "chat" if isinstance(self.body, ChatRequest) else "describe"
+        method = _NAMES[type(self.body)]
         return encode_message({"v": VERSION, "id": self.id, "method": method, "body": self.body.encode()})
 
     @classmethod
-    def decode(cls, message: dict[str, object]) -> Request:
+    def decode(cls, message: dict[str, object]) -> Self:
         """Raises MessageError."""
-        fields = _fields(message, param="request", required={"v", "id", "method", "body"})
-        _integer(fields["v"], "v", VERSION, VERSION)
-        identity = fields["id"]
-        if not isinstance(identity, bytes) or len(identity) != REQUEST_ID_SIZE:
-            raise MessageError("id is not a byte string of its size", param="id", expected=f"{REQUEST_ID_SIZE} bytes")
-        match fields["method"]:
-            case "chat":
-                return cls(identity, ChatRequest.decode(fields["body"]))
-            case "describe":
-                return cls(identity, DescribeRequest.decode(fields["body"]))
-            case other:
-                raise MessageError("unknown method", param="method", expected="chat | describe", got=_shown(other))
+        fields = fields_of(message, param="request", required={"v", "id", "method", "body"})
+        integer_of(fields["v"], "v", VERSION, VERSION)
+        identity = bytes_of(fields["id"], "id", REQUEST_ID_SIZE)
+        method = choice_of(fields["method"], "method", tuple(METHODS))
+        return cls(identity, METHODS[method].decode(fields["body"]))
 
 
 # --- Answers -------------------------------------------------------------------------------------------------------
@@ -311,26 +192,158 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True)
-class Delta:
-    """Text of the answer."""
+class Alternative:
+    """One of the likeliest tokens in a place of the answer."""
 
-    text: str
+    token: bytes
+    """What it stands for."""
+    logprob: float
+    """Natural logarithm."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token of the answer, under the model's own distribution: before any parameter of the request."""
+
+    token: bytes
+    logprob: float
+    top: tuple[Alternative, ...] = ()
+
+    def encode(self) -> list[object]:
+        return [self.token, self.logprob, [[each.token, each.logprob] for each in self.top]]
+
+    @classmethod
+    def decode(cls, value: object, param: str) -> Self:
+        token, logprob, top = _tuple_of(value, param, 3)
+        alternatives = []
+        for entry in list_of(top, param, MAX_TOP_LOGPROBS):
+            likely, its = _tuple_of(entry, param, 2)
+            alternatives.append(Alternative(_token_of(likely, param), _logprob_of(its, param)))
+        return cls(_token_of(token, param), _logprob_of(logprob, param), tuple(alternatives))
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """A part of a call: its beginning has ``id`` and ``name``, all have what follows of the arguments' JSON text."""
+
+    index: int
+    arguments: str
+    id: str | None = None
+    name: str | None = None
+
+    def encode(self) -> dict[str, object]:
+        body: dict[str, object] = {"index": self.index, "arguments": self.arguments}
+        if self.id is not None and self.name is not None:
+            body |= {"id": self.id, "name": self.name}
+        return body
+
+    @classmethod
+    def decode(cls, value: object, param: str) -> Self:
+        begins = isinstance(value, dict) and ("id" in value or "name" in value)
+        fields = fields_of(value, param=param, required={"index", "arguments", *(("id", "name") if begins else ())})
+        index = integer_of(fields["index"], param, 0, MAX_TOOL_CALLS - 1)
+        arguments = text_of(fields["arguments"], param, MAX_CONTENT_CHARACTERS)
+        if not begins:
+            return cls(index, arguments)
+        identity = text_of(fields["id"], param, MAX_ID_CHARACTERS)
+        return cls(index, arguments, identity, text_of(fields["name"], param, MAX_NAME_CHARACTERS))
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What follows of the answer: of its text, of the reasoning before it, of calls. Never empty."""
+
+    content: str = ""
+    reasoning: str = ""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the tokens whose text this is, where the request asked for them."""
+
+    def as_map(self) -> dict[str, object]:
+        body: dict[str, object] = {name: text for name in ("content", "reasoning") if (text := getattr(self, name))}
+        if self.tool_calls:
+            body["tool_calls"] = [call.encode() for call in self.tool_calls]
+        if self.logprobs:
+            body["logprobs"] = [token.encode() for token in self.logprobs]
+        return body
 
     def encode(self) -> bytes:
-        return encode_message({"delta": self.text})
+        return encode_message({"delta": self.as_map()})
+
+    @classmethod
+    def decode(cls, value: object) -> Self:
+        optional = frozenset({"content", "reasoning", "tool_calls", "logprobs"})
+        fields = fields_of(value, param="delta", required=set(), optional=optional)
+        if not fields:
+            raise MessageError("a delta is empty", param="delta", expected="something")
+        calls = list_of(fields.get("tool_calls", []), "tool_calls", MAX_TOOL_CALLS)
+        tokens = list_of(fields.get("logprobs", []), "logprobs", MAX_DELTA_LOGPROBS)
+        return cls(
+            text_of(fields.get("content", ""), "content", MAX_CONTENT_CHARACTERS),
+            text_of(fields.get("reasoning", ""), "reasoning", MAX_CONTENT_CHARACTERS),
+            tuple(ToolCallDelta.decode(call, "tool_calls") for call in calls),
+            tuple(TokenLogprob.decode(token, "logprobs") for token in tokens),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Counts of tokens."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    """Reasoning among them."""
+    cached_tokens: int = 0
+    """Of the prompt: computed for an earlier request of the same cache secret."""
+    reasoning_tokens: int = 0
+
+    def as_map(self) -> dict[str, object]:
+        return {name: getattr(self, name) for name in _COUNTS}
+
+    @classmethod
+    def decode(cls, value: object) -> Self:
+        fields = fields_of(value, param="usage", required=set(_COUNTS))
+        return cls(*(integer_of(fields[name], name, 0, 2**32) for name in _COUNTS))
+
+
+_COUNTS: Final = ("prompt_tokens", "completion_tokens", "cached_tokens", "reasoning_tokens")
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The answer is whole. Counts are tokens."""
+    """The answer is whole."""
 
     finish_reason: FinishReason
-    prompt_tokens: int
-    completion_tokens: int
+    usage: Usage
+    dropped_messages: int = 0
+    """The oldest ones, which did not fit: only where the request allowed that."""
+
+    def as_map(self) -> dict[str, object]:
+        return {
+            "finish_reason": self.finish_reason,
+            "usage": self.usage.as_map(),
+            "dropped_messages": self.dropped_messages,
+        }
 
     def encode(self) -> bytes:
-        usage = {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens}
-        return encode_message({"done": {"finish_reason": self.finish_reason, "usage": usage}})
+        return encode_message({"done": self.as_map()})
+
+    @classmethod
+    def decode(cls, value: object) -> Self:
+        fields = fields_of(value, param="done", required={"finish_reason", "usage", "dropped_messages"})
+        reason = choice_of(fields["finish_reason"], "finish_reason", FINISH_REASONS)
+        dropped = integer_of(fields["dropped_messages"], "dropped_messages", 0, 2**32)
+        return cls(cast(FinishReason, reason), Usage.decode(fields["usage"]), dropped)
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """The answer to a :class:`CountRequest`."""
+
+    prompt_tokens: int
+
+    def encode(self) -> bytes:
+        return encode_message({"counted": {"prompt_tokens": self.prompt_tokens}})
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,21 +366,40 @@ class Failure:
     message: str
     expected: str | None = None
     got: str | None = None
+    retry_seconds: int | None = None
+    """After which it is worth another attempt, of an enclave that has too much to do."""
 
     @classmethod
-    def of(cls, error: StrongroomError) -> Failure:
+    def of(cls, error: StrongroomError) -> Self:
         """What of ``error`` a client is told: as much as fits into a message that it accepts."""
         expected, got = (
             None if text is None else text[:MAX_FAILURE_CHARACTERS] for text in (error.expected, error.got)
         )
-        return cls(error.code[:MAX_CODE_CHARACTERS], error.message[:MAX_FAILURE_CHARACTERS], expected, got)
+        retry = getattr(error, "retry_seconds", None)
+        return cls(error.code[:MAX_CODE_CHARACTERS], error.message[:MAX_FAILURE_CHARACTERS], expected, got, retry)
 
     def encode(self) -> bytes:
-        body = {"code": self.code, "message": self.message, "expected": self.expected, "got": self.got}
-        return encode_message({"error": body})
+        names = ("code", "message", "expected", "got", "retry_seconds")
+        return encode_message({"error": {name: getattr(self, name) for name in names}})
+
+    @classmethod
+    def decode(cls, value: object) -> Self:
+        names = ("code", "message", "expected", "got", "retry_seconds")
+        fields = fields_of(value, param="error", required=set(names))
+        limit, retry = MAX_FAILURE_CHARACTERS, fields["retry_seconds"]
+        expected, got = (
+            None if fields[name] is None else text_of(fields[name], name, limit) for name in ("expected", "got")
+        )
+        return cls(
+            text_of(fields["code"], "code", MAX_CODE_CHARACTERS),
+            text_of(fields["message"], "message", limit),
+            expected,
+            got,
+            None if retry is None else integer_of(retry, "retry_seconds", 1, MAX_RETRY_SECONDS),
+        )
 
 
-Answer: TypeAlias = Start | Delta | Done | Description | Failure
+Answer: TypeAlias = Start | Delta | Done | Counted | Description | Failure
 
 
 def decode_answer(message: dict[str, object]) -> Answer:
@@ -377,30 +409,42 @@ def decode_answer(message: dict[str, object]) -> Answer:
     [(kind, body)] = message.items()
     match kind:
         case "start":
-            fields = _fields(body, param=kind, required={"model"})
-            return Start(_text(fields["model"], "model", 256))
+            fields = fields_of(body, param=kind, required={"model"})
+            return Start(text_of(fields["model"], "model", MAX_MODEL_CHARACTERS))
         case "delta":
-            return Delta(_text(body, kind, MAX_CONTENT_CHARACTERS))
+            return Delta.decode(body)
         case "done":
-            fields = _fields(body, param=kind, required={"finish_reason", "usage"})
-            if fields["finish_reason"] not in FINISH_REASONS:
-                raise MessageError("unknown finish reason", param="finish_reason", expected=" | ".join(FINISH_REASONS))
-            usage = _fields(fields["usage"], param="usage", required={"prompt_tokens", "completion_tokens"})
-            counts = [_integer(usage[name], name, 0, 2**32) for name in ("prompt_tokens", "completion_tokens")]
-            return Done(fields["finish_reason"], *counts)
+            return Done.decode(body)
+        case "counted":
+            fields = fields_of(body, param=kind, required={"prompt_tokens"})
+            return Counted(integer_of(fields["prompt_tokens"], "prompt_tokens", 0, 2**32))
         case "model":
-            fields = _fields(body, param=kind, required={"name", "context", "manifest"})
-            manifest = fields["manifest"]
-            if not isinstance(manifest, bytes) or len(manifest) != 48:
-                raise MessageError("manifest is not a digest", param="manifest", expected="48 bytes")
+            fields = fields_of(body, param=kind, required={"name", "context", "manifest"})
             return Description(
-                _text(fields["name"], "name", 256), _integer(fields["context"], "context", 1, 2**32), manifest
+                text_of(fields["name"], "name", MAX_MODEL_CHARACTERS),
+                integer_of(fields["context"], "context", 1, 2**32),
+                bytes_of(fields["manifest"], "manifest", MANIFEST_SIZE),
             )
         case "error":
-            fields = _fields(body, param=kind, required={"code", "message", "expected", "got"})
-            limit = MAX_FAILURE_CHARACTERS
-            texts = [None if fields[name] is None else _text(fields[name], name, limit) for name in ("expected", "got")]
-            code, text = _text(fields["code"], "code", MAX_CODE_CHARACTERS), _text(fields["message"], "message", limit)
-            return Failure(code, text, *texts)
+            return Failure.decode(body)
         case _:
-            raise MessageError("unknown message", param="answer", expected="start, delta, done, model or error")
+            expected = "start, delta, done, counted, model or error"
+            raise MessageError("unknown message", param="answer", expected=expected, got=shown(kind))
+
+
+def _tuple_of(value: object, param: str, size: int) -> list[object]:
+    entries = list_of(value, param, size)
+    if len(entries) != size:
+        raise MessageError(f"{param} has too few entries", param=param, expected=size, got=len(entries))
+    return entries
+
+
+def _token_of(value: object, param: str) -> bytes:
+    if not isinstance(value, bytes) or len(value) > MAX_TOKEN_SIZE:
+        raise MessageError(f"{param} has no token", param=param, expected=f"at most {MAX_TOKEN_SIZE} bytes")
+    return value
+
+
+def _logprob_of(value: object, param: str) -> float:
+    """Also of a token that could not have come: CBOR has an infinity, and what ``number_of`` bounds has none."""
+    return number_of(value, param, float("-inf"), 0)

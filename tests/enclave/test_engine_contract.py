@@ -10,10 +10,11 @@ import pytest
 
 from enclave.config import EngineSettings
 from enclave.engine import Engine, LlamaEngine
-from enclave.generation import ContextExceeded, EngineFailed, Finished, Overloaded, TextDelta, Unavailable
+from enclave.generation import ContextExceeded, EngineFailed, Overloaded, Unavailable
 from tests.engines import EchoEngine
 from tests.gguf_files import CHAT_TEMPLATE
-from vsockrpc.messages import ChatMessage, ChatRequest
+from vsockrpc.chat import ChatMessage, ChatRequest
+from vsockrpc.messages import Delta
 
 CONTEXT = 4096
 QUEUE = 2
@@ -57,7 +58,7 @@ async def answer(engine: Engine, request: ChatRequest) -> tuple[str, Finished]:
     assert isinstance(finished, Finished)
     text = ""
     for delta in deltas:
-        assert isinstance(delta, TextDelta)
+        assert isinstance(delta, Delta)
         assert delta.text
         text += delta.text
     return text, finished
@@ -125,7 +126,7 @@ async def test_a_full_queue_refuses_at_once(engine: Engine) -> None:
 async def test_closing_the_iterator_frees_the_engine(engine: Engine) -> None:
     for _ in range(QUEUE + 2):
         async with aclosing(engine.generate(ask(max_tokens=None))) as events:
-            assert isinstance(await anext(events), TextDelta)
+            assert isinstance(await anext(events), Delta)
     assert (await answer(engine, ask()))[1].completion_tokens == 40
 
 

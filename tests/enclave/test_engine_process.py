@@ -24,17 +24,16 @@ from enclave.engine import LlamaEngine
 from enclave.generation import (
     EngineFailed,
     EngineRefused,
-    Finished,
     GenerationEvent,
     InvalidRequest,
-    TextDelta,
     Unavailable,
 )
 from enclave.pipe import Load, Ready
 from enclave.process import EngineProcess
 from tests.enclave.conftest import sealed
 from tests.gguf_files import CHAT_TEMPLATE, TEXT, tiny_model
-from vsockrpc.messages import ChatMessage, ChatRequest
+from vsockrpc.chat import ChatMessage, ChatRequest
+from vsockrpc.messages import Delta, Done, Usage
 
 UID = 64001
 ROOT = os.geteuid() == 0
@@ -140,7 +139,7 @@ async def test_a_process_killed_in_mid_answer_fails_what_was_in_flight_and_nothi
 ) -> None:
     first = pid_of(engine)
     async with aclosing(engine.generate(LONG)) as answer:
-        assert isinstance(await anext(answer), TextDelta)
+        assert isinstance(await anext(answer), Delta)
         waiting = asyncio.create_task(finish(engine, SHORT))
         await asyncio.sleep(0)
         os.kill(first, signal.SIGKILL)
@@ -432,8 +431,8 @@ async def test_the_real_model_says_what_llama_cpp_says_and_survives_a_kill(smoll
         direct.close()
     assert isinstance(reply, dict)
     assert text_of(events) == reply["choices"][0]["message"]["content"]
-    assert events[-1] == Finished("length", reply["usage"]["prompt_tokens"], 32)
+    assert events[-1] == Done("length", Usage(reply["usage"]["prompt_tokens"], 32))
 
 
 def text_of(events: Sequence[GenerationEvent]) -> str:
-    return "".join(event.text for event in events if isinstance(event, TextDelta))
+    return "".join(event.content for event in events if isinstance(event, Delta))

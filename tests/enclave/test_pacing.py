@@ -18,7 +18,7 @@ from attestation.secret import Secret
 from enclave.config import PacingSettings
 from enclave.pacing import DRAIN_SECONDS, MAX_PENDING, PacedAnswer
 from vsockrpc.errors import ConnectionLost
-from vsockrpc.messages import Answer, Delta, Done, Failure, MessageReader, decode_answer
+from vsockrpc.messages import Answer, Delta, Done, Failure, MessageReader, Usage, decode_answer
 from vsockrpc.sealed import ANSWER_SALT_SIZE, HEADER_SIZE, TAG_SIZE, AnswerOpener, ExchangeKeys
 from vsockrpc.transport import Fault, IncomingCall
 
@@ -31,7 +31,7 @@ ON_THE_WIRE = HEADER_SIZE + RECORD + TAG_SIZE
 PACED = PacingSettings(TICK_MS, RECORD, BUCKET)
 UNPACED = PacingSettings(0, RECORD, BUCKET)
 SECONDS = 60.0
-DONE = Done("stop", 1, 1).encode()
+DONE = Done("stop", Usage(1, 1)).encode()
 
 
 # --- A clock that jumps -------------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ def test_a_slow_client_gets_no_burst_afterwards() -> None:
     async def scenario() -> list[float]:
         exchange = Exchange(PACED, Wire(lambda: asyncio.sleep(next(slow, 0.0))))
         await exchange.run(b"".join(Delta("x" * 100).encode() for _ in range(8)), DONE)
-        assert exchange.read()[-1] == Done("stop", 1, 1)
+        assert exchange.read()[-1] == Done("stop", Usage(1, 1))
         return exchange.wire.times
 
     times = run(scenario())

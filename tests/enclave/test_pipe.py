@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enclave.generation import ContextExceeded, EngineError, Finished, InvalidRequest, Overloaded
+from enclave.generation import ContextExceeded, EngineError, InvalidRequest, Overloaded
 from enclave.pipe import (
     MAX_DELTA_CHARACTERS,
     MAX_TO_SERVER,
@@ -29,7 +29,8 @@ from enclave.pipe import (
     read_to_server,
     read_to_worker,
 )
-from vsockrpc.messages import ChatMessage, ChatRequest, MessageReader, encode_message
+from vsockrpc.chat import ChatMessage, ChatRequest
+from vsockrpc.messages import Done, MessageReader, Usage, encode_message
 
 REQUEST = ChatRequest(
     (ChatMessage("system", "a"), ChatMessage("user", "ü🌞")),
@@ -55,7 +56,7 @@ TO_SERVER: list[ToServer] = [
     Alive(),
     Text(1, "ü🌞"),
     Text(1, "🌞" * MAX_DELTA_CHARACTERS),
-    End(1, Finished("stop", 3, 4)),
+    End(1, Done("stop", Usage(3, 4))),
 ]
 
 

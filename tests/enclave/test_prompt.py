@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from attestation.gguf import read_header
 from attestation.manifest import MAX_TEMPLATE_SIZE
 from enclave.generation import InvalidRequest
-from enclave.llama import Tokenizer
 from enclave.prompt import ChatTemplate, Segment, TemplateError
+from enclave.tokenizer import Tokenizer
 from tests.gguf_files import ASSISTANT, BOS, CHAT_TEMPLATE, EOS, SYSTEM, USER, tiny_model
 
 CHATML = (

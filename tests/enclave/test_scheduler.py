@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from enclave.answer import AnswerText
-from enclave.generation import ContextExceeded, Finished, Overloaded, TextDelta
+from enclave.generation import ContextExceeded, Overloaded, TextDelta
 from enclave.scheduler import PromptRead, Sampled, Scheduler, Step
 
 # --- Text

@@ -50,10 +50,9 @@ from tests.sealing import (
     split_records,
 )
 from vsockrpc.address import UnixAddress
+from vsockrpc.chat import ChatMessage, ChatRequest
 from vsockrpc.messages import (
     Answer,
-    ChatMessage,
-    ChatRequest,
     Delta,
     DescribeRequest,
     Description,
@@ -62,6 +61,7 @@ from vsockrpc.messages import (
     MessageReader,
     Request,
     Start,
+    Usage,
     decode_answer,
     encode_message,
 )
@@ -329,7 +329,7 @@ async def test_before_serving_there_are_events_and_nothing_else(tmp_path: Path, 
 async def test_a_prompt_comes_back_as_an_answer(client: Person) -> None:
     answers = await client.ask(chat("what is said comes back", model="tiny"))
     assert answers[0] == Start("tiny")
-    assert "".join(answer.text for answer in answers if isinstance(answer, Delta)) == "what is said comes back"
+    assert "".join(answer.content for answer in answers if isinstance(answer, Delta)) == "what is said comes back"
     assert isinstance(answers[-1], Done)
     assert answers[-1].finish_reason == "stop"
     [asked] = client.house.engine.requests
@@ -363,7 +363,7 @@ async def test_many_at_once_get_each_their_own(client: Person) -> None:
     texts = [f"person {number}" for number in range(20)]
     sealed = [seal_request(result, chat(text).encode()) for text in texts]
     answers = await asyncio.gather(*(client.send(each) for each in sealed))
-    heard = ["".join(piece.text for piece in answer if isinstance(piece, Delta)) for answer in answers]
+    heard = ["".join(piece.content for piece in answer if isinstance(piece, Delta)) for answer in answers]
     assert heard == texts
 
 
@@ -595,7 +595,7 @@ BAD: dict[str, bytes] = {
     "a date": message(v=cbor2.CBORTag(1, 0)),
     "a regular expression": message(v=cbor2.CBORTag(35, "(a+)+$")),
     "a value that holds itself": b"\x00\x00\x00\x07\xa1\x61v\xd8\x1c\x81\xd8\x1d\x00",
-    "an answer": Done("stop", 1, 1).encode(),
+    "an answer": Done("stop", Usage(1, 1)).encode(),
 }
 
 
@@ -702,7 +702,7 @@ async def test_an_engine_that_dies_in_the_middle_leaves_what_it_said(client: Per
     answers = await asking
     assert isinstance(answers[-1], Failure)
     assert answers[-1].code == "engine_failed"
-    assert "a text of some length".startswith("".join(each.text for each in answers if isinstance(each, Delta)))
+    assert "a text of some length".startswith("".join(each.content for each in answers if isinstance(each, Delta)))
 
 
 async def test_a_defect_is_counted_and_a_sealed_error_without_text(client: Person) -> None:
@@ -927,7 +927,7 @@ def answers_to(answer: bytes, reply: Reply) -> list[Answer]:
 def text_of(answers: Sequence[Answer]) -> str:
     assert answers[0] == Start("tiny")
     assert isinstance(answers[-1], Done)
-    return "".join(each.text for each in answers if isinstance(each, Delta))
+    return "".join(each.content for each in answers if isinstance(each, Delta))
 
 
 @contextlib.asynccontextmanager

@@ -12,7 +12,7 @@ from typing import cast
 
 import pytest
 
-from enclave.generation import ContextExceeded, EngineError, Finished, InvalidRequest, Overloaded
+from enclave.generation import ContextExceeded, EngineError, InvalidRequest, Overloaded
 from enclave.llama import Llama, Tokenizer
 from enclave.pipe import (
     MAX_TO_SERVER,
@@ -29,7 +29,8 @@ from enclave.pipe import (
 )
 from enclave.prompt import ChatTemplate, Segment
 from enclave.worker import Gone, Loop, Pipe
-from vsockrpc.messages import ChatMessage, ChatRequest, MessageReader
+from vsockrpc.chat import ChatMessage, ChatRequest
+from vsockrpc.messages import MessageReader
 
 TEMPLATE = "{{ messages[0].content }}"
 

@@ -23,7 +23,8 @@ from strongroom.openai_api import (
 )
 from strongroom.proxy_client import ClearFault, Unreachable
 from strongroom.session import RequestFailed
-from vsockrpc.messages import MAX_SEED, ChatMessage, ChatRequest, Done
+from vsockrpc.chat import MAX_SEED, ChatMessage, ChatRequest
+from vsockrpc.messages import Done, Usage
 from vsockrpc.sealed import SealedError
 
 HELLO = {"role": "user", "content": "hello"}
@@ -290,7 +291,7 @@ def test_what_was_expected_and_got_is_in_the_text() -> None:
 def test_the_shape_of_an_answer() -> None:
     shape = CompletionShape("chatcmpl-1", 1700000000, "m")
     usage = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
-    done = Done("length", 3, 4)
+    done = Done("length", Usage(3, 4))
     assert shape.whole("text", done) == {
         "id": "chatcmpl-1",
         "object": "chat.completion",

@@ -25,18 +25,10 @@ from strongroom.session import RequestFailed
 from tests.attested import CONFIGURATION, MODEL, policy_for
 from tests.key_policies import ADMIN, METADATA, PARENT, SEALER
 from tests.sealing import CONTEXT, FLOOR, PROMPTS_KEY
+from vsockrpc.chat import ChatMessage, ChatRequest
 from vsockrpc.deferred import DeferredPrompt, ReplyKeys
-from vsockrpc.messages import (
-    ChatMessage,
-    ChatRequest,
-    Delta,
-    Description,
-    Done,
-    Failure,
-    MessageError,
-    Start,
-    encode_message,
-)
+from vsockrpc.fields import MessageError
+from vsockrpc.messages import Delta, Description, Done, Failure, Start, Usage, encode_message
 from vsockrpc.sealed import AnswerRecords, SealedError
 
 DATA_KEY = Secret(bytes(range(32)))
@@ -180,7 +172,7 @@ def test_any_bytes_are_a_typed_error(data: bytes) -> None:
 
 # --- The answer -------------------------------------------------------------------------------------------------------
 
-START, TEXT, DONE = Start("tiny"), Delta("because"), Done("stop", 3, 4)
+START, TEXT, DONE = Start("tiny"), Delta("because"), Done("stop", Usage(3, 4))
 FAILED = Failure("context_exceeded", "too long", "255", "300")
 
 

@@ -36,7 +36,7 @@ from tests.house import SETTINGS, Forged, House, ask, house, prompt, served
 from tests.key_facts import KEYS, all_facts, facts, with_keys
 from tests.key_policies import MODEL, PROMPT, allow
 from vsockrpc.http import EVIDENCE_PATH, EVIDENCE_TYPE, SEALED_PATH
-from vsockrpc.messages import Delta, Done, Start, encode_message
+from vsockrpc.messages import Delta, Done, Start, Usage, encode_message
 from vsockrpc.sealed import ANSWER_SALT_SIZE, HEADER_SIZE, TAG_SIZE, SealedError
 
 RECORD = 512 + HEADER_SIZE + TAG_SIZE
@@ -71,7 +71,7 @@ async def clocked(home: House, clocks: Clocks, policy: AppraisalPolicy | None = 
 async def test_an_answer_streams_from_start_to_done(session: Session) -> None:
     answers = [answer async for answer in session.chat(prompt("what is said comes back"))]
     assert answers[0] == Start("tiny")
-    assert "".join(answer.text for answer in answers if isinstance(answer, Delta)) == "what is said comes back"
+    assert "".join(answer.content for answer in answers if isinstance(answer, Delta)) == "what is said comes back"
     assert isinstance(answers[-1], Done)
     assert [type(answer) for answer in answers].count(Done) == 1
 
@@ -774,7 +774,7 @@ async def test_a_failure_is_reported_with_all_that_came_before_it(home: House, s
     with pytest.raises(RequestFailed) as caught:
         async for answer in session.chat(prompt("a long answer of many small pieces")):
             if isinstance(answer, Delta):
-                text += answer.text
+                text += answer.content
     assert caught.value.code == "engine_failed"
     assert text
     assert "a long answer of many small pieces".startswith(text)
@@ -789,7 +789,7 @@ async def test_a_prompt_without_a_place_in_the_context_is_the_callers_to_shorten
 # --- Answers of an enclave that breaks its own protocol ------------------------------------------------------------
 
 START, DELTA = Start("tiny").encode(), Delta("x").encode()
-DONE = Done("stop", 1, 1).encode()
+DONE = Done("stop", Usage(1, 1)).encode()
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from attestation.envelope import PROMPT_RECORD
 from attestation.secret import Secret
+from vsockrpc.chat import ChatMessage, ChatRequest
 from vsockrpc.deferred import DeferredPrompt, ReplyKeys, envelope_digest, new_reply_secret
-from vsockrpc.messages import ChatMessage, ChatRequest, MessageError, Request
+from vsockrpc.fields import MessageError
+from vsockrpc.messages import Request
 from vsockrpc.sealed import AnswerOpener, AnswerRecords, SealedError
 
 SECRET = Secret(bytes(range(32)))

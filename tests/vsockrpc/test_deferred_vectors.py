@@ -15,7 +15,8 @@ from attestation.envelope_records import Opener
 from attestation.keypolicy.document import KeyArn
 from attestation.secret import Secret
 from vsockrpc.deferred import DeferredPrompt, ReplyKeys, envelope_digest, reply_secret_of, request_of
-from vsockrpc.messages import MAX_MESSAGE_SIZE, MessageError, MessageReader, decode_answer
+from vsockrpc.fields import MessageError
+from vsockrpc.messages import MAX_MESSAGE_SIZE, MessageReader, decode_answer
 from vsockrpc.sealed import AnswerOpener, SealedError
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -7,17 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vsockrpc.chat import MAX_SEED, ChatMessage, ChatRequest
+from vsockrpc.fields import MessageError
 from vsockrpc.messages import (
-    MAX_SEED,
     Answer,
-    ChatMessage,
-    ChatRequest,
     Delta,
     DescribeRequest,
     Description,
     Done,
     Failure,
-    MessageError,
     MessageReader,
     Request,
     Start,

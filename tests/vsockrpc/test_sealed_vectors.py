@@ -15,7 +15,8 @@ import pytest
 from attestation.commitment import Commitment
 from attestation.secret import Secret
 from vsockrpc import sealed
-from vsockrpc.messages import MessageError, MessageReader, Request, decode_answer, encode_message
+from vsockrpc.fields import MessageError
+from vsockrpc.messages import MessageReader, Request, decode_answer, encode_message
 from vsockrpc.sealed import (
     OPENING_SIZE,
     AnswerOpener,

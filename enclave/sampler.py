@@ -1,0 +1,201 @@
+"""The next token, from the model's logits and one request's parameters. Only the engine process imports this.
+
+llama.cpp's own samplers make the choice, each request's chain with a generator of its own, so that no neighbour uses up
+another's random numbers. What would cost Python or llama.cpp a pass over the whole vocabulary that nobody needs is
+spared: the likeliest token of all is one call of numpy.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import secrets
+from collections.abc import Sequence
+from typing import Any, Final
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+
+from enclave.generation import InvalidRequest
+from vsockrpc.chat import Generation
+
+Logits = npt.NDArray[np.float32]
+
+_CANDIDATE: Final = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+"""``llama_token_data``."""
+
+
+class GrammarRefused(InvalidRequest):
+    """llama.cpp does not take a grammar that was made for a request."""
+
+
+class Sampler:
+    """One request's way from logits to tokens. Its parameters are within the bounds of ``Generation``'s decoding."""
+
+    def __init__(
+        self, vocabulary: Any, size: int, request: Generation, prompt: Sequence[int], *, grammar: str | None = None
+    ) -> None:
+        """``size`` is the vocabulary's, in tokens. ``grammar`` is GBNF with the rule ``root``.
+
+        Raises InvalidRequest for a bias of a token that there is not, and GrammarRefused.
+        """
+        unknown = [token for token, _ in request.logit_bias if token >= size]
+        if unknown:
+            raise InvalidRequest("logit_bias names a token that there is not", expected=f"< {size}", got=unknown[0])
+        self._top_logprobs = request.top_logprobs
+        self._vocabulary = vocabulary
+        self._grammar = None if grammar is None else self._make_grammar(grammar)
+        self._chain: Any = None
+        if not _takes_the_likeliest(request):
+            self._chain = _there(llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params()))
+            self._fill(request, size, prompt)
+
+    def _make_grammar(self, grammar: str) -> Any:
+        made = llama_cpp.llama_sampler_init_grammar(self._vocabulary, grammar.encode(), b"root")
+        if not made:
+            raise GrammarRefused("the grammar of the requested format is not accepted")
+        return made
+
+    def _fill(self, request: Generation, size: int, prompt: Sequence[int]) -> None:
+        """In llama.cpp's own order. Repetition counts from the prompt on, frequency and presence in the answer alone,
+        as OpenAI's API has it.
+        """
+        if request.logit_bias:
+            biases = (llama_cpp.llama_logit_bias * len(request.logit_bias))(
+                *(llama_cpp.llama_logit_bias(token, bias) for token, bias in request.logit_bias)
+            )
+            self._add(llama_cpp.llama_sampler_init_logit_bias(size, len(biases), biases))
+        if request.repetition_penalty != 1:
+            repeated = llama_cpp.llama_sampler_init_penalties(
+                size, len(prompt) + _ANSWER_WINDOW, request.repetition_penalty, 0, 0
+            )
+            self._add(repeated)
+            for token in prompt:
+                llama_cpp.llama_sampler_accept(repeated, token)
+        if request.frequency_penalty or request.presence_penalty:
+            self._add(
+                llama_cpp.llama_sampler_init_penalties(
+                    size, _ANSWER_WINDOW, 1, request.frequency_penalty, request.presence_penalty
+                )
+            )
+        if request.temperature == 0:
+            self._add(llama_cpp.llama_sampler_init_greedy())
+            return
+        if request.top_k > 0:
+            self._add(llama_cpp.llama_sampler_init_top_k(request.top_k))
+        if request.typical_p < 1:
+            self._add(llama_cpp.llama_sampler_init_typical(request.typical_p, 1))
+        if request.top_p < 1:
+            self._add(llama_cpp.llama_sampler_init_top_p(request.top_p, 1))
+        if request.min_p > 0:
+            self._add(llama_cpp.llama_sampler_init_min_p(request.min_p, 1))
+        self._add(llama_cpp.llama_sampler_init_temp(request.temperature))
+        seed = secrets.randbits(32) if request.seed is None else request.seed
+        self._add(llama_cpp.llama_sampler_init_dist(seed))
+
+    def _add(self, link: Any) -> None:
+        llama_cpp.llama_sampler_chain_add(self._chain, _there(link))
+
+    def sample(self, logits: Logits, candidates: Candidates, *, is_constrained: bool) -> int:
+        """The next token. The grammar has its say where ``is_constrained``, and only the tokens of such places count
+        for it.
+
+        The choice is made without the grammar first, and again with it only if it was none that the grammar allows: a
+        pass of the grammar over a whole vocabulary costs as much as the decoding.
+        """
+        token = self._choose(logits, candidates, grammar=None)
+        if self._grammar is not None and is_constrained:
+            if not candidates.allows(self._grammar, token):
+                token = self._choose(logits, candidates, grammar=self._grammar)
+            llama_cpp.llama_sampler_accept(self._grammar, token)
+        if self._chain is not None:
+            llama_cpp.llama_sampler_accept(self._chain, token)
+        return token
+
+    def _choose(self, logits: Logits, candidates: Candidates, *, grammar: Any) -> int:
+        if self._chain is None and grammar is None:
+            return int(logits.argmax())
+        candidates.fill(logits)
+        if grammar is not None:
+            candidates.apply(grammar)
+        return candidates.likeliest() if self._chain is None else candidates.choose(self._chain)
+
+    def logprobs(self, logits: Logits, token: int) -> tuple[float, list[tuple[int, float]]] | None:
+        """The natural logarithm of a token's probability in the model's own distribution, and the likeliest tokens with
+        theirs: where the request asked for it.
+        """
+        if self._top_logprobs is None:
+            return None
+        highest = logits.max()
+        total = float(highest) + float(np.log(np.exp(logits - highest, dtype=np.float64).sum()))
+        count = min(self._top_logprobs, len(logits))
+        top = np.argpartition(logits, -count)[-count:] if count else np.empty(0, np.intp)
+        ordered = top[np.argsort(-logits[top], kind="stable")]
+        return float(logits[token]) - total, [(int(each), float(logits[each]) - total) for each in ordered]
+
+    def close(self) -> None:
+        for made in (self._chain, self._grammar):
+            if made is not None:
+                llama_cpp.llama_sampler_free(made)
+
+
+_ANSWER_WINDOW: Final = 1 << 13
+"""Tokens of an answer that penalties look back on."""
+
+
+def _takes_the_likeliest(request: Generation) -> bool:
+    """Of all tokens, by their logits as they are."""
+    return (
+        request.temperature == 0
+        and not request.logit_bias
+        and request.repetition_penalty == 1
+        and request.frequency_penalty == request.presence_penalty == 0
+    )
+
+
+class Candidates:
+    """Room for one ``llama_token_data`` of each token, filled anew for each choice. Whoever samples shares it."""
+
+    def __init__(self, size: int) -> None:
+        self._data = np.zeros(size, _CANDIDATE)
+        self._ids = np.arange(size, dtype=np.int32)
+        self._array = llama_cpp.llama_token_data_array()
+        self._one = np.zeros(1, _CANDIDATE)
+        self._single = llama_cpp.llama_token_data_array()
+        assert _CANDIDATE.itemsize == ctypes.sizeof(llama_cpp.llama_token_data)
+
+    def fill(self, logits: Logits) -> None:
+        self._data["id"] = self._ids
+        self._data["logit"] = logits
+        self._point(self._array, self._data)
+
+    def apply(self, sampler: Any) -> None:
+        llama_cpp.llama_sampler_apply(sampler, ctypes.byref(self._array))
+
+    def choose(self, chain: Any) -> int:
+        """What a chain selects."""
+        self.apply(chain)
+        selected = self._array.selected
+        if not 0 <= selected < self._array.size:
+            raise RuntimeError("the samplers selected no token")
+        return int(self._array.data[selected].id)
+
+    def likeliest(self) -> int:
+        return int(self._data["id"][self._data["logit"].argmax()])
+
+    def allows(self, grammar: Any, token: int) -> bool:
+        self._one[0] = (token, 1.0, 0.0)
+        self._point(self._single, self._one)
+        llama_cpp.llama_sampler_apply(grammar, ctypes.byref(self._single))
+        return bool(self._one["logit"][0] != -np.inf)
+
+    @staticmethod
+    def _point(array: Any, data: npt.NDArray[Any]) -> None:
+        array.data = ctypes.cast(data.ctypes.data, llama_cpp.llama_token_data_p)
+        array.size, array.selected, array.sorted = len(data), -1, False
+
+
+def _there(pointer: Any) -> Any:
+    if not pointer:
+        raise MemoryError("llama.cpp returned no object")
+    return pointer
