@@ -31,10 +31,10 @@ from parent.modelstore import ModelStore
 from parent.proxy import Proxy
 from strongroom.session import Session
 from tests.attested import policy_for, software_nsm, write_policy
-from tests.engines import EchoEngine
+from tests.engines import EchoEngine, engine_settings
 from tests.gguf_files import TEXT, Gguf
 from vsockrpc.address import TcpAddress, UnixAddress
-from vsockrpc.chat import ChatMessage, ChatRequest
+from vsockrpc.chat import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest
 from vsockrpc.http import SEALED_PATH
 from vsockrpc.http_server import HttpServer, listen_on
 from vsockrpc.messages import Delta, Done
@@ -58,8 +58,8 @@ class HouseEngine(EchoEngine):
     """The echo, which remembers what it was asked, and waits before each step while ``gate`` says so."""
 
     def __init__(self) -> None:
-        super().__init__(context=256, before_step=self._wait)
-        self.requests: list[ChatRequest] = []
+        super().__init__(engine_settings(context=256), before_step=self._wait)
+        self.requests: list[GenerationRequest] = []
         self.refuse: Exception | None = None
         self.say: str | None = None
         """What it answers with, instead of what it was asked."""
@@ -72,12 +72,12 @@ class HouseEngine(EchoEngine):
         if self.gate is not None:
             await self.gate()
 
-    async def generate(self, request: ChatRequest) -> AsyncGenerator[GenerationEvent, None]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
         self.requests.append(request)
         if self.refuse is not None:
             raise self.refuse
         if self.say is not None:
-            request = replace(request, messages=(ChatMessage("user", self.say),))
+            request = _saying(request, self.say)
         self.idle.clear()
         try:
             async with contextlib.aclosing(super().generate(request)) as events:
@@ -199,6 +199,13 @@ manifest = "sha384:{self.manifest.digest().hex()}"
     async def restart(self) -> None:
         await self.stop()
         await self.start()
+
+
+def _saying(request: GenerationRequest, text: str) -> GenerationRequest:
+    """The same request, with this in place of what is echoed."""
+    if isinstance(request, CompletionRequest):
+        return replace(request, prompt=text)
+    return replace(request, messages=(ChatMessage("user", text),))
 
 
 def _fail(error: BaseException) -> None:

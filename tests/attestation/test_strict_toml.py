@@ -24,15 +24,25 @@ def refused(take: Callable[[], object]) -> PolicyError:
 def test_fields_of_the_right_type_are_taken() -> None:
     whole = Table(
         "",
-        {"table": {"a": 1}, "tables": [{}], "integer": -(2**63), "true": True, "text": "x" * MAX_TEXT, "hex": "0aFF"},
+        {
+            "table": {"a": 1},
+            "tables": [{}],
+            "integer": -(2**63),
+            "true": True,
+            "no": False,
+            "text": "x" * MAX_TEXT,
+            "hex": "0aFF",
+        },
     )
     assert whole.table("table").integer("a") == 1
     assert len(whole.tables("tables")) == 1
     assert whole.integer("integer") == -(2**63)
     whole.true("true")
+    assert whole.flag("true") is True
+    assert whole.flag("no") is False
     assert whole.text("text") == "x" * MAX_TEXT
     assert whole.hexadecimal("hex", 2) == b"\x0a\xff"
-    assert list(whole) == ["table", "tables", "integer", "true", "text", "hex"]
+    assert list(whole) == ["table", "tables", "integer", "true", "no", "text", "hex"]
     whole.finish()
     assert table(["one", "two"]).texts("key") == [("above.key[0]", "one"), ("above.key[1]", "two")]
     assert table(2**63 - 1).integer("key") == 2**63 - 1
@@ -45,6 +55,7 @@ def test_fields_of_the_right_type_are_taken() -> None:
         (Table.tables, [{}, [1], "text"]),
         (Table.integer, [True, 1.0, "1", 2**63, -(2**63) - 1]),
         (Table.true, [False, 1, "true"]),
+        (Table.flag, [0, 1, "true", []]),
         (Table.text, [1, "", "  ", "two\nlines", "\x1b[2J", "x" * (MAX_TEXT + 1)]),
         (lambda each, key: each.hexadecimal(key, 2), [b"\x00\x00", "00", "00000", "0x00", "zzzz", "00 0"]),
         (Table.texts, ["text", {}, [1], [""]]),

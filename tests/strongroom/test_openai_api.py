@@ -148,7 +148,7 @@ def test_delivery() -> None:
         ({"messages": "hello"}, None, "messages"),
         ({"messages": [HELLO] * 1025}, None, "messages"),
         ({"messages": ["hello"]}, None, "messages[0]"),
-        ({"messages": [HELLO, {"role": "tool", "content": "x"}]}, None, "messages[1].role"),
+        ({"messages": [HELLO, {"role": "tool", "content": "x"}]}, None, "messages[1].tool_call_id"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, None, "messages[0].role"),
         ({"messages": [{"role": "user"}]}, None, "content"),
         ({"messages": [{"role": "user", "content": None}]}, None, "content"),
@@ -157,7 +157,7 @@ def test_delivery() -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, None, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, None, "messages[0].content"),
         ({"messages": [{"role": "user", "content": ["text"]}]}, None, "messages[0].content"),
-        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]}, None, "tool_calls"),
+        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]}, None, "messages[0].tool_calls[0]"),
     ],
 )
 def test_refusals_name_the_parameter(fields: dict[str, object], code: str | None, param: str) -> None:
