@@ -17,12 +17,14 @@ from attestation.commitment import Entropy
 from attestation.keypolicy.document import KeyArn
 from attestation.reference import configuration_digest
 from enclave.config import (
+    MAX_PARALLEL,
     MAX_ROTATIONS,
     ChannelSettings,
     ConfigurationError,
     EnclaveConfiguration,
     EngineSettings,
     KmsSettings,
+    KvType,
     Limits,
     PacingSettings,
     WrappedKey,
@@ -45,7 +47,10 @@ manifest = "sha384:{DIGEST}"
 INTEGERS = {
     "model.max_bytes": (1, 1 << 40),
     "engine.context": (64, 1 << 20),
+    "engine.parallel": (1, 64),
+    "engine.cells": (2048, 4 * 2048),
     "engine.batch": (16, 4096),
+    "engine.prefill": (1, 256),
     "engine.threads": (0, 256),
     "engine.queue": (1, 1024),
     "engine.uid": (1, 2**31 - 1),
@@ -58,6 +63,7 @@ INTEGERS = {
     "limits.request_bytes": (4096, 4 << 20),
     "limits.request_seconds": (1, 86400),
 }
+NO_NUMBERS = {"engine.kv_type", "engine.repack"}
 REQUIRED = (
     "version",
     "rpc",
@@ -138,7 +144,18 @@ def test_the_smallest_one_has_these_defaults() -> None:
         model_store=VsockAddress(3, 5001),
         manifest=bytes.fromhex(DIGEST),
         max_model_bytes=64 << 30,
-        engine=EngineSettings(context=2048, batch=128, threads=0, queue=64, uid=64001),
+        engine=EngineSettings(
+            context=2048,
+            parallel=4,
+            cells=4 * 2048,
+            kv_type=KvType.F16,
+            repack=True,
+            batch=256,
+            prefill=64,
+            threads=0,
+            queue=64,
+            uid=64001,
+        ),
         channel=ChannelSettings(rotation_seconds=300, lifetime_seconds=600, max_requests=65536),
         pacing=PacingSettings(tick_ms=50, record_bytes=512, bucket_records=8),
         limits=Limits(request_bytes=1 << 20, request_seconds=600),
@@ -209,11 +226,74 @@ def test_every_number_of_the_configuration_is_in_this_table() -> None:
     """So that a new setting does not come without its bounds' test."""
     sections = {"engine": EngineSettings, "channel": ChannelSettings, "pacing": PacingSettings, "limits": Limits}
     named = {f"{section}.{field.name}" for section, kind in sections.items() for field in fields(kind)}
-    assert named | {"model.max_bytes"} == INTEGERS.keys()
+    assert named | {"model.max_bytes"} == INTEGERS.keys() | NO_NUMBERS
     held = {name for name, kind in get_type_hints(EnclaveConfiguration).items() if kind in sections.values()}
     assert held == sections.keys()
     settings = {kind for kind in vars(enclave.config).values() if is_settings(kind)}
     assert settings == {*sections.values(), KmsSettings, WrappedKey}  # the two of KMS have a test of their own
+
+
+# --- The engine's sizes, which bound one another ------------------------------------------------------------------
+
+
+def test_sequences_have_cells_for_all_contexts_unless_it_is_said_otherwise() -> None:
+    settings = parsed(engine__context=512, engine__parallel=8).engine
+    assert (settings.cells, settings.shares_cells) == (8 * 512, False)
+    shared = parsed(engine__context=512, engine__parallel=8, engine__cells=8 * 512 - 1).engine
+    assert shared.shares_cells
+    assert not parsed(engine__context=512, engine__parallel=1, engine__cells=512).engine.shares_cells
+
+
+@pytest.mark.parametrize("cells", [512, 3 * 512])
+def test_cells_are_those_of_one_context_to_all(cells: int) -> None:
+    assert parsed(engine__context=512, engine__parallel=3, engine__cells=cells).engine.cells == cells
+    step = 1 if cells > 512 else -1
+    error = refusal(written(engine__context=512, engine__parallel=3, engine__cells=cells + step))
+    assert (error.message.split(":")[0], error.expected, error.got) == ("engine.cells", "512..1536", str(cells + step))
+
+
+def test_a_step_takes_a_token_of_each_sequence() -> None:
+    assert parsed(engine__parallel=MAX_PARALLEL, engine__batch=MAX_PARALLEL).engine.batch == MAX_PARALLEL
+    error = refusal(written(engine__parallel=17, engine__batch=16))
+    assert error.message.startswith("engine.batch: ")
+    assert (error.expected, error.got) == (">= 17, a token of each sequence", "16")
+
+
+def test_prompts_have_at_most_a_whole_step() -> None:
+    assert parsed(engine__batch=16).engine.prefill == 16
+    assert parsed(engine__batch=4096).engine.prefill == 64
+    assert parsed(engine__batch=512, engine__prefill=512).engine.prefill == 512
+    error = refusal(written(engine__batch=16, engine__prefill=17))
+    assert (error.message.split(":")[0], error.expected, error.got) == ("engine.prefill", "1..16", "17")
+
+
+@pytest.mark.parametrize("kind", KvType)
+def test_keys_and_values_are_kept_as_one_of_these(kind: KvType) -> None:
+    kept = parsed(engine__kv_type=str(kind)).engine.kv_type
+    assert kept is kind
+
+
+@pytest.mark.parametrize("value", ["F16", "q5_1", "f16 "])
+def test_keys_and_values_are_kept_as_nothing_else(value: str) -> None:
+    error = refusal(written(engine__kv_type=value))
+    assert error.message.startswith("engine.kv_type: ")
+    assert (error.expected, error.got) == ("f16 or q8_0 or q4_0", repr(value))
+    assert refusal(written(engine__kv_type=16)).message.startswith("engine.kv_type: ")
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_weights_are_repacked_or_not(value: bool) -> None:
+    assert parsed(engine__repack=value).engine.repack is value
+
+
+@pytest.mark.parametrize("value", [0, 1, "true", "yes"])
+def test_a_flag_is_true_or_false(value: object) -> None:
+    error = refusal(written(engine__repack=value))
+    assert error.message.startswith("engine.repack: ")
+    assert error.expected == "true or false"
+
+
+# --- Other types --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [0, 2])
