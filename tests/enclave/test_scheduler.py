@@ -1,255 +1,339 @@
-"""The scheduler and the text of answers, without a model: whatever comes in whatever order, the rules hold."""
+"""The scheduler as pure data: whatever comes when, everybody is answered, with the tokens that he would get alone."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from enclave.answer import AnswerText
-from enclave.generation import ContextExceeded, Overloaded, TextDelta
-from enclave.scheduler import PromptRead, Sampled, Scheduler, Step
+from enclave.generation import ContextExceeded, Overloaded
+from enclave.kv_cache import Copy, KvCache, Truncate
+from enclave.reply import TextReply
+from enclave.scheduler import Admission, Row, Sampled, Scheduler, Step
+from vsockrpc.chat import CompletionRequest
+from vsockrpc.messages import Delta, Done, Usage
 
-# --- Text
-# --------------------------------------------------------------------------------------------------------------
-
-
-def expected_text(data: bytes, stops: Sequence[str]) -> tuple[str, bool]:
-    """What comes out by the definition: character by character, until one completes a stop string."""
-    text = data.decode("utf-8", "replace")
-    for end in range(1, len(text) + 1):
-        starts = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
-        if starts:
-            return text[: min(starts)], True
-    return text, False
+END = 0
+"""The token that ends an answer."""
 
 
-def pieces_of(data: bytes, cuts: Sequence[int]) -> list[bytes]:
-    edges = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
-    return [data[start:end] for start, end in pairwise(edges)]
+def next_token(tokens: Sequence[int]) -> int:
+    """A model: the next token is a matter of all before it and of nothing else. One in eleven ends."""
+    return sum((place + 1) * token for place, token in enumerate(tokens)) % 11
 
 
-TEXTS = st.text("abcé🌞", max_size=24)
-STOPS = st.lists(st.text("abcé🌞", min_size=1, max_size=4), max_size=4)
-CUTS = st.lists(st.integers(0, 100), max_size=12)
+def alone(prompt: Sequence[int], budget: int) -> list[int]:
+    """What a sequence comes to that nobody is beside."""
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + budget and (token := next_token(tokens)) != END:
+        tokens.append(token)
+    return tokens[len(prompt) :]
 
 
-@given(st.one_of(TEXTS.map(str.encode), st.binary(max_size=24)), STOPS, CUTS)
-def test_the_pieces_boundaries_do_not_change_the_text(data: bytes, stops: list[str], cuts: list[int]) -> None:
-    answer = AnswerText(stops)
-    out: list[str] = []
-    for piece in pieces_of(data, cuts):
-        if not answer.stopped:
-            out.append(answer.push(piece))
-    if not answer.stopped:
-        out.append(answer.finish())
-    assert ("".join(out), answer.stopped) == expected_text(data, stops)
+@dataclass
+class Memory:
+    """llama.cpp's, as far as the scheduler can tell: what stands in which slot, and whose it is."""
+
+    slots: list[list[int]]
+    owners: list[bytes | None]
+
+    @classmethod
+    def of(cls, slots: int) -> Memory:
+        return cls([[] for _ in range(slots)], [None] * slots)
+
+    def decode(self, step: Step, namespaces: dict[int, bytes | None]) -> dict[int, Sampled]:
+        for edit in step.edits:
+            match edit:
+                case Truncate(slot, length):
+                    assert length < len(self.slots[slot]), "an edit that changes nothing"
+                    del self.slots[slot][length:]
+                case Copy(source, target):
+                    assert self.slots[target] == []
+                    self.slots[target] = list(self.slots[source])
+                    self.owners[target] = self.owners[source]
+        for row in step.rows:
+            cells = self.slots[row.slot]
+            assert row.start == len(cells)
+            namespace = namespaces[row.request]
+            if cells:
+                assert self.owners[row.slot] == namespace, "cells of another namespace"
+            self.owners[row.slot] = namespace
+            cells.extend(row.tokens)
+        assert len({row.slot for row in step.rows}) == len(step.rows)
+        return {row.request: sampled(next_token(self.slots[row.slot])) for row in step.rows if row.samples}
 
 
-@given(TEXTS.map(str.encode), STOPS, CUTS)
-def test_what_came_out_is_never_the_beginning_of_a_stop_string_that_follows(
-    data: bytes, stops: list[str], cuts: list[int]
-) -> None:
-    answer = AnswerText(stops)
-    whole, _ = expected_text(data, stops)
-    out = ""
-    for piece in pieces_of(data, cuts):
-        out += answer.push(piece)
-        assert whole.startswith(out)
+def sampled(token: int) -> Sampled:
+    return Sampled(token, b"%x" % token, ends=token == END)
 
 
-def test_a_stop_string_may_straddle_tokens_and_is_held_back() -> None:
-    answer = AnswerText(["STOP"])
-    assert [answer.push(piece) for piece in (b"say S", b"T", b"A", b" ST", b"OP and more")] == [
-        "say ",
-        "",
-        "STA",
-        " ",
-        "",
+def scheduler(
+    *, slots: int = 4, cells: int | None = None, context: int = 64, step: int = 16, beside: int = 8, queue: int = 8
+) -> Scheduler:
+    cache = KvCache(slots=slots, cells=slots * context if cells is None else cells)
+    return Scheduler(cache=cache, slots=slots, context=context, step=step, beside=beside, queue=queue)
+
+
+def asks(
+    request: int, prompt: Sequence[int], *, budget: int | None = None, namespace: bytes | None = None
+) -> Admission:
+    return Admission(request, prompt, TextReply(CompletionRequest("")), max_tokens=budget, namespace=namespace)
+
+
+@dataclass
+class Machine:
+    """A scheduler and a memory for it."""
+
+    scheduler: Scheduler
+    slots: int = 4
+    said: dict[int, str] = field(default_factory=dict)
+    done: dict[int, Done] = field(default_factory=dict)
+    namespaces: dict[int, bytes | None] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.memory = Memory.of(self.slots)
+
+    def admit(self, admission: Admission) -> None:
+        self.scheduler.admit(admission)
+        self.namespaces[admission.request] = admission.namespace
+
+    def step(self) -> Step | None:
+        step = self.scheduler.plan()
+        if step is None:
+            return None
+        self.steps.append(step)
+        for request, output in self.scheduler.apply(step, self.memory.decode(step, self.namespaces)):
+            assert request not in self.done, "something follows the end"
+            match output:
+                case Delta(content):
+                    self.said[request] = self.said.get(request, "") + content
+                case Done():
+                    self.done[request] = output
+        return step
+
+    def run(self, limit: int = 10_000) -> None:
+        for _ in range(limit):
+            if self.step() is None:
+                assert self.scheduler.idle
+                return
+        raise AssertionError("it does not come to an end")
+
+
+# --- One after the other ----------------------------------------------------------------------------------------------
+
+
+def test_an_answer_is_what_the_model_says_and_an_end() -> None:
+    machine = Machine(scheduler())
+    machine.admit(asks(7, [3, 5], budget=9))
+    machine.run()
+    expected = alone([3, 5], 9)
+    assert machine.said[7] == "".join(f"{token:x}" for token in expected)
+    reason = "length" if len(expected) == 9 else "stop"
+    assert machine.done[7] == Done(reason, Usage(2, len(expected)))
+
+
+def test_a_prompt_is_read_in_chunks_and_only_its_last_token_asks_for_the_next() -> None:
+    machine = Machine(scheduler())
+    machine.admit(asks(1, [1] * 40, budget=1))
+    machine.run()
+    assert [(row.start, len(row.tokens), row.samples) for step in machine.steps for row in step.rows] == [
+        (0, 16, False),
+        (16, 16, False),
+        (32, 8, True),
     ]
-    assert answer.stopped
-    assert answer.finish() == ""
 
 
-def test_a_character_may_straddle_tokens() -> None:
-    answer = AnswerText()
-    sun = "🌞".encode()
-    assert [answer.push(sun[:1]), answer.push(sun[1:3]), answer.push(sun[3:] + b"!")] == ["", "", "🌞!"]
-    assert answer.push(sun[:2]) + answer.finish() == "\ufffd"
+def test_a_long_prompt_takes_no_more_than_its_share_beside_an_answer() -> None:
+    machine = Machine(scheduler())
+    machine.admit(asks(1, [2], budget=30))
+    machine.step()
+    machine.admit(asks(2, [1] * 40, budget=1))
+    while 2 not in machine.done:
+        step = machine.step()
+        assert step is not None
+        rows = {row.request: len(row.tokens) for row in step.rows}
+        assert rows.get(1, 1) == 1
+        assert rows[2] <= 8
 
 
-# --- The scheduler
-# -------------------------------------------------------------------------------------------------------
-
-SAMPLED = Sampled(7, b"ab", ends=False)
-END = Sampled(2, b"", ends=True)
-
-
-def run(scheduler: Scheduler, *sampled: Sampled) -> list[tuple[Step, Sequence[object]]]:
-    """Carries out steps until there are none; samples come from ``sampled``, the last of them for ever."""
-    steps: list[tuple[Step, Sequence[object]]] = []
-    left = list(sampled)
-    while (step := scheduler.plan()) is not None:
-        token = None
-        if step.samples:
-            token = left.pop(0) if len(left) > 1 else left[0]
-        steps.append((step, scheduler.apply(step, token)))
-    return steps
+def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
+    machine = Machine(scheduler(context=400))
+    machine.admit(asks(1, [1] * 300, budget=1))
+    machine.step()
+    machine.admit(asks(2, [1] * 4, budget=1))
+    machine.step()
+    assert 2 in machine.done
+    assert 1 not in machine.done
 
 
-def test_a_prompt_is_read_in_chunks_and_sampled_from_its_last_token() -> None:
-    scheduler = Scheduler(context=100, chunk=4, queue=1)
-    scheduler.admit(1, list(range(10)), max_tokens=2, stop=())
-    steps = run(scheduler, SAMPLED)
-    assert [(list(step.tokens), step.start, step.samples) for step, _ in steps] == [
-        ([0, 1, 2, 3], 0, False),
-        ([4, 5, 6, 7], 4, False),
-        ([8, 9], 8, True),
-        ([7], 10, True),
-    ]
-    assert [list(outputs) for _, outputs in steps] == [
-        [PromptRead()],
-        [PromptRead()],
-        [TextDelta("ab")],
-        [TextDelta("ab"), Finished("length", 10, 2)],
-    ]
-    assert scheduler.idle
+def test_clients_take_turns() -> None:
+    """Whoever asks for much waits behind whoever asks for little."""
+    machine = Machine(scheduler(slots=1, queue=8), slots=1)
+    a, b = b"a" * 32, b"b" * 32
+    machine.admit(asks(0, [1], budget=2, namespace=a))
+    machine.step()
+    for request in range(1, 5):
+        machine.admit(asks(request, [request + 1], budget=2, namespace=a))
+    machine.admit(asks(10, [9], budget=2, namespace=b))
+    machine.run()
+    assert list(machine.done).index(10) <= 2
 
 
-def test_an_end_token_is_not_counted_and_releases_what_was_held() -> None:
-    scheduler = Scheduler(context=100, chunk=4, queue=1)
-    scheduler.admit(1, [1], max_tokens=None, stop=("abc",))
-    assert [list(outputs) for _, outputs in run(scheduler, SAMPLED, END)] == [
-        [],
-        [TextDelta("ab"), Finished("stop", 1, 1)],
-    ]
+def test_one_client_cannot_have_the_whole_queue() -> None:
+    machine = Machine(scheduler(slots=1, queue=4))
+    a = b"a" * 32
+    machine.admit(asks(0, [1], namespace=a))
+    machine.step()
+    machine.admit(asks(1, [1], namespace=a))
+    machine.admit(asks(2, [1], namespace=a))
+    with pytest.raises(Overloaded) as caught:
+        machine.admit(asks(3, [1], namespace=a))
+    assert (caught.value.expected, caught.value.got) == ("<= 2 waiting of one client", "3")
+    machine.admit(asks(4, [1]))
+    machine.admit(asks(5, [1]))
+    with pytest.raises(Overloaded) as caught:
+        machine.admit(asks(6, [1]))
+    assert (caught.value.expected, caught.value.got) == ("<= 4 waiting", "5")
 
 
-def test_a_stop_string_ends_the_answer() -> None:
-    scheduler = Scheduler(context=100, chunk=4, queue=1)
-    scheduler.admit(1, [1], max_tokens=None, stop=("ba",))
-    assert [list(outputs) for _, outputs in run(scheduler, SAMPLED)] == [[TextDelta("a")], [Finished("stop", 1, 2)]]
-
-
-def test_a_stop_string_that_the_last_bytes_complete_is_a_stop() -> None:
-    scheduler = Scheduler(context=100, chunk=4, queue=1)
-    scheduler.admit(1, [1], max_tokens=1, stop=("\ufffd",))
-    assert [list(outputs) for _, outputs in run(scheduler, Sampled(9, b"a\xf0\x9f", ends=False))] == [
-        [TextDelta("a"), Finished("stop", 1, 1)]
-    ]
-
-
-@pytest.mark.parametrize(("prompt", "tokens"), [(1, 7), (6, 2), (7, 1)])
-def test_the_context_bounds_the_answer(prompt: int, tokens: int) -> None:
-    scheduler = Scheduler(context=8, chunk=8, queue=1)
-    scheduler.admit(1, [0] * prompt, max_tokens=1000, stop=())
-    steps = run(scheduler, SAMPLED)
-    assert steps[-1][1][-1] == Finished("length", prompt, tokens)
-    assert all(step.start + len(step.tokens) <= 8 for step, _ in steps)
-
-
-def test_a_prompt_without_room_for_an_answer_is_refused() -> None:
-    scheduler = Scheduler(context=8, chunk=8, queue=1)
+def test_a_prompt_that_leaves_no_room_is_refused_with_both_numbers() -> None:
+    machine = scheduler(context=64)
     with pytest.raises(ContextExceeded) as caught:
-        scheduler.admit(1, [0] * 8, max_tokens=1, stop=())
-    assert (caught.value.expected, caught.value.got) == ("<= 7 tokens", "8 tokens")
-    assert scheduler.idle
+        machine.admit(asks(1, [1] * 64))
+    assert (caught.value.expected, caught.value.got) == ("<= 63 tokens", "64 tokens")
+    assert machine.idle
+    machine.admit(asks(2, [1] * 63))
+    with pytest.raises(ValueError, match="at least one token"):
+        machine.admit(asks(3, []))
 
 
-def test_a_result_that_was_not_planned_is_refused() -> None:
-    scheduler = Scheduler(context=8, chunk=8, queue=1)
-    scheduler.admit(1, [0], max_tokens=3, stop=())
-    step = scheduler.plan()
+def test_the_second_turn_reads_what_is_new() -> None:
+    machine = Machine(scheduler())
+    machine.admit(asks(1, [3] * 12, budget=4, namespace=b"a" * 32))
+    machine.run()
+    history = [3] * 12 + alone([3] * 12, 4)
+    machine.steps.clear()
+    machine.admit(asks(2, [*history, 5, 6], budget=1, namespace=b"a" * 32))
+    machine.run()
+    assert machine.steps[0].rows[0].start == len(history) - 1  # the last one of an answer was never decoded
+    assert machine.done[2].usage.cached_tokens == len(history) - 1
+
+
+def test_the_youngest_gives_way_when_the_cells_run_out_and_comes_back() -> None:
+    machine = Machine(scheduler(slots=2, cells=30, context=30), slots=2)
+    prompts = {1: [1] * 12, 2: [2] * 12}
+    for request, prompt in prompts.items():
+        machine.admit(asks(request, prompt, budget=15))
+    machine.run()
+    for request, prompt in prompts.items():
+        assert machine.said[request] == "".join(f"{token:x}" for token in alone(prompt, 15))
+    assert machine.scheduler.preempted
+
+
+def test_a_step_that_was_not_planned_is_refused() -> None:
+    machine = scheduler()
+    machine.admit(asks(1, [1]))
+    step = machine.plan()
     assert step is not None
-    with pytest.raises(ValueError, match="not the result"):
-        scheduler.apply(step, None)
-    scheduler.apply(step, SAMPLED)
-    with pytest.raises(ValueError, match="not the result"):
-        scheduler.apply(step, SAMPLED)
+    with pytest.raises(ValueError, match="a token for each row"):
+        machine.apply(step, {})
+    row = step.rows[0]
+    for wrong in (Row(2, row.slot, 0, [1], True), Row(1, row.slot + 1, 0, [1], True), Row(1, row.slot, 5, [1], True)):
+        with pytest.raises(ValueError, match="not the planned step"):
+            machine.apply(Step((), (wrong,)), {wrong.request: sampled(1)})
 
 
-class Machine(RuleBasedStateMachine):
-    """Any interleaving of arrivals, steps and cancellations, against a plain list of what should be there."""
+@pytest.mark.parametrize(
+    "wrong", [{"step": 2, "beside": 2}, {"beside": 0}, {"beside": 17}, {"queue": -1}, {"step": 0, "beside": 0}]
+)
+def test_sizes_that_cannot_work(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="a step has room"):
+        scheduler(**wrong)
 
-    CONTEXT, CHUNK, QUEUE = 24, 5, 3
+
+# --- Whatever comes, whenever -----------------------------------------------------------------------------------------
+
+SLOTS, CELLS, CONTEXT, STEP, BESIDE, QUEUE = 3, 40, 30, 9, 4, 4
+NAMESPACES = (None, b"a" * 32, b"b" * 32)
+PROMPTS = st.lists(st.integers(1, 2), min_size=1, max_size=CONTEXT + 2)
+"""Of two tokens, so that many begin alike."""
+
+
+class Arrivals(RuleBasedStateMachine):
+    """Requests arrive, are cancelled, and between all that steps are done, over cells that do not suffice for all."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = Scheduler(context=self.CONTEXT, chunk=self.CHUNK, queue=self.QUEUE)
-        self.next = 0
-        self.order: list[int] = []
-        self.prompts: dict[int, list[int]] = {}
-        self.budgets: dict[int, int] = {}
-        self.fed: dict[int, list[int]] = {}
-        self.sampled: dict[int, int] = {}
+        self.machine = Machine(
+            scheduler(slots=SLOTS, cells=CELLS, context=CONTEXT, step=STEP, beside=BESIDE, queue=QUEUE), SLOTS
+        )
+        self.asked: dict[int, tuple[list[int], int]] = {}
+        self.cancelled: set[int] = set()
+        self.number = 0
 
     @rule(
-        size=st.integers(1, 30), max_tokens=st.none() | st.integers(1, 12), stop=st.sampled_from([(), ("ba",), ("zz",)])
+        prompt=PROMPTS,
+        budget=st.none() | st.integers(1, CONTEXT),
+        namespace=st.sampled_from(NAMESPACES),
     )
-    def admit(self, size: int, max_tokens: int | None, stop: tuple[str, ...]) -> None:
-        number, prompt = self.next, list(range(100, 100 + size))
+    def admit(self, prompt: list[int], budget: int | None, namespace: bytes | None) -> None:
+        self.number += 1
+        before = self.machine.scheduler.waiting
         try:
-            self.scheduler.admit(number, prompt, max_tokens=max_tokens, stop=stop)
+            self.machine.admit(asks(self.number, prompt, budget=budget, namespace=namespace))
         except ContextExceeded:
-            assert size >= self.CONTEXT
-            return
+            assert len(prompt) >= CONTEXT
         except Overloaded:
-            assert len(self.order) == self.QUEUE + 1
-            return
-        assert size < self.CONTEXT
-        assert len(self.order) <= self.QUEUE
-        self.next += 1
-        self.order.append(number)
-        self.prompts[number], self.fed[number], self.sampled[number] = prompt, [], 0
-        self.budgets[number] = min(max_tokens or self.CONTEXT, self.CONTEXT - size)
+            assert before >= QUEUE // 2
+        else:
+            room = CONTEXT - len(prompt)
+            self.asked[self.number] = prompt, min(budget or room, room)
 
-    @precondition(lambda self: self.order)
+    @rule(count=st.integers(1, 6))
+    def work(self, count: int) -> None:
+        for _ in range(count):
+            self.machine.step()
+
+    @precondition(lambda self: self.asked.keys() - self.machine.done.keys() - self.cancelled)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
-        number = data.draw(st.sampled_from(self.order))
-        assert self.scheduler.cancel(number)
-        assert not self.scheduler.cancel(number)
-        self.order.remove(number)
-
-    @precondition(lambda self: self.order)
-    @rule(token=st.sampled_from([SAMPLED, Sampled(8, b"\xf0\x9f", ends=False), Sampled(9, b"", ends=False), END]))
-    def step(self, token: Sampled) -> None:
-        step = self.scheduler.plan()
-        assert step is not None
-        assert step == self.scheduler.plan()
-        number = self.order[0]
-        assert step.request == number
-        assert step.start == len(self.fed[number])
-        assert 1 <= len(step.tokens) <= self.CHUNK
-        self.fed[number] += step.tokens
-        prompt = self.prompts[number]
-        assert self.fed[number][: len(prompt)] == prompt[: len(self.fed[number])]
-        assert len(self.fed[number]) <= self.CONTEXT
-        assert step.samples == (len(self.fed[number]) >= len(prompt))
-        outputs = self.scheduler.apply(step, token if step.samples else None)
-        if step.samples and not token.ends:
-            self.sampled[number] += 1
-        finished = [output for output in outputs if isinstance(output, Finished)]
-        assert (
-            finished == list(outputs[-1:]) if finished else all(not isinstance(output, Finished) for output in outputs)
-        )
-        assert all(output.text for output in outputs if isinstance(output, TextDelta))
-        if finished:
-            assert finished[0].prompt_tokens == len(prompt)
-            assert finished[0].completion_tokens == self.sampled[number] <= self.budgets[number]
-            self.order.pop(0)
-        else:
-            assert self.sampled[number] < self.budgets[number]
-            assert not (step.samples and token.ends)
+        request = data.draw(st.sampled_from(sorted(self.asked.keys() - self.machine.done.keys() - self.cancelled)))
+        assert self.machine.scheduler.cancel(request)
+        assert not self.machine.scheduler.cancel(request)
+        self.cancelled.add(request)
+        seen = len(self.machine.steps)
+        self.machine.step()
+        assert all(row.request != request for step in self.machine.steps[seen:] for row in step.rows)
 
     @invariant()
-    def idle_means_empty(self) -> None:
-        assert self.scheduler.idle == (not self.order)
-        assert (self.scheduler.plan() is None) == (not self.order)
+    def budgets_hold(self) -> None:
+        assert sum(map(len, self.machine.memory.slots)) <= CELLS
+        for step in self.machine.steps[-6:]:
+            answering = sum(len(row.tokens) == 1 and row.samples for row in step.rows)
+            reading = sum(len(row.tokens) for row in step.rows) - answering
+            assert 0 < answering + reading <= STEP
+            assert not answering or reading <= BESIDE
+        assert self.machine.scheduler.waiting <= QUEUE + SLOTS  # who gave way is not turned away
+
+    def teardown(self) -> None:
+        self.machine.run()
+        for request, (prompt, budget) in self.asked.items():
+            if request in self.cancelled:
+                assert request not in self.machine.done
+                continue
+            expected = alone(prompt, budget)
+            assert self.machine.said.get(request, "") == "".join(f"{token:x}" for token in expected)
+            done = self.machine.done[request]
+            assert (done.usage.prompt_tokens, done.usage.completion_tokens) == (len(prompt), len(expected))
+            assert done.usage.cached_tokens < len(prompt)
+        kept = [slot for slot in self.machine.memory.slots if slot]
+        assert len(kept) <= SLOTS
 
 
-TestMachine = Machine.TestCase
+TestArrivals = pytest.mark.hypothesis(Arrivals.TestCase)
+TestArrivals.settings = settings(max_examples=120, stateful_step_count=30, suppress_health_check=list(HealthCheck))
