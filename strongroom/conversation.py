@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from attestation.verifier import AttestationResult
 from strongroom.options import F, err, load_policy, out, session_options
 from strongroom.render import printable, verdict_line, warn_of_labels
 from strongroom.session import Session
-from vsockrpc.chat import MAX_SEED, ChatMessage, ChatRequest
+from vsockrpc.chat import CACHE_SECRET_SIZE, MAX_SEED, ChatMessage, ChatRequest
 from vsockrpc.messages import Delta, Done
 
 _CONTROLS = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
@@ -50,14 +51,32 @@ def sampling_options(command: F) -> F:
     return command
 
 
-class Spoken:
-    """One answer as it streams to the terminal, with the times that it took on the client's clock."""
+class Voice:
+    """Where an answer is heard: standard output. Reasoning is shown to a person alone, dimmed, with an empty line
+    behind it; a file or another program gets the answer and nothing else.
+    """
 
-    def __init__(self, write: Callable[[str], None]) -> None:
-        self._write = write
+    def __init__(self) -> None:
+        self._reasons = False
+
+    def say(self, delta: Delta) -> None:
+        if delta.reasoning and out.is_terminal:
+            self._reasons = True
+            out.print(delta.reasoning.translate(_CONTROLS), style="dim", end="", soft_wrap=True)
+        if delta.content:
+            write_now("\n\n" * self._reasons + delta.content)
+            self._reasons = False
+
+
+class Spoken:
+    """One answer as it comes, with the times that it took on the client's clock."""
+
+    def __init__(self, say: Callable[[Delta], None] = lambda delta: None) -> None:
+        self._say = say
         self._asked = time.monotonic()
         self._first: float | None = None
         self.text = ""
+        self.reasoning = ""
         self.done: Done | None = None
         self.seconds_to_first = 0.0
         self.tokens_per_second = 0.0
@@ -66,10 +85,11 @@ class Spoken:
         async with contextlib.aclosing(session.chat(request)) as answers:
             async for answer in answers:
                 match answer:
-                    case Delta(content=text):
+                    case Delta():
                         self._first = self._first or time.monotonic()
-                        self.text += text
-                        self._write(text)
+                        self.text += answer.content
+                        self.reasoning += answer.reasoning
+                        self._say(answer)
                     case Done():
                         self._finish(answer)
 
@@ -87,6 +107,7 @@ class Spoken:
         assert self.done is not None
         return {
             "text": self.text,
+            "reasoning": self.reasoning,
             "finish_reason": self.done.finish_reason,
             "usage": self.done.usage.as_map(),
             "seconds_to_first_token": round(self.seconds_to_first, 4),
@@ -121,12 +142,18 @@ class Sampling:
     max_tokens: int
     temperature: float
     seed: int | None
+    cache_secret: bytes | None = None
+    """What the enclave has computed of a turn serves the next one."""
 
     def request(self, *messages: ChatMessage) -> ChatRequest:
         """Raises MessageError for what no enclave would accept."""
         beginning = (ChatMessage("system", self.system),) if self.system else ()
         request = ChatRequest(
-            (*beginning, *messages), max_tokens=self.max_tokens, temperature=self.temperature, seed=self.seed
+            (*beginning, *messages),
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            seed=self.seed,
+            cache_secret=self.cache_secret,
         )
         return ChatRequest.decode(request.encode())
 
@@ -156,7 +183,7 @@ def ask(
       git diff | strongroom ask - --system "Review this change."
     """
     request = Sampling(system, max_tokens, temperature, seed).request(ChatMessage("user", prompt_text(prompt)))
-    spoken = Spoken((lambda piece: None) if as_json else write_now)
+    spoken = Spoken() if as_json else Spoken(Voice().say)
     with open_session(url, policy) as (runner, session):
         result = runner.run(session.verify())
         warn_of_labels(err, result)
@@ -191,7 +218,8 @@ def chat(url: str, policy: Path, system: str | None, max_tokens: int, temperatur
         result = runner.run(session.verify())
         out.print(verdict_line(result))
         warn_of_labels(out, result)
-        talk(runner, session, Sampling(system, max_tokens, temperature, seed))
+        secret = secrets.token_bytes(CACHE_SECRET_SIZE)
+        talk(runner, session, Sampling(system, max_tokens, temperature, seed, cache_secret=secret))
 
 
 def talk(runner: asyncio.Runner, session: Session, sampling: Sampling) -> None:
@@ -208,7 +236,7 @@ def talk(runner: asyncio.Runner, session: Session, sampling: Sampling) -> None:
         if not line.strip():
             continue
         turn = (*history, ChatMessage("user", line))
-        spoken = Spoken(write_now)
+        spoken = Spoken(Voice().say)
         try:
             runner.run(spoken.listen(session, sampling.request(*turn)))
         except KeyboardInterrupt:

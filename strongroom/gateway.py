@@ -12,6 +12,8 @@ import json
 import secrets
 import time
 from collections.abc import AsyncGenerator, Mapping
+from dataclasses import replace
+from typing import Any, Final
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -21,34 +23,51 @@ from starlette.routing import Route
 
 from attestation.errors import StrongroomError
 from attestation.secret import Secret
-from strongroom.openai_api import (
-    ApiError,
-    CompletionRequest,
-    CompletionShape,
-    api_error_of,
-    model_of,
-    parse_completion_request,
-)
-from strongroom.session import RequestFailed, Session
+from strongroom.openai_answers import AnswerShape, ChatShape, CompletionShape, count_of, model_of
+from strongroom.openai_api import ApiError, Call, Q, api_error_of, parse_chat, parse_completion
+from strongroom.session import Session
+from vsockrpc.chat import CACHE_SECRET_SIZE, ChatRequest
 from vsockrpc.http_server import unless_client_leaves
 from vsockrpc.messages import Answer, Delta, Done, Start
 
-MAX_BODY_BYTES = 4 << 20
-NO_RETRY = "x-should-retry"
+MAX_BODY_BYTES: Final = 4 << 20
+NO_RETRY: Final = "x-should-retry"
 """OpenAI's own header: its clients do not try again when it says ``false``."""
+
+
+class PromptCache:
+    """Who shares with whom what an enclave has computed of a prompt: requests of one process with one
+    ``prompt_cache_key``, or with none. The secrets of different ones have nothing in common that anybody could find.
+    """
+
+    def __init__(self) -> None:
+        self._secret = secrets.token_bytes(CACHE_SECRET_SIZE)
+
+    def secret_of(self, key: str | None) -> bytes:
+        """32 bytes."""
+        return hmac.digest(self._secret, b"" if key is None else b"key:" + key.encode(), "sha256")
 
 
 class Gateway:
     """The routes. ``hosts`` are the ``host:port`` that a request may name; ``token`` is required as a bearer token when
     there is one. Only with a token may ``hosts`` be None, for any: a page that was rebound to this address lacks it.
+    Without a ``cache`` the enclave keeps nothing of a prompt for the next one.
     """
 
-    def __init__(self, session: Session, *, hosts: frozenset[str] | None, token: Secret | None = None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        *,
+        hosts: frozenset[str] | None,
+        token: Secret | None = None,
+        cache: PromptCache | None = None,
+    ) -> None:
         if hosts is None and token is None:
             raise ValueError("a gateway without a token names its hosts")
         self._session = session
         self._hosts = hosts
         self._token = token
+        self._cache = cache
         self._started = int(time.time())
 
     def application(self) -> Starlette:
@@ -57,6 +76,8 @@ class Gateway:
                 Route("/v1/models", self.models, methods=["GET"]),
                 Route("/v1/models/{name:path}", self.model, methods=["GET"]),
                 Route("/v1/chat/completions", self.chat_completions, methods=["POST"]),
+                Route("/v1/chat/completions/input_tokens", self.input_tokens, methods=["POST"]),
+                Route("/v1/completions", self.completions, methods=["POST"]),
                 Route("/healthz", self.health, methods=["GET"]),
             ],
             exception_handlers={
@@ -103,40 +124,69 @@ class Gateway:
 
     async def chat_completions(self, request: Request) -> Response:
         self._admit(request)
-        completion = parse_completion_request(await _json_body(request))
-        answers = self._session.chat(completion.chat)
-        try:
-            # Errors of the request come before its first text, while there is a status code to give them.
-            model, first = await unless_client_leaves(_begin(answers), request.receive)
-            shape = CompletionShape(f"chatcmpl-{secrets.token_hex(12)}", int(time.time()), model)
-            if completion.stream:
-                events = _events(shape, completion, first, answers)
-                return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-            text, done = await unless_client_leaves(_gather(first, answers), request.receive)
-        except BaseException:
-            await answers.aclose()
-            raise
-        return JSONResponse(shape.whole(text, done))
+        call = parse_chat(await _json_body(request))
+        return await _answered(request, call, self._session.chat(self._cached(call)), ChatShape)
+
+    async def completions(self, request: Request) -> Response:
+        self._admit(request)
+        call = parse_completion(await _json_body(request))
+        return await _answered(request, call, self._session.complete(self._cached(call)), CompletionShape)
+
+    async def input_tokens(self, request: Request) -> Response:
+        self._admit(request)
+        call = parse_chat(await _json_body(request))
+        return JSONResponse(count_of(await unless_client_leaves(self._session.count(call.request), request.receive)))
+
+    def _cached(self, call: Call[Q]) -> Q:
+        if self._cache is None:
+            return call.request
+        return replace(call.request, cache_secret=self._cache.secret_of(call.cache_key))
+
+
+async def _answered(
+    request: Request, call: Call[Any], answers: AsyncGenerator[Answer], kind: type[AnswerShape]
+) -> Response:
+    try:
+        # Errors of the request come before its first text, while there is a status code to give them.
+        model, first = await unless_client_leaves(_begin(answers), request.receive)
+        shape = kind(
+            kind.ID_PREFIX + secrets.token_hex(12),
+            int(time.time()),
+            model,
+            include_usage=call.include_usage,
+            says_dropped=isinstance(call.request, ChatRequest) and call.request.truncation == "auto",
+        )
+        if call.stream:
+            events = _events(shape, first, answers)
+            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        deltas, done = await unless_client_leaves(_gather(first, answers), request.receive)
+    except StrongroomError as error:
+        await answers.aclose()
+        raise api_error_of(error, prompt=kind.PROMPT) from error
+    except BaseException:
+        await answers.aclose()
+        raise
+    return JSONResponse(shape.whole(deltas, done))
 
 
 async def _begin(answers: AsyncGenerator[Answer]) -> tuple[str, Answer]:
     """The model's name, and what follows it."""
     start = await anext(answers)
-    assert isinstance(start, Start), "a session begins a chat's answer with Start"
+    assert isinstance(start, Start), "a session begins an answer with Start"
     return start.model, await anext(answers)
 
 
-async def _gather(first: Answer, rest: AsyncGenerator[Answer]) -> tuple[str, Done]:
-    pieces, done = [], None
+async def _gather(first: Answer, rest: AsyncGenerator[Answer]) -> tuple[list[Delta], Done]:
+    deltas, done = [], None
     async with contextlib.aclosing(_from(first, rest)) as answers:
         async for answer in answers:
             match answer:
-                case Delta(content=text):
-                    pieces.append(text)
+                case Delta():
+                    deltas.append(answer)
                 case Done():
                     done = answer
-    assert done is not None, "a session ends a chat's answer with Done, or raises"
-    return "".join(pieces), done
+    assert done is not None, "a session ends an answer with Done, or raises"
+    return deltas, done
 
 
 async def _from(first: Answer, rest: AsyncGenerator[Answer]) -> AsyncGenerator[Answer]:
@@ -146,21 +196,19 @@ async def _from(first: Answer, rest: AsyncGenerator[Answer]) -> AsyncGenerator[A
             yield answer
 
 
-async def _events(
-    shape: CompletionShape, completion: CompletionRequest, first: Answer, answers: AsyncGenerator[Answer]
-) -> AsyncGenerator[bytes]:
+async def _events(shape: AnswerShape, first: Answer, answers: AsyncGenerator[Answer]) -> AsyncGenerator[bytes]:
     """The answer as server-sent events. An error in mid-answer is an event too; then there is no ``[DONE]``."""
-    yield _event(shape.chunk({"role": "assistant", "content": ""}))
+    for chunk in shape.opening():
+        yield _event(chunk)
     try:
         async with contextlib.aclosing(_from(first, answers)) as rest:
             async for answer in rest:
                 match answer:
                     case Delta():
-                        yield _event(shape.chunk({"content": answer.content}))
+                        yield _event(shape.piece(answer))
                     case Done():
-                        yield _event(shape.chunk({}, answer.finish_reason))
-                        if completion.include_usage:
-                            yield _event(shape.usage_chunk(answer))
+                        for chunk in shape.closing(answer):
+                            yield _event(chunk)
                         yield b"data: [DONE]\n\n"
     except StrongroomError as error:
         yield _event(api_error_of(error).body())
@@ -192,11 +240,9 @@ def _error_response(error: ApiError, headers: Mapping[str, str] | None = None) -
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, StrongroomError)
-    # Only the enclave itself can say that nothing has run. OpenAI's clients try again by themselves after 429 and 5xx:
-    # each time would be a new request, and a parent that forges faults could have one prompt run three times.
-    if isinstance(error, RequestFailed) and error.code == "overloaded":
-        return _error_response(api_error_of(error), {"Retry-After": "1"})
-    return _error_response(api_error_of(error), {NO_RETRY: "false"})
+    failure = api_error_of(error)
+    retry = failure.retry_seconds
+    return _error_response(failure, {NO_RETRY: "false"} if retry is None else {"Retry-After": str(retry)})
 
 
 async def _answer_wrong_route(request: Request, error: Exception) -> Response:

@@ -1,68 +1,103 @@
-"""OpenAI's chat completion API, translated: names, not meaning.
+"""OpenAI's API, from its JSON to the messages of :mod:`vsockrpc.chat`: names, not meaning. ``docs/openai.md`` has every
+parameter. What comes back is translated in :mod:`strongroom.openai_answers`.
 
-Pure functions between JSON and :mod:`vsockrpc.messages`. What this version does not do is refused, never ignored in
-silence: a client that asked for tools must not get an answer without them.
+Pure functions. What is not served is refused by name, never ignored in silence: a client that asked for something must
+not get an answer without it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Final, Generic, TypeVar, cast
 
 from attestation.errors import AppraisalError, EvidenceError, StrongroomError
-from vsockrpc.chat import ChatRequest
-from vsockrpc.fields import MessageError
-from vsockrpc.messages import Done
+from strongroom.session import RequestFailed
+from vsockrpc.chat import (
+    MAX_BIAS,
+    MAX_BIASES,
+    MAX_COMPLETION_TOKENS,
+    MAX_NAME_CHARACTERS,
+    MAX_TOOL_CALLS,
+    MAX_TOOLS,
+    MAX_TOP_LOGPROBS,
+    TOOL_MODES,
+    ChatRequest,
+    CompletionRequest,
+)
+from vsockrpc.fields import MessageError, choice_of, flag_of, integer_of, list_of, number_of, shown, text_of
 from vsockrpc.sealed import SealedError
 
-TRANSLATED = frozenset(
+Fields = dict[str, Any]
+Names = Set[str]
+
+_AS_THEY_ARE: Final = frozenset(
     {
-        "messages",
         "model",
-        "max_tokens",
-        "max_completion_tokens",
         "temperature",
         "top_p",
         "top_k",
         "min_p",
+        "typical_p",
+        "frequency_penalty",
+        "presence_penalty",
+        "repetition_penalty",
         "seed",
-        "stop",
     }
 )
-HANDLED_HERE = frozenset({"stream", "stream_options"})
-WITHOUT_EFFECT = frozenset({"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier"})
-"""Of OpenAI's own bookkeeping: they change no answer, and are not passed on."""
-NEUTRAL: Mapping[str, object] = {
-    "n": 1,
-    "frequency_penalty": 0,
-    "presence_penalty": 0,
-    "logit_bias": {},
-    "logprobs": False,
-    "modalities": ["text"],
-    "response_format": {"type": "text"},
-    "tools": [],
-    "tool_choice": "none",
+"""Of the same name and meaning in a message."""
+_FOR_BOTH: Final = _AS_THEY_ARE | {
+    "max_tokens",
+    "stop",
+    "logit_bias",
+    "logprobs",
+    "stream",
+    "stream_options",
+    "prompt_cache_key",
 }
+CHAT_PARAMETERS: Final = _FOR_BOTH | {
+    "messages",
+    "max_completion_tokens",
+    "top_logprobs",
+    "response_format",
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
+    "reasoning_effort",
+    "thinking_token_budget",
+    "truncation",
+}
+COMPLETION_PARAMETERS: Final = _FOR_BOTH | {"prompt", "echo"}
+WITHOUT_EFFECT: Final = frozenset({"user", "metadata", "store", "safety_identifier", "service_tier"})
+"""Of OpenAI's own bookkeeping: they change no answer, and are not passed on."""
+NEUTRAL: Final[Mapping[str, object]] = {"n": 1, "best_of": 1, "suffix": "", "modalities": ["text"]}
 """Not served, and accepted where the value asks for nothing."""
-UNSUPPORTED = NEUTRAL.keys() | {
+UNSUPPORTED: Final = frozenset(NEUTRAL) | {
     "audio",
     "function_call",
     "functions",
-    "parallel_tool_calls",
+    "moderation",
     "prediction",
-    "reasoning_effort",
-    "top_logprobs",
+    "prompt_cache_options",
+    "prompt_cache_retention",
     "verbosity",
     "web_search_options",
 }
-"""Parameters of OpenAI's that are not served; any other name is unknown."""
-MAX_QUOTED = 128
+"""Parameters of OpenAI's that are not served, as are those of the other endpoint; any other name is unknown."""
+REASONING_TOKENS: Final[Mapping[str, int]] = {"none": 0, "minimal": 256, "low": 1024, "medium": 4096, "high": 16384}
+"""How many tokens each ``reasoning_effort`` lets a model think."""
+COMPLETION_TOKENS: Final = 16
+"""Of a completion that names no ``max_tokens``, as OpenAI's API has it."""
+MAX_CACHE_KEY_CHARACTERS: Final = 1024
+MAX_QUOTED: Final = 128
 """Characters of a client's own text that an error repeats."""
+Q = TypeVar("Q", ChatRequest, CompletionRequest)
 
 
 class ApiError(StrongroomError):
-    """An error in OpenAI's shape."""
+    """An error in OpenAI's shape. ``retry_seconds``: when it is worth another attempt; None: never by itself."""
 
     def __init__(
         self,
@@ -72,83 +107,287 @@ class ApiError(StrongroomError):
         *,
         kind: str = "invalid_request_error",
         param: str | None = None,
+        retry_seconds: int | None = None,
     ) -> None:
         super().__init__(code or kind, message)
         self.status = status
         self.openai_code = code
         self.kind = kind
         self.param = param
+        self.retry_seconds = retry_seconds
 
     def body(self) -> dict[str, object]:
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.openai_code}}
 
 
 @dataclass(frozen=True, slots=True)
-class CompletionRequest:
-    """A chat completion request, and how its client wants it delivered."""
+class Call(Generic[Q]):
+    """What a client asks for, and how it wants it delivered."""
 
-    chat: ChatRequest
+    request: Q
     stream: bool
     include_usage: bool
+    cache_key: str | None
 
 
-def parse_completion_request(document: object) -> CompletionRequest:
-    """Raises ApiError naming the parameter."""
+def parse_chat(document: object) -> Call[ChatRequest]:
+    """The body of ``/v1/chat/completions``. Raises ApiError naming the parameter."""
+    return _parsed(document, CHAT_PARAMETERS, lambda fields: ChatRequest.decode(_chat(fields)))
+
+
+def parse_completion(document: object) -> Call[CompletionRequest]:
+    """The body of ``/v1/completions``. Raises ApiError naming the parameter."""
+    return _parsed(document, COMPLETION_PARAMETERS, lambda fields: CompletionRequest.decode(_completion(fields)))
+
+
+def _parsed(document: object, served: frozenset[str], translate: Callable[[Fields], Q]) -> Call[Q]:
     if not isinstance(document, dict):
         raise ApiError(400, None, "the body is not a JSON object")
-    fields = {name: value for name, value in document.items() if value is not None}
+    fields = _without_nulls(document)
     for name, value in fields.items():
-        if name in TRANSLATED or name in HANDLED_HERE or name in WITHOUT_EFFECT:
-            continue
-        if name in NEUTRAL and value == NEUTRAL[name]:
-            continue
-        code = "unsupported_parameter" if name in UNSUPPORTED else "unknown_parameter"
-        quoted = name[:MAX_QUOTED]
-        raise ApiError(400, code, f"this server does not support the parameter {quoted!r}", param=quoted)
-    body = {name: value for name, value in fields.items() if name in TRANSLATED}
-    budget = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
-    if "max_completion_tokens" in body:
-        if body.get("max_tokens", body["max_completion_tokens"]) != body["max_completion_tokens"]:
-            raise ApiError(400, None, "max_tokens and max_completion_tokens differ", param="max_tokens")
-        body["max_tokens"] = body.pop("max_completion_tokens")
-    if isinstance(body.get("stop"), str):
-        body["stop"] = [body["stop"]]
-    if isinstance(body.get("messages"), list):
-        body["messages"] = [_message(index, entry) for index, entry in enumerate(body["messages"])]
-    stream, options = fields.get("stream", False), fields.get("stream_options", {})
-    if not isinstance(stream, bool):
-        raise ApiError(400, None, "stream is not a boolean", param="stream")
-    if not isinstance(options, dict) or not options.keys() <= {"include_usage", "include_obfuscation"}:
-        raise ApiError(400, None, "stream_options takes include_usage", param="stream_options")
-    include_usage = options.get("include_usage", False)
-    if not isinstance(include_usage, bool):
-        raise ApiError(400, None, "include_usage is not a boolean", param="stream_options.include_usage")
+        if not (name in served or name in WITHOUT_EFFECT or _asks_for_nothing(name, value)):
+            known = name in UNSUPPORTED | CHAT_PARAMETERS | COMPLETION_PARAMETERS
+            code, quoted = "unsupported_parameter" if known else "unknown_parameter", name[:MAX_QUOTED]
+            raise ApiError(400, code, f"this endpoint does not support the parameter {quoted!r}", param=quoted)
     try:
-        chat = ChatRequest.decode(body)
+        key = fields.get("prompt_cache_key")
+        return Call(
+            translate(fields),
+            flag_of(fields.get("stream", False), "stream"),
+            _include_usage(fields),
+            None if key is None else text_of(key, "prompt_cache_key", MAX_CACHE_KEY_CHARACTERS),
+        )
     except MessageError as error:
-        param = budget if error.param == "max_tokens" else error.param[:MAX_QUOTED]
-        raise ApiError(400, None, _plain(error)[: 2 * MAX_QUOTED], param=param) from error
-    return CompletionRequest(chat, stream, include_usage)
+        param = _PLACES.sub(r"\1.function.\2", error.param).replace("format.schema", "format.json_schema.schema")
+        raise ApiError(400, None, _plain(error)[: 2 * MAX_QUOTED], param=param[:MAX_QUOTED]) from error
 
 
-def _message(index: int, entry: object) -> object:
-    """OpenAI lets a content be a list of parts; text parts are joined, others refused. ``developer`` is its newer name
-    for ``system``. A participant's ``name`` is dropped: chat templates have no place for it.
+_PLACES: Final = re.compile(
+    r"^(tools\[\d+\]|messages\[\d+\]\.tool_calls\[\d+\]|tool_choice)\.(name|description|parameters|arguments)$"
+)
+"""Which stand one level deeper in OpenAI's JSON."""
+
+
+def _asks_for_nothing(name: str, value: object) -> bool:
+    return name in NEUTRAL and type(value) is type(NEUTRAL[name]) and value == NEUTRAL[name]
+
+
+def _include_usage(fields: Fields) -> bool:
+    options = _map_of(
+        fields.get("stream_options", {}), "stream_options", optional={"include_usage", "include_obfuscation"}
+    )
+    flag_of(options.get("include_obfuscation", False), "stream_options.include_obfuscation")
+    return flag_of(options.get("include_usage", False), "stream_options.include_usage")
+
+
+# --- Requests ------------------------------------------------------------------------------------------------------
+
+
+def _chat(fields: Fields) -> Fields:
+    body = _generation(fields) | _tools(fields)
+    if "messages" in fields:
+        body["messages"] = _messages(fields["messages"])
+    if "truncation" in fields:
+        body["truncation"] = fields["truncation"]
+    if "response_format" in fields:
+        body |= _response_format(fields["response_format"])
+    if (limit := _one_of(fields, "max_tokens", "max_completion_tokens")) is not None:
+        body["max_tokens"] = integer_of(fields[limit], limit, 1, MAX_COMPLETION_TOKENS)
+    if (budget := _one_of(fields, "reasoning_effort", "thinking_token_budget")) is not None:
+        body["reasoning_tokens"] = _reasoning_tokens(fields[budget], budget)
+    wanted = flag_of(fields.get("logprobs", False), "logprobs")
+    top = integer_of(fields.get("top_logprobs", 0), "top_logprobs", 0, MAX_TOP_LOGPROBS)
+    if top and not wanted:
+        raise MessageError("top_logprobs without logprobs", param="top_logprobs", expected='"logprobs": true')
+    return body | {"top_logprobs": top} if wanted else body
+
+
+def _completion(fields: Fields) -> Fields:
+    body = _generation(fields)
+    prompt = fields.get("prompt")
+    if isinstance(prompt, list):
+        if len(prompt) != 1:
+            raise MessageError("one prompt at a time", param="prompt", expected="one text", got=len(prompt))
+        [prompt] = prompt
+    body["prompt"] = prompt
+    body["echo"] = flag_of(fields.get("echo", False), "echo")
+    body["max_tokens"] = fields.get("max_tokens", COMPLETION_TOKENS)
+    if "logprobs" in fields:
+        body["top_logprobs"] = integer_of(fields["logprobs"], "logprobs", 0, MAX_TOP_LOGPROBS)
+        if body["echo"]:
+            raise MessageError("a prompt's own tokens get no log probabilities", param="logprobs", expected="no echo")
+    return body
+
+
+def _generation(fields: Fields) -> Fields:
+    """What both kinds of request have, but for their budget and log probabilities."""
+    body = {name: value for name, value in fields.items() if name in _AS_THEY_ARE}
+    if "stop" in fields:
+        body["stop"] = [fields["stop"]] if isinstance(fields["stop"], str) else fields["stop"]
+    if "logit_bias" in fields:
+        body["logit_bias"] = _biases(fields["logit_bias"])
+    return body
+
+
+def _biases(value: object) -> list[list[object]]:
+    """Tokens are the names of a JSON object, so they come as text."""
+    biases = _object(value, "logit_bias")
+    list_of([*biases], "logit_bias", MAX_BIASES)
+    for token in biases:
+        if not re.fullmatch(r"0|[1-9][0-9]{0,9}", token):
+            raise MessageError("logit_bias names no token", param="logit_bias", expected="a number", got=shown(token))
+    return [[int(token), number_of(bias, "logit_bias", -MAX_BIAS, MAX_BIAS)] for token, bias in biases.items()]
+
+
+def _one_of(fields: Fields, one: str, other: str) -> str | None:
+    """Which of two names for one thing is there; both only with one meaning."""
+    if one in fields and other in fields and fields[one] != fields[other]:
+        raise MessageError(f"{one} and {other} differ", param=one, expected="one of them")
+    return one if one in fields else other if other in fields else None
+
+
+def _reasoning_tokens(value: object, name: str) -> int:
+    if name == "reasoning_effort":
+        return REASONING_TOKENS[choice_of(value, name, tuple(REASONING_TOKENS))]
+    return integer_of(value, name, 0, MAX_COMPLETION_TOKENS)
+
+
+def _response_format(value: object) -> Fields:
+    kind = value.get("type") if isinstance(value, dict) else value
+    kind = choice_of(kind, "response_format.type", ("text", "json_object", "json_schema"))
+    wanted = _map_of(
+        value, "response_format", required={"type"} | ({"json_schema"} if kind == "json_schema" else set())
+    )
+    if kind == "text":
+        return {}
+    if kind == "json_object":
+        return {"response_format": {}}
+    param = "response_format.json_schema"
+    schema = _map_of(wanted["json_schema"], param, required={"name", "schema"}, optional={"strict", "description"})
+    text_of(schema["name"], f"{param}.name", MAX_NAME_CHARACTERS)
+    flag_of(schema.get("strict", False), f"{param}.strict")  # a schema is held to either way
+    return {"response_format": {"schema": _json_text(schema["schema"], f"{param}.schema")}}
+
+
+# --- Tools and messages --------------------------------------------------------------------------------------------
+
+
+def _tools(fields: Fields) -> Fields:
+    entries = list_of(fields.get("tools", []), "tools", MAX_TOOLS)
+    choice = _tool_choice(fields["tool_choice"]) if "tool_choice" in fields else "auto"
+    if not entries:
+        if choice not in ("none", "auto"):
+            raise MessageError("there are no tools to choose from", param="tool_choice", expected="tools")
+        if "parallel_tool_calls" in fields:
+            raise MessageError("there are no tools to call", param="parallel_tool_calls", expected="tools")
+        return {}
+    body: Fields = {"tools": [_tool(f"tools[{index}]", entry) for index, entry in enumerate(entries)]}
+    body["tool_choice"] = choice
+    if "parallel_tool_calls" in fields:
+        body["parallel_tool_calls"] = fields["parallel_tool_calls"]
+    return body
+
+
+def _tool(param: str, entry: object) -> Fields:
+    function = _function(param, entry, required={"name"}, optional={"description", "parameters", "strict"})
+    flag_of(function.pop("strict", False), f"{param}.function.strict")
+    tool = {"name": function["name"], "description": function.get("description", "")}
+    if "parameters" in function:
+        tool["parameters"] = _json_text(function["parameters"], f"{param}.function.parameters")
+    return tool
+
+
+def _tool_choice(value: object) -> object:
+    if isinstance(value, dict):
+        return _function("tool_choice", value, required={"name"})
+    return choice_of(value, "tool_choice", TOOL_MODES)
+
+
+def _messages(value: object) -> object:
+    if not isinstance(value, list):
+        return value
+    return [_message(f"messages[{index}]", entry) for index, entry in enumerate(value)]
+
+
+def _message(param: str, entry: object) -> Fields:
+    """``developer`` is OpenAI's newer name for ``system``. A participant's name and an earlier turn's reasoning are
+    dropped: chat templates have no place for them.
     """
-    if not isinstance(entry, dict):
-        return entry
-    entry = {name: value for name, value in entry.items() if value is not None and name != "name"}
-    if entry.get("role") == "developer":
-        entry["role"] = "system"
-    content = entry.get("content")
-    if isinstance(content, list):
-        texts = []
-        for part in content:
-            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise ApiError(400, None, "only text parts are supported", param=f"messages[{index}].content")
-            texts.append(part["text"])
-        entry["content"] = "".join(texts)
-    return entry
+    optional = {"content", "name", "tool_calls", "tool_call_id", "reasoning_content"}
+    message = _map_of(entry, param, required={"role"}, optional=optional)
+    calls = list_of(message.get("tool_calls", []), f"{param}.tool_calls", MAX_TOOL_CALLS)
+    if "content" not in message and not calls:
+        raise MessageError("a message has no content", param=f"{param}.content", expected="text")
+    role = message["role"]
+    body: Fields = {"role": "system" if role == "developer" else role, "content": message.get("content", "")}
+    if isinstance(body["content"], list):
+        body["content"] = "".join(
+            _text_part(f"{param}.content[{index}]", part) for index, part in enumerate(body["content"])
+        )
+    if calls:
+        body["tool_calls"] = [_tool_call(f"{param}.tool_calls[{index}]", call) for index, call in enumerate(calls)]
+    if "tool_call_id" in message:
+        body["tool_call_id"] = message["tool_call_id"]
+    return body
+
+
+def _text_part(param: str, part: object) -> str:
+    if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        raise MessageError("only parts of text are supported", param=param, expected='"type": "text"')
+    return cast(str, part["text"])
+
+
+def _tool_call(param: str, entry: object) -> Fields:
+    function = _function(param, entry, required={"name", "arguments"}, beside={"id"})
+    return {"id": cast(Fields, entry)["id"], **function}
+
+
+def _function(
+    param: str, entry: object, *, required: Names, optional: Names = frozenset(), beside: Names = frozenset()
+) -> Fields:
+    """What stands in ``function`` of an object of that type. Other types are not served."""
+    outer = _map_of(entry, param, required={"type", "function"} | beside)
+    choice_of(outer["type"], f"{param}.type", ("function",))
+    return _map_of(outer["function"], f"{param}.function", required=required, optional=optional)
+
+
+# --- JSON ----------------------------------------------------------------------------------------------------------
+
+
+def _without_nulls(value: Mapping[str, object]) -> Fields:
+    """OpenAI's clients may send what is not there as null."""
+    return {name: entry for name, entry in value.items() if entry is not None}
+
+
+def _object(value: object, param: str) -> Fields:
+    if not isinstance(value, dict):
+        raise MessageError(f"{param} is not an object", param=param, expected="object", got=type(value).__name__)
+    return value
+
+
+def _map_of(value: object, param: str, *, required: Names = frozenset(), optional: Names = frozenset()) -> Fields:
+    """An object with these fields and no others. Raises MessageError with a field's whole path."""
+    fields, known = _without_nulls(_object(value, param)), required | optional
+    for name in fields:
+        if name not in known:
+            raise MessageError(
+                f"unknown field {shown(name)!r}", param=f"{param}.{shown(name)}", expected=", ".join(sorted(known))
+            )
+    for name in sorted(required):
+        if name not in fields:
+            raise MessageError(f"missing field {name!r}", param=f"{param}.{name}", expected="present", got="absent")
+    return fields
+
+
+def _json_text(value: object, param: str) -> str:
+    """A schema as JSON text, its keys in the order they came in."""
+    try:
+        return json.dumps(_object(value, param), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    except (ValueError, RecursionError) as error:  # NaN and infinities, which JSON has none of; too deep
+        raise MessageError(f"{param} is not valid JSON", param=param, expected="JSON") from error
+
+
+# --- Errors --------------------------------------------------------------------------------------------------------
 
 
 def _plain(error: StrongroomError) -> str:
@@ -160,8 +399,13 @@ def _plain(error: StrongroomError) -> str:
     return text
 
 
-def api_error_of(error: StrongroomError) -> ApiError:
-    """Any error of a request as OpenAI would say it."""
+def api_error_of(error: StrongroomError, *, prompt: str = "messages") -> ApiError:
+    """Any error of a request as OpenAI would say it. ``prompt`` names the parameter that holds the prompt.
+
+    Only the enclave itself can say that nothing has run, so only then is there a time for another attempt: OpenAI's
+    clients try again by themselves after 429 and 5xx, each time as a new request, and a parent that forges faults could
+    have one prompt run three times.
+    """
     match error:
         case ApiError():
             return error
@@ -172,48 +416,13 @@ def api_error_of(error: StrongroomError) -> ApiError:
             return ApiError(502, error.code, _plain(error), kind="server_error")
     match error.code:
         case "context_exceeded":
-            return ApiError(400, "context_length_exceeded", _plain(error), param="messages")
+            return ApiError(400, "context_length_exceeded", _plain(error), param=prompt)
         case "unknown_model":
             return ApiError(404, "model_not_found", _plain(error), param="model")
         case "invalid_request":
             return ApiError(400, None, _plain(error))
         case "overloaded":
-            return ApiError(429, "overloaded", _plain(error), kind="rate_limit_error")
+            retry = error.retry_seconds or 1 if isinstance(error, RequestFailed) else None
+            return ApiError(429, "overloaded", _plain(error), kind="rate_limit_error", retry_seconds=retry)
         case _:
             return ApiError(503, error.code, _plain(error), kind="server_error")
-
-
-@dataclass(frozen=True, slots=True)
-class CompletionShape:
-    """One completion's answer, whole or in chunks. ``created`` is in seconds since 1970."""
-
-    identity: str
-    created: int
-    model: str
-
-    def _frame(self, kind: str, **fields: object) -> dict[str, Any]:
-        return {"id": self.identity, "object": kind, "created": self.created, "model": self.model, **fields}
-
-    def whole(self, text: str, done: Done) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "finish_reason": done.finish_reason, "logprobs": None}
-        return self._frame("chat.completion", choices=[choice], usage=usage_of(done))
-
-    def chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
-        return self._frame("chat.completion.chunk", choices=[choice])
-
-    def usage_chunk(self, done: Done) -> dict[str, Any]:
-        return self._frame("chat.completion.chunk", choices=[], usage=usage_of(done))
-
-
-def usage_of(done: Done) -> dict[str, int]:
-    return {
-        "prompt_tokens": done.usage.prompt_tokens,
-        "completion_tokens": done.usage.completion_tokens,
-        "total_tokens": done.usage.prompt_tokens + done.usage.completion_tokens,
-    }
-
-
-def model_of(name: str, created: int) -> dict[str, Any]:
-    return cast(dict[str, Any], {"id": name, "object": "model", "created": created, "owned_by": "strongroom"})

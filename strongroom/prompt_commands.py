@@ -14,7 +14,7 @@ import httpx2
 from attestation.envelope import EnvelopeHeader, EnvelopePurpose, encryption_context, require_equal
 from attestation.keyrelease import judge_key
 from attestation.policy import AppraisalPolicy
-from strongroom.conversation import Sampling, prompt_text, sampling_options, write_now
+from strongroom.conversation import Sampling, Voice, prompt_text, sampling_options
 from strongroom.files import new_file, read_bounded, require_new, write_new
 from strongroom.kms.client import KmsClient
 from strongroom.options import err, json_option, key_option, load_policy, policy_option, require_key, url_option
@@ -203,10 +203,18 @@ def open_command(file: Path, reply: Path, as_json: bool) -> None:
       strongroom prompt open answer.sealed --reply question.sealed.reply
     """
     answers = list(open_answer(read_bounded(file, MAX_ANSWER), Reply.decode(read_bounded(reply, MAX_REPLY))))
-    text = "".join(each.content for each in answers if isinstance(each, Delta))
+    deltas = [each for each in answers if isinstance(each, Delta)]
     if not as_json:
-        write_now(text)
+        voice = Voice()
+        for delta in deltas:
+            voice.say(delta)
         click.echo()
         return
     [done] = [each for each in answers if isinstance(each, Done)]
-    click.echo(json.dumps({"text": text, "finish_reason": done.finish_reason, "usage": done.usage.as_map()}))
+    body = {
+        "text": "".join(delta.content for delta in deltas),
+        "reasoning": "".join(delta.reasoning for delta in deltas),
+        "finish_reason": done.finish_reason,
+        "usage": done.usage.as_map(),
+    }
+    click.echo(json.dumps(body))

@@ -126,7 +126,7 @@ def open_answer(answer: bytes, reply: Reply) -> Iterator[Start | Delta | Done]:
     for each in answers:
         match each:
             case Failure():
-                raise RequestFailed(each.code, each.message, expected=each.expected, got=each.got)
+                raise RequestFailed.of(each)
             case Start() | Delta() | Done():
                 yield each
 

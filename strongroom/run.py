@@ -23,7 +23,7 @@ from rich.text import Text
 from attestation.errors import StrongroomError
 from attestation.reference import digest_text
 from attestation.verifier import AttestationResult
-from strongroom.conversation import Sampling, Spoken, open_session, sampling_options, talk, write_now
+from strongroom.conversation import Sampling, Spoken, Voice, open_session, sampling_options, talk
 from strongroom.initialise import model_or_installed
 from strongroom.options import engine_options, err, out
 from strongroom.prepare import Prepared, Settings, prepare
@@ -93,7 +93,7 @@ def _talk(url: str, prepared: Prepared, sampling: Sampling) -> None:
 
 
 def _ask(url: str, prepared: Prepared, prompt: str, sampling: Sampling, as_json: bool) -> None:
-    spoken = Spoken((lambda piece: None) if as_json else write_now)
+    spoken = Spoken() if as_json else Spoken(Voice().say)
     with open_session(url, prepared.policy) as (runner, session):
         result = runner.run(session.verify())
         if not as_json:

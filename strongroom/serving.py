@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from attestation.secret import Secret
-from strongroom.gateway import Gateway
+from strongroom.gateway import Gateway, PromptCache
 from strongroom.options import err, load_policy, session_options
 from strongroom.render import verdict_line, warn_of_labels
 from strongroom.session import Session
@@ -31,12 +31,17 @@ HTTP_PORT = 80
     "--token-file", type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="A file with the bearer token that clients must send. Required to listen beyond loopback.",
 )  # fmt: skip
+@click.option(
+    "--no-prompt-cache", is_flag=True,
+    help="Let the enclave keep nothing of a prompt for the next one that begins alike. Turns take longer to begin.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line when ready.")
-def serve(url: str, policy: Path, listen: str, token_file: Path | None, as_json: bool) -> None:
+def serve(url: str, policy: Path, listen: str, token_file: Path | None, no_prompt_cache: bool, as_json: bool) -> None:
     """A local OpenAI endpoint; behind it every prompt is sealed to a verified enclave.
 
     It verifies first and does not start on a negative verdict. Before each later verification it reads the policy anew,
     with the release history that it may name. Any OpenAI client works with base_url http://127.0.0.1:11434/v1.
+    What it may ask for is in docs/openai.md.
 
     \b
     Example:
@@ -59,7 +64,8 @@ def serve(url: str, policy: Path, listen: str, token_file: Path | None, as_json:
                 warn_of_labels(err, result)
             listener = listen_on(address)
             host, port = listener.getsockname()[:2]
-            gateway = Gateway(session, hosts=_names_of(address.host, port), token=token)
+            cache = None if no_prompt_cache else PromptCache()
+            gateway = Gateway(session, hosts=_names_of(address.host, port), token=token, cache=cache)
 
             def ready() -> None:
                 if as_json:

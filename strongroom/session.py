@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import httpx2
 
@@ -27,17 +27,20 @@ from attestation.policy import AppraisalPolicy
 from attestation.verifier import NO_KEYS, NONCE_SIZE, AttestationResult, verify
 from strongroom.kms.client import ask_of_keys
 from strongroom.proxy_client import ClearFault, ProxyClient
-from vsockrpc.chat import ChatRequest
+from vsockrpc.chat import ChatRequest, CompletionRequest, GenerationRequest
 from vsockrpc.fields import MessageError
 from vsockrpc.messages import (
     REQUEST_ID_SIZE,
     Answer,
+    Counted,
+    CountRequest,
     DescribeRequest,
     Description,
     Done,
     Failure,
     MessageReader,
     Request,
+    RequestBody,
     Start,
     decode_answer,
 )
@@ -45,6 +48,7 @@ from vsockrpc.sealed import AnswerOpener, SealedError, SealedRequest, Truncated,
 
 SILENCE_SECONDS = 300.0
 """How long an answer may be silent. With pacing on, an enclave never is."""
+A = TypeVar("A", Counted, Description)
 
 
 class EnclaveRestarted(StrongroomError):
@@ -55,7 +59,31 @@ class EnclaveRestarted(StrongroomError):
 
 
 class RequestFailed(StrongroomError):
-    """The enclave itself, through the sealed channel, says that the request failed, and why."""
+    """The enclave itself, through the sealed channel, says that the request failed, and why. ``retry_seconds``: after
+    which an enclave that has too much to do would be asked again.
+    """
+
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        *,
+        expected: object | None = None,
+        got: object | None = None,
+        retry_seconds: int | None = None,
+    ) -> None:
+        super().__init__(code, message, expected=expected, got=got)
+        self.retry_seconds = retry_seconds
+
+    @classmethod
+    def of(cls, failure: Failure) -> Self:
+        return cls(
+            failure.code,
+            failure.message,
+            expected=failure.expected,
+            got=failure.got,
+            retry_seconds=failure.retry_seconds,
+        )
 
     @property
     def exit_code(self) -> int:  # type: ignore[override]  # what the person asked for, or what the enclave could not do
@@ -168,39 +196,54 @@ class Session:
 
     # --- Requests ------------------------------------------------------------------------------------------------
 
-    async def chat(self, request: ChatRequest) -> AsyncGenerator[Answer]:
-        """Sends a prompt and yields Start, Delta and Done as they arrive.
+    def chat(self, request: ChatRequest) -> AsyncGenerator[Answer]:
+        """Sends a conversation and yields Start, Delta and Done as they arrive.
 
         Read it to its end: what follows Done is padding, and leaving before it shows the answer's length. Raises
         RequestFailed when the enclave says so, SealedError when the answer was tampered with or cut short, Unreachable
         or ClearFault when there was none, and what :meth:`verify` raises.
         """
+        return self._generated(request)
+
+    def complete(self, request: CompletionRequest) -> AsyncGenerator[Answer]:
+        """Sends a text that is to be gone on with. Yields and raises as :meth:`chat`."""
+        return self._generated(request)
+
+    async def count(self, request: ChatRequest) -> int:
+        """The tokens that the prompt of ``request`` has. Raises as :meth:`chat`."""
+        return (await self._only(CountRequest(request), Counted)).prompt_tokens
+
+    async def describe(self) -> Description:
+        """Asks what the enclave serves. Raises as :meth:`chat`."""
+        return await self._only(DescribeRequest(), Description)
+
+    async def _generated(self, request: GenerationRequest) -> AsyncGenerator[Answer]:
         started = False
-        async with contextlib.aclosing(self._exchange(_new_request(request))) as answers:
+        async with contextlib.aclosing(self._exchange(request)) as answers:
             async for answer in answers:
-                if isinstance(answer, Description) or isinstance(answer, Start) is started:
+                if isinstance(answer, Counted | Description) or isinstance(answer, Start) is started:
                     raise SealedError("malformed", "the answer's messages are out of order")
                 started = True
                 yield answer
 
-    async def describe(self) -> Description:
-        """Asks what the enclave serves. Raises as :meth:`chat`."""
-        description: Description | None = None
-        async with contextlib.aclosing(self._exchange(_new_request(DescribeRequest()))) as answers:
+    async def _only(self, body: RequestBody, kind: type[A]) -> A:
+        """An answer of one message."""
+        found: A | None = None
+        async with contextlib.aclosing(self._exchange(body)) as answers:
             async for answer in answers:
-                if isinstance(answer, Description):
-                    description = answer
-        if description is None:
-            raise SealedError("malformed", "the enclave did not describe itself")
-        return description
+                if not isinstance(answer, kind):
+                    raise SealedError("malformed", "the enclave answered another question", expected=kind.__name__)
+                found = answer
+        assert found is not None, "an answer has an end, or raises"
+        return found
 
-    async def _exchange(self, request: Request) -> AsyncGenerator[Answer]:
+    async def _exchange(self, body: RequestBody) -> AsyncGenerator[Answer]:
         """One attempt, and after a clear ``unknown_key`` one more with the same request id.
 
         Anybody can forge that fault after the enclave has begun, so there is a second attempt only where the enclave
         would refuse to run it as well: within one boot, and while that boot remembers the id.
         """
-        content = request.encode()
+        content = Request(secrets.token_bytes(REQUEST_ID_SIZE), body).encode()
         result, begun = await self.result(), self._monotonic()
         try:
             async with contextlib.aclosing(self._attempt(seal_request(result, content))) as answers:
@@ -232,7 +275,7 @@ class Session:
                     for answer in _decoded(messages, sealed.answer.feed(chunk)):
                         if ended:
                             raise SealedError("malformed", "the answer goes on after its end")
-                        ended = isinstance(answer, Done | Description | Failure)
+                        ended = isinstance(answer, Done | Counted | Description | Failure)
                         if isinstance(answer, Failure):
                             failure = answer  # the padding behind it is read too: nobody learns from when we leave
                         else:
@@ -244,7 +287,7 @@ class Session:
                 self._verified = None  # most likely another boot answers next: it is verified before it is spoken to
                 raise Truncated("the answer broke off: the enclave, the proxy or the network went away") from error
         if failure is not None:
-            raise RequestFailed(failure.code, failure.message, expected=failure.expected, got=failure.got)
+            raise RequestFailed.of(failure)
         sealed.answer.finish()
         if not ended or messages.buffered:
             raise SealedError("malformed", "the answer has no end")
@@ -268,10 +311,6 @@ class Session:
                 yield chunk
                 if answer.opened > opened:
                     opened, due = answer.opened, loop.time() + self._silence_seconds
-
-
-def _new_request(body: ChatRequest | DescribeRequest) -> Request:
-    return Request(secrets.token_bytes(REQUEST_ID_SIZE), body)
 
 
 def _decoded(messages: MessageReader, content: bytes) -> Iterator[Answer]:
