@@ -9,7 +9,7 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -218,8 +218,7 @@ def chat(url: str, policy: Path, system: str | None, max_tokens: int, temperatur
         result = runner.run(session.verify())
         out.print(verdict_line(result))
         warn_of_labels(out, result)
-        secret = secrets.token_bytes(CACHE_SECRET_SIZE)
-        talk(runner, session, Sampling(system, max_tokens, temperature, seed, cache_secret=secret))
+        talk(runner, session, Sampling(system, max_tokens, temperature, seed))
 
 
 def talk(runner: asyncio.Runner, session: Session, sampling: Sampling) -> None:
@@ -231,6 +230,7 @@ def talk(runner: asyncio.Runner, session: Session, sampling: Sampling) -> None:
     if at_terminal:
         with contextlib.suppress(ImportError):  # editing of the line in input(), where Python was built with it
             import readline  # noqa: F401
+    sampling = replace(sampling, cache_secret=secrets.token_bytes(CACHE_SECRET_SIZE))
     history: tuple[ChatMessage, ...] = ()
     while (line := _read_line("> " if at_terminal else "")) is not None:
         if not line.strip():

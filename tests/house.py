@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -63,6 +63,8 @@ class HouseEngine(EchoEngine):
         self.refuse: Exception | None = None
         self.say: str | None = None
         """What it answers with, instead of what it was asked."""
+        self.script: Sequence[GenerationEvent] | None = None
+        """What it answers, event by event: reasoning, calls, log probabilities."""
         self.gate: Callable[[], Awaitable[None]] | None = None
         self._going_on = asyncio.Event()
         self.idle = asyncio.Event()
@@ -76,6 +78,10 @@ class HouseEngine(EchoEngine):
         self.requests.append(request)
         if self.refuse is not None:
             raise self.refuse
+        if self.script is not None:
+            for event in self.script:
+                yield event
+            return
         if self.say is not None:
             request = _saying(request, self.say)
         self.idle.clear()
