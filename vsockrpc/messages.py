@@ -274,7 +274,7 @@ class Delta:
     def decode(cls, value: object) -> Self:
         optional = frozenset({"content", "reasoning", "tool_calls", "logprobs"})
         fields = fields_of(value, param="delta", required=set(), optional=optional)
-        if not fields:
+        if not any(fields.values()):
             raise MessageError("a delta is empty", param="delta", expected="something")
         calls = list_of(fields.get("tool_calls", []), "tool_calls", MAX_TOOL_CALLS)
         tokens = list_of(fields.get("logprobs", []), "logprobs", MAX_DELTA_LOGPROBS)

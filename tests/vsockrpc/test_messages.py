@@ -7,44 +7,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vsockrpc.chat import MAX_SEED, ChatMessage, ChatRequest
+from attestation.errors import StrongroomError
+from tests.wire import ANSWERS, CHATS, GENERATIONS
+from vsockrpc.chat import MAX_CONTENT_CHARACTERS, ChatRequest
 from vsockrpc.fields import MessageError
 from vsockrpc.messages import (
     Answer,
+    CountRequest,
     Delta,
     DescribeRequest,
-    Description,
-    Done,
     Failure,
     MessageReader,
     Request,
-    Start,
     decode_answer,
     encode_message,
 )
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
-CHATS = st.builds(
-    ChatRequest,
-    messages=st.lists(
-        st.builds(ChatMessage, st.sampled_from(["system", "user", "assistant"]), TEXT), min_size=1, max_size=4
-    ).map(tuple),
-    model=st.none() | TEXT,
-    max_tokens=st.none() | st.integers(1, 4096),
-    temperature=st.floats(0, 2),
-    top_p=st.floats(0, 1, exclude_min=True),
-    top_k=st.integers(0, 1000),
-    min_p=st.floats(0, 1),
-    seed=st.none() | st.integers(0, MAX_SEED),
-    stop=st.lists(TEXT.filter(bool), max_size=3).map(tuple),
-)
-REQUESTS = st.builds(Request, st.binary(min_size=16, max_size=16), CHATS | st.just(DescribeRequest()))
-ANSWERS: st.SearchStrategy[Answer] = st.one_of(
-    st.builds(Start, TEXT),
-    st.builds(Delta, TEXT),
-    st.builds(Done, st.sampled_from(["stop", "length"]), st.integers(0, 2**31), st.integers(0, 2**31)),
-    st.builds(Description, TEXT, st.integers(1, 2**31), st.binary(min_size=48, max_size=48)),
-    st.builds(Failure, TEXT, TEXT, st.none() | TEXT, st.none() | TEXT),
+REQUESTS = st.builds(
+    Request,
+    st.binary(min_size=16, max_size=16),
+    GENERATIONS | st.builds(CountRequest, CHATS) | st.just(DescribeRequest()),
 )
 
 
@@ -83,53 +65,6 @@ GOOD: dict[str, object] = {"messages": [{"role": "user", "content": "hi"}]}
 
 
 @pytest.mark.parametrize(
-    ("change", "param"),
-    [
-        ({"messages": []}, "messages"),
-        ({"messages": "hi"}, "messages"),
-        ({"messages": [{"role": "user"}]}, "content"),
-        ({"messages": [{"role": "root", "content": "hi"}]}, "messages[0].role"),
-        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
-        ({"messages": [{"role": "user", "content": "hi", "name": "x"}]}, "name"),
-        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content"),
-        ({"messages": [{"role": "user", "content": "hi"}] * 1025}, "messages"),
-        ({"temperature": -0.1}, "temperature"),
-        ({"temperature": 2.1}, "temperature"),
-        ({"temperature": float("nan")}, "temperature"),
-        ({"temperature": "1"}, "temperature"),
-        ({"temperature": True}, "temperature"),
-        ({"top_p": -0.1}, "top_p"),
-        ({"top_p": 0.0}, "top_p"),
-        ({"top_p": 1.01}, "top_p"),
-        ({"top_k": 1001}, "top_k"),
-        ({"top_k": 1.5}, "top_k"),
-        ({"min_p": -1.0}, "min_p"),
-        ({"min_p": 1.5}, "min_p"),
-        ({"seed": -1}, "seed"),
-        ({"seed": 2**32 - 1}, "seed"),
-        ({"max_tokens": 0}, "max_tokens"),
-        ({"max_tokens": True}, "max_tokens"),
-        ({"max_tokens": 2**21}, "max_tokens"),
-        ({"stop": ["x"] * 17}, "stop"),
-        ({"stop": ["x" * 257]}, "stop[0]"),
-        ({"stop": [""]}, "stop"),
-        ({"model": 5}, "model"),
-        ({"n_discard": 1}, "n_discard"),
-    ],
-)
-def test_a_bad_field_is_named(change: dict[str, object], param: str) -> None:
-    with pytest.raises(MessageError) as caught:
-        ChatRequest.decode(GOOD | change)
-    assert caught.value.param == param
-
-
-def test_a_top_p_of_nothing_says_what_is_expected() -> None:
-    with pytest.raises(MessageError) as caught:
-        ChatRequest.decode(GOOD | {"top_p": 0})
-    assert (caught.value.expected, caught.value.got) == ("more than 0", "0")
-
-
-@pytest.mark.parametrize(
     "message",
     [
         {},
@@ -140,6 +75,10 @@ def test_a_top_p_of_nothing_says_what_is_expected() -> None:
         {"v": 1, "id": b"x" * 16, "method": "describe", "body": {"x": 1}},
         {"v": 1, "id": b"x" * 16, "method": "chat", "body": [], "extra": 1},
         {"v": 1, "id": b"x" * 16, "method": "chat", "body": []},
+        {"v": 1, "id": b"x" * 16, "method": "chat", "body": {"prompt": "hi"}},
+        {"v": 1, "id": b"x" * 16, "method": "complete", "body": GOOD},
+        {"v": 1, "id": b"x" * 16, "method": "count", "body": {"prompt": "hi"}},
+        {"v": 1, "id": b"x" * 16, "method": "count", "body": {}},
     ],
 )
 def test_a_bad_request_is_refused(message: dict[str, object]) -> None:
@@ -168,22 +107,116 @@ def test_a_length_is_bounded_before_it_is_waited_for() -> None:
         list(MessageReader(10).feed((11).to_bytes(4, "big")))
 
 
+def test_a_count_asks_for_what_a_conversation_is() -> None:
+    body = GOOD | {"tools": [{"name": "f", "description": ""}], "truncation": "auto"}
+    message: dict[str, object] = {"v": 1, "id": bytes(16), "method": "count", "body": body}
+    request = Request.decode(message)
+    assert request == Request(bytes(16), CountRequest(ChatRequest.decode(body)))
+    assert one_message(request.encode())["method"] == "count"
+
+
 @pytest.mark.parametrize(
-    "message",
+    "body",
     [
-        {},
-        {"start": {"model": "m"}, "delta": "x"},
-        {"shout": 1},
-        {"delta": 1},
-        {"done": {"finish_reason": "bored", "usage": {"prompt_tokens": 1, "completion_tokens": 1}}},
-        {"done": {"finish_reason": "stop", "usage": {"prompt_tokens": -1, "completion_tokens": 1}}},
-        {"model": {"name": "m", "context": 1, "manifest": b"short"}},
-        {"error": {"code": "x", "message": "y", "expected": 1, "got": None}},
+        {"content": "x" * MAX_CONTENT_CHARACTERS},
+        {"reasoning": "x" * MAX_CONTENT_CHARACTERS},
+        {"tool_calls": [{"index": 127, "arguments": "", "id": "i" * 64, "name": "n" * 64}] * 128},
+        {"logprobs": [[b"x" * 1024, float("-inf"), [[b"", 0.0]] * 20]]},
+        {"logprobs": [[b"", -1.5, []]] * 1024},
     ],
 )
-def test_a_bad_answer_is_refused(message: dict[str, object]) -> None:
-    with pytest.raises(MessageError):
+def test_a_delta_up_to_its_bounds(body: dict[str, object]) -> None:
+    delta = decode_answer({"delta": body})
+    assert isinstance(delta, Delta)
+    assert one_message(delta.encode()) == {"delta": body}
+
+
+CALL = {"index": 0, "arguments": "{"}
+COUNTS = {"prompt_tokens": 1, "completion_tokens": 1, "cached_tokens": 0, "reasoning_tokens": 0}
+DONE = {"finish_reason": "stop", "usage": COUNTS, "dropped_messages": 0}
+ERROR = {"code": "x", "message": "y", "expected": None, "got": None, "retry_seconds": None}
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ({}, "answer"),
+        ({"start": {"model": "m"}, "delta": {"content": "x"}}, "answer"),
+        ({"shout": 1}, "answer"),
+        ({"start": {"model": "m" * 257}}, "model"),
+        ({"start": {}}, "model"),
+        ({"delta": "x"}, "delta"),
+        ({"delta": {}}, "delta"),
+        ({"delta": {"content": ""}}, "delta"),
+        ({"delta": {"content": "", "reasoning": "", "tool_calls": [], "logprobs": []}}, "delta"),
+        ({"delta": {"text": "x"}}, "text"),
+        ({"delta": {"content": 5}}, "content"),
+        ({"delta": {"content": "x" * (MAX_CONTENT_CHARACTERS + 1)}}, "content"),
+        ({"delta": {"reasoning": b"x"}}, "reasoning"),
+        ({"delta": {"reasoning": "x" * (MAX_CONTENT_CHARACTERS + 1)}}, "reasoning"),
+        ({"delta": {"tool_calls": CALL}}, "tool_calls"),
+        ({"delta": {"tool_calls": [CALL] * 129}}, "tool_calls"),
+        ({"delta": {"tool_calls": ["x"]}}, "tool_calls"),
+        ({"delta": {"tool_calls": [{"index": 0}]}}, "arguments"),
+        ({"delta": {"tool_calls": [{**CALL, "index": 128}]}}, "tool_calls"),
+        ({"delta": {"tool_calls": [{**CALL, "index": -1}]}}, "tool_calls"),
+        ({"delta": {"tool_calls": [{**CALL, "arguments": {}}]}}, "tool_calls"),
+        ({"delta": {"tool_calls": [{**CALL, "id": "c"}]}}, "name"),
+        ({"delta": {"tool_calls": [{**CALL, "name": "f"}]}}, "id"),
+        ({"delta": {"tool_calls": [{**CALL, "id": "c" * 65, "name": "f"}]}}, "tool_calls"),
+        ({"delta": {"tool_calls": [{**CALL, "id": "c", "name": "f" * 65}]}}, "tool_calls"),
+        ({"delta": {"logprobs": {}}}, "logprobs"),
+        ({"delta": {"logprobs": [[b"", 0.0, []]] * 1025}}, "logprobs"),
+        ({"delta": {"logprobs": [[b"", 0.0]]}}, "logprobs"),
+        ({"delta": {"logprobs": [["x", 0.0, []]]}}, "logprobs"),
+        ({"delta": {"logprobs": [[b"x" * 1025, 0.0, []]]}}, "logprobs"),
+        ({"delta": {"logprobs": [[b"", 0.5, []]]}}, "logprobs"),
+        ({"delta": {"logprobs": [[b"", float("nan"), []]]}}, "logprobs"),
+        ({"delta": {"logprobs": [[b"", None, []]]}}, "logprobs"),
+        ({"delta": {"logprobs": [[b"", 0.0, [[b"", 0.0]] * 21]]}}, "logprobs"),
+        ({"delta": {"logprobs": [[b"", 0.0, [[b""]]]]}}, "logprobs"),
+        ({"delta": {"logprobs": [[b"", 0.0, [["x", 0.0]]]]}}, "logprobs"),
+        ({"delta": {"logprobs": [[b"", 0.0, [[b"x", 0.1]]]]}}, "logprobs"),
+        ({"done": {**DONE, "finish_reason": "bored"}}, "finish_reason"),
+        ({"done": {**DONE, "usage": {"prompt_tokens": 1, "completion_tokens": 1}}}, "cached_tokens"),
+        ({"done": {**DONE, "usage": {**COUNTS, "total_tokens": 2}}}, "total_tokens"),
+        *(({"done": {**DONE, "usage": {**COUNTS, name: -1}}}, name) for name in COUNTS),
+        *(({"done": {**DONE, "usage": {**COUNTS, name: 2**32 + 1}}}, name) for name in COUNTS),
+        ({"done": {"finish_reason": "stop", "usage": COUNTS}}, "dropped_messages"),
+        ({"done": {**DONE, "dropped_messages": -1}}, "dropped_messages"),
+        ({"counted": 5}, "counted"),
+        ({"counted": {"prompt_tokens": -1}}, "prompt_tokens"),
+        ({"counted": {"prompt_tokens": 2**32 + 1}}, "prompt_tokens"),
+        ({"counted": {}}, "prompt_tokens"),
+        ({"model": {"name": "m", "context": 1, "manifest": b"short"}}, "manifest"),
+        ({"model": {"name": "m", "context": 0, "manifest": bytes(48)}}, "context"),
+        ({"error": {**ERROR, "expected": 1}}, "expected"),
+        ({"error": {**ERROR, "code": "c" * 65}}, "code"),
+        ({"error": {**ERROR, "message": "m" * 4097}}, "message"),
+        ({"error": {**ERROR, "got": "g" * 4097}}, "got"),
+        ({"error": {**ERROR, "retry_seconds": 0}}, "retry_seconds"),
+        ({"error": {**ERROR, "retry_seconds": 3601}}, "retry_seconds"),
+        ({"error": {name: each for name, each in ERROR.items() if name != "retry_seconds"}}, "retry_seconds"),
+    ],
+)
+def test_a_bad_answer_is_refused_and_the_field_named(message: dict[str, object], param: str) -> None:
+    with pytest.raises(MessageError) as caught:
         decode_answer(one_message(encode_message(message)))
+    assert caught.value.param == param
+
+
+def test_a_failure_says_no_more_than_a_client_takes() -> None:
+    error = StrongroomError("c" * 65, "m" * 5000, expected="e" * 5000, got="g" * 5000)
+    failure = Failure.of(error)
+    assert failure == Failure("c" * 64, "m" * 4096, "e" * 4096, "g" * 4096)
+    assert decode_answer(one_message(failure.encode())) == failure
+
+
+def test_a_failure_says_when_to_come_again() -> None:
+    error = StrongroomError("overloaded", "later")
+    assert Failure.of(error).retry_seconds is None
+    error.retry_seconds = 7  # type: ignore[attr-defined]  # as Overloaded has it
+    assert decode_answer(one_message(Failure.of(error).encode())) == Failure("overloaded", "later", None, None, 7)
 
 
 @pytest.mark.parametrize(
