@@ -204,12 +204,12 @@ def _chat(fields: Fields) -> Fields:
 
 def _completion(fields: Fields) -> Fields:
     body = _generation(fields)
-    prompt = fields.get("prompt")
-    if isinstance(prompt, list):
-        if len(prompt) != 1:
-            raise MessageError("one prompt at a time", param="prompt", expected="one text", got=len(prompt))
-        [prompt] = prompt
-    body["prompt"] = prompt
+    if "prompt" in fields:
+        body["prompt"] = prompt = fields["prompt"]
+        if isinstance(prompt, list):
+            if len(prompt) != 1:
+                raise MessageError("one prompt at a time", param="prompt", expected="one text", got=len(prompt))
+            [body["prompt"]] = prompt
     body["echo"] = flag_of(fields.get("echo", False), "echo")
     body["max_tokens"] = fields.get("max_tokens", COMPLETION_TOKENS)
     if "logprobs" in fields:
