@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import math
 import os
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
@@ -44,6 +45,9 @@ MAX_DOUBLINGS: Final = 16
 """Of the pause before a start: the last pause is reached long before."""
 MAX_FAILED_STARTS: Final = 5
 """In a row, until no further one is tried."""
+RECENT_ANSWERS: Final = 16
+"""How many answers the estimate of the next one's time goes back, about."""
+MAX_RETRY_SECONDS: Final = 64
 MAX_PROMPT_BYTES_PER_TOKEN: Final = 32
 """Natural language has about 4. More is not tokenised, so that a prompt that cannot fit does not hold up those that
 do.
@@ -114,6 +118,8 @@ class LlamaEngine:
         """No process will come up any more."""
         self._keeper: asyncio.Task[None] | None = None
         self._requests = 0
+        self._seconds = 0.0
+        """That an answer took lately, from its request on."""
 
     async def start(self) -> None:
         """Checks the weights' header, then loads them in a new process.
@@ -159,7 +165,23 @@ class LlamaEngine:
 
     @contextlib.asynccontextmanager
     async def _place(self, request: GenerationRequest) -> AsyncGenerator[EngineProcess]:
-        """One among those who may ask at once."""
+        """One among those who may ask at once. Whoever finds none is told when there may be one."""
+        begun = asyncio.get_running_loop().time()
+        try:
+            async with self._counted(request) as worker:
+                yield worker
+        except Overloaded as error:
+            error.retry_seconds = self._retry_seconds()
+            raise
+        self._seconds += (asyncio.get_running_loop().time() - begun - self._seconds) / RECENT_ANSWERS
+
+    def _retry_seconds(self) -> int:
+        """In which all that are here now are answered, if they take as long as the last ones did: a power of two."""
+        expected = self._seconds * (1 + self._requests / self._settings.parallel)
+        return min(1 << math.ceil(math.log2(max(expected, 1))), MAX_RETRY_SECONDS)
+
+    @contextlib.asynccontextmanager
+    async def _counted(self, request: GenerationRequest) -> AsyncGenerator[EngineProcess]:
         size = prompt_size(request)
         bound = min(self._settings.context * MAX_PROMPT_BYTES_PER_TOKEN, MAX_PROMPT_SIZE)
         if size > bound:
