@@ -166,16 +166,52 @@ CHAT = {
         "top_p": 0.25,
         "top_k": 40,
         "min_p": 0.125,
+        "typical_p": 0.75,
+        "frequency_penalty": -0.5,
+        "presence_penalty": 1.5,
+        "repetition_penalty": 1.125,
         "seed": 7,
+        "logit_bias": [[5, -100.0], [2147483647, 0.5]],
         "stop": ["\n\n", "END"],
+        "top_logprobs": 2,
+        "reasoning_tokens": 8,
+        "truncation": "auto",
+        "response_format": {"schema": '{"type": "object"}'},
     },
 }
+TOOL_TURN = {"role": "tool", "content": "Regen", "tool_call_id": "call_1"}
+TOOLS = {
+    "messages": [
+        {"role": "user", "content": "Wetter in Köln?"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "call_1", "name": "weather", "arguments": '{"city": "Köln"}'}],
+        },
+        TOOL_TURN,
+    ],
+    "tools": [
+        {"name": "weather", "description": "Tells it.", "parameters": '{"type": "object"}'},
+        {"name": "time", "description": ""},
+    ],
+    "tool_choice": {"name": "time"},
+    "parallel_tool_calls": False,
+}
+COMPLETE = {"v": 1, "id": ID, "method": "complete", "body": {"prompt": "Es war einmal", "echo": True, "max_tokens": 3}}
 DESCRIBE = {"v": 1, "id": ID, "method": "describe", "body": {}}
-ANSWER = (
-    {"start": {"model": "tiny"}},
-    {"delta": "Grüße"},
-    {"done": {"finish_reason": "stop", "usage": {"prompt_tokens": 12, "completion_tokens": 3}}},
-)
+DELTAS = {
+    "reasoning": {"reasoning": "Hm."},
+    "tool-call": {"tool_calls": [{"index": 0, "id": "call_1", "name": "weather", "arguments": ""}]},
+    "arguments": {"tool_calls": [{"index": 127, "arguments": '{"city": '}]},
+}
+LOGPROBS = ((b"\xc3", -0.5, ((b"\xc3", -0.5), (b"e", -1.5))), (b"\xa9", 0.0, ()))
+"""Of a character of two tokens, each with what was likeliest in its place."""
+DONE = {
+    "finish_reason": "stop",
+    "usage": {"prompt_tokens": 12, "completion_tokens": 3, "cached_tokens": 8, "reasoning_tokens": 0},
+    "dropped_messages": 0,
+}
+ANSWER = ({"start": {"model": "tiny"}}, {"delta": {"content": "Grüße"}}, {"done": DONE})
 
 
 # --- The files --------------------------------------------------------------------------------------------------------
@@ -317,7 +353,8 @@ def _messages() -> Vectors:
 
     readable = CHAT | {"id": ID.hex()}
     yield "message-chat", read("request", "accepted", "every field", message(CHAT)) | {"value": readable}
-    smallest = {**CHAT, "body": {"messages": [{"role": "user", "content": ""}]}}
+    small = {"messages": [{"role": "user", "content": ""}]}
+    smallest = {**CHAT, "body": small}
     yield (
         "message-chat-smallest",
         read("request", "accepted", "what is required", message(smallest)) | {"value": smallest | {"id": ID.hex()}},
@@ -326,10 +363,38 @@ def _messages() -> Vectors:
         "message-describe",
         read("request", "accepted", "what is served?", message(DESCRIBE)) | {"value": DESCRIBE | {"id": ID.hex()}},
     )
+    for name, about, asked in (
+        ("tools", "a conversation with calls, and tools for more", {**CHAT, "body": TOOLS}),
+        ("complete", "text that goes on", COMPLETE),
+        ("count", "how many tokens?", {**CHAT, "method": "count", "body": TOOLS}),
+    ):
+        readable = asked | {"id": ID.hex()}
+        yield f"message-{name}", read("request", "accepted", about, message(asked)) | {"value": readable}
+    secret = message({**CHAT, "body": {**small, "cache_secret": SECRET}})
+    yield (
+        "message-cache-secret",
+        read("request", "accepted", "what is computed is kept for this secret", secret)
+        | {"value": {**CHAT, "id": ID.hex(), "body": {**small, "cache_secret": SECRET.hex()}}},
+    )
     model = {"model": {"name": "tiny", "context": 2048, "manifest": b"\x10" * 48}}
-    error = {"error": {"code": "overloaded", "message": "the engine's queue is full", "expected": "<= 64", "got": None}}
-    for name, value in (("start", ANSWER[0]), ("delta", ANSWER[1]), ("done", ANSWER[2]), ("error", error)):
+    failure = {"code": "overloaded", "message": "the engine's queue is full", "expected": "<= 64", "got": None}
+    error, counted = {"error": failure | {"retry_seconds": 2}}, {"counted": {"prompt_tokens": 12}}
+    for name, value in (
+        ("start", ANSWER[0]),
+        ("delta", ANSWER[1]),
+        *((f"delta-{name}", {"delta": delta}) for name, delta in DELTAS.items()),
+        ("done", ANSWER[2]),
+        ("error", error),
+        ("counted", counted),
+    ):
         yield f"message-{name}", read("answer", "accepted", name, message(value)) | {"value": value}
+    likeliest = {"delta": {"content": "é", "logprobs": LOGPROBS}}
+    logprobs = [[token.hex(), own, [[each.hex(), its] for each, its in top]] for token, own, top in LOGPROBS]
+    yield (
+        "message-delta-logprobs",
+        read("answer", "accepted", "a character of two tokens, and what was likeliest", message(likeliest))
+        | {"value": {"delta": {"content": "é", "logprobs": logprobs}}},
+    )
     yield (
         "message-model",
         read("answer", "accepted", "model", message(model))
@@ -361,7 +426,17 @@ def _messages() -> Vectors:
     assert isinstance(body, dict)
     for name, about, changes in (
         ("no-messages", "an empty list of messages", {"messages": []}),
-        ("role", "a role of tools", {"messages": [{"role": "tool", "content": ""}]}),
+        ("role", "an unknown role", {"messages": [{"role": "root", "content": ""}]}),
+        ("tool", "a tool's turn that answers no call", {"messages": [{"role": "tool", "content": ""}]}),
+        ("turn", "a person's turn that answers a call", {"messages": [TOOL_TURN | {"role": "user"}]}),
+        ("tool-name", "a tool whose name has a dot", {"tools": [{"name": "a.b", "description": ""}]}),
+        ("tool-choice", "a choice without tools", {"tool_choice": "auto"}),
+        ("schema", "a schema that is no text", {"response_format": {"schema": {}}}),
+        ("repetition", "a repetition penalty of 0", {"repetition_penalty": 0}),
+        ("bias", "a token with two biases", {"logit_bias": [[1, 1], [1, 2]]}),
+        ("bias-token", "a token of 32 bits", {"logit_bias": [[1 << 31, 1]]}),
+        ("secret", "a cache secret of 31 bytes", {"cache_secret": bytes(31)}),
+        ("truncation", "an unknown truncation", {"truncation": "middle"}),
         ("parts", "content in parts", {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]}),
         ("temperature", "a temperature above 2", {"temperature": 2.5}),
         ("temperature-nan", "a temperature that is no number", {"temperature": float("nan")}),
@@ -373,8 +448,14 @@ def _messages() -> Vectors:
         ("parameter", "a parameter of no meaning", {"n": 2}),
     ):
         yield refused(name, about, message({**CHAT, "body": {**body, **changes}}))
-    yield refused("two-keys", "an answer of two kinds", message({"delta": "x", "start": {"model": "x"}}), "answer")
-    yield refused("answer", "an answer of no kind", message({"plaintext": "x"}), "answer")
     yield refused(
-        "finish", "an unknown finish reason", message({"done": {"finish_reason": "tired", "usage": {}}}), "answer"
+        "two-keys", "an answer of two kinds", message({"delta": {"content": "x"}, "start": {"model": "x"}}), "answer"
     )
+    yield refused("answer", "an answer of no kind", message({"plaintext": "x"}), "answer")
+    yield refused("delta-text", "a delta that is a text", message({"delta": "x"}), "answer")
+    yield refused("delta-empty", "a delta of nothing", message({"delta": {"content": ""}}), "answer")
+    yield refused("logprob", "a log probability above 0", message({"delta": {"logprobs": [[b"x", 0.5, []]]}}), "answer")
+    begun = {"index": 0, "arguments": "", "id": "call_1"}
+    yield refused("call", "a call that begins without a name", message({"delta": {"tool_calls": [begun]}}), "answer")
+    yield refused("finish", "an unknown reason", message({"done": DONE | {"finish_reason": "tired"}}), "answer")
+    yield refused("usage", "a usage without counts", message({"done": DONE | {"usage": {}}}), "answer")

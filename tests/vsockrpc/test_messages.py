@@ -165,7 +165,7 @@ ERROR = {"code": "x", "message": "y", "expected": None, "got": None, "retry_seco
         ({"delta": {"tool_calls": [{**CALL, "name": "f"}]}}, "id"),
         ({"delta": {"tool_calls": [{**CALL, "id": "c" * 65, "name": "f"}]}}, "tool_calls"),
         ({"delta": {"tool_calls": [{**CALL, "id": "c", "name": "f" * 65}]}}, "tool_calls"),
-        ({"delta": {"logprobs": {}}}, "logprobs"),
+        ({"delta": {"logprobs": {"x": 1}}}, "logprobs"),
         ({"delta": {"logprobs": [[b"", 0.0, []]] * 1025}}, "logprobs"),
         ({"delta": {"logprobs": [[b"", 0.0]]}}, "logprobs"),
         ({"delta": {"logprobs": [["x", 0.0, []]]}}, "logprobs"),

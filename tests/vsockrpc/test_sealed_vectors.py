@@ -168,9 +168,18 @@ def test_message(vector: dict[str, Any]) -> None:
 def _decoded(value: dict[str, Any], kind: str) -> Any:
     """The same message from its JSON, in which byte strings are hexadecimal."""
     if kind == "request":
-        return Request.decode(value | {"id": bytes.fromhex(value["id"])})
+        body = value["body"]
+        if "cache_secret" in body:
+            body = body | {"cache_secret": bytes.fromhex(body["cache_secret"])}
+        return Request.decode(value | {"id": bytes.fromhex(value["id"]), "body": body})
     if "model" in value:
         value = {"model": value["model"] | {"manifest": bytes.fromhex(value["model"]["manifest"])}}
+    if "logprobs" in value.get("delta", {}):
+        logprobs = [
+            [bytes.fromhex(token), own, [[bytes.fromhex(each), its] for each, its in top]]
+            for token, own, top in value["delta"]["logprobs"]
+        ]
+        value = {"delta": value["delta"] | {"logprobs": logprobs}}
     assert encode_message(value)
     return decode_answer(value)
 
