@@ -2,62 +2,88 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import cbor2
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from enclave.config import KvType
 from enclave.generation import ContextExceeded, EngineError, InvalidRequest, Overloaded
 from enclave.pipe import (
     MAX_DELTA_CHARACTERS,
+    MAX_DELTA_TOKENS,
+    MAX_PROMPT_SIZE,
     MAX_TO_SERVER,
     MAX_TO_WORKER,
     Alive,
     Cancel,
+    Count,
+    Counted,
     End,
     Failed,
     Generate,
     Load,
+    Piece,
     PipeError,
     Ready,
     Refused,
-    Text,
     ToServer,
     ToWorker,
     read_to_server,
     read_to_worker,
 )
-from vsockrpc.chat import ChatMessage, ChatRequest
-from vsockrpc.messages import Done, MessageReader, Usage, encode_message
-
-REQUEST = ChatRequest(
-    (ChatMessage("system", "a"), ChatMessage("user", "ü🌞")),
-    model="tiny",
-    max_tokens=5,
-    temperature=0.5,
-    top_p=0.9,
-    top_k=4,
-    min_p=0.1,
-    seed=2**32 - 2,
-    stop=("x",),
+from tests.engines import engine_settings
+from tests.wire import CHATS, DELTAS, DONES, GENERATIONS
+from vsockrpc.chat import ChatMessage, ChatRequest, CompletionRequest
+from vsockrpc.messages import (
+    Alternative,
+    Delta,
+    Done,
+    MessageReader,
+    TokenLogprob,
+    ToolCallDelta,
+    Usage,
+    encode_message,
 )
+
+ID = st.integers(0, 2**63 - 1)
+REQUEST = ChatRequest((ChatMessage("system", "a"), ChatMessage("user", "ü🌞")), max_tokens=5, cache_secret=bytes(32))
 BODY = {"messages": [{"role": "user", "content": "x"}]}
+SETTINGS = engine_settings(kv_type=KvType.Q8_0, repack=False)
+LOGPROB = TokenLogprob(b"x" * 64, -1.5, (Alternative(b"y" * 64, -0.5),) * 20)
 TO_WORKER: list[ToWorker] = [
-    Load("{{ x }}", 2048, 128, 2, 64, 64001, 4711),
+    Load("{{ x }}", SETTINGS, 4711),
+    *(Load("", engine_settings(kv_type=kind), 0) for kind in KvType),
     Generate(0, REQUEST),
     Generate(2**63 - 1, ChatRequest((ChatMessage("user", ""),))),
+    Generate(1, CompletionRequest(prompt="Es war", echo=True, stop=("x",))),
+    Count(2, REQUEST),
     Cancel(3),
 ]
+USAGE = Usage(3, 4, 2, 1)
 TO_SERVER: list[ToServer] = [
     Ready(own_user=True, seccomp=False),
     Refused("model_refused", "no", None, "x"),
     Alive(),
-    Text(1, "ü🌞"),
-    Text(1, "🌞" * MAX_DELTA_CHARACTERS),
-    End(1, Done("stop", Usage(3, 4))),
+    Piece(1, Delta("ü🌞")),
+    Piece(1, Delta("🌞" * MAX_DELTA_CHARACTERS, logprobs=(LOGPROB,) * MAX_DELTA_TOKENS)),
+    Piece(1, Delta(reasoning="🌞" * MAX_DELTA_CHARACTERS)),
+    Piece(1, Delta(tool_calls=(ToolCallDelta(0, "", "call_1", "f"), ToolCallDelta(0, "{")))),
+    End(1, Done("stop", USAGE)),
+    End(1, Done("tool_calls", USAGE, 2**32)),
+    Counted(2, 1 << 20),
 ]
+
+
+def to_worker(data: bytes) -> list[ToWorker]:
+    return list(read_to_worker(MessageReader(MAX_TO_WORKER), data))
+
+
+def to_server(data: bytes) -> list[ToServer]:
+    return list(read_to_server(MessageReader(MAX_TO_SERVER), data))
+
+
+# --- There and back --------------------------------------------------------------------------------------------------
 
 
 def test_messages_to_the_worker_come_back_byte_by_byte() -> None:
@@ -72,15 +98,39 @@ def test_messages_to_the_server_come_back_byte_by_byte() -> None:
     assert [message for byte in data for message in read_to_server(reader, bytes([byte]))] == TO_SERVER
 
 
+@given(st.builds(Generate, ID, GENERATIONS) | st.builds(Count, ID, CHATS))
+def test_every_request_gets_to_the_worker(message: Generate | Count) -> None:
+    assert to_worker(message.encode()) == [message]
+
+
+@given(st.builds(Piece, ID, DELTAS) | st.builds(End, ID, DONES))
+def test_every_answer_gets_to_the_server(message: Piece | End) -> None:
+    assert to_server(message.encode()) == [message]
+
+
+def test_the_longest_prompt_that_the_server_takes_gets_through() -> None:
+    """With every character as long as UTF-8 makes it, and every parameter beside it."""
+    quarter = "🌞" * (MAX_PROMPT_SIZE // 4 // 4)
+    biases = tuple((2**31 - 1 - token, 0.1) for token in range(300))
+    request = ChatRequest((ChatMessage("user", quarter),) * 4, logit_bias=biases, stop=("🌞" * 256,) * 16)
+    assert to_worker(Generate(2**63 - 1, request).encode()) == [Generate(2**63 - 1, request)]
+
+
 @pytest.mark.parametrize(
     "error",
     [InvalidRequest("no", got="x"), ContextExceeded("long", expected="<= 5", got="6"), Overloaded(expected=1, got=2)],
 )
 def test_errors_keep_their_type(error: EngineError) -> None:
-    [failed] = read_to_server(MessageReader(MAX_TO_SERVER), Failed(7, error).encode())
+    [failed] = to_server(Failed(7, error).encode())
     assert isinstance(failed, Failed)
     assert type(failed.error) is type(error)
     assert failed.error.as_json() == error.as_json()
+
+
+# --- What nobody may say ---------------------------------------------------------------------------------------------
+
+COUNTS = {"prompt_tokens": 1, "completion_tokens": 1, "cached_tokens": 0, "reasoning_tokens": 0}
+DONE = {"finish_reason": "stop", "usage": COUNTS, "dropped_messages": 0}
 
 
 @pytest.mark.parametrize(
@@ -91,54 +141,121 @@ def test_errors_keep_their_type(error: EngineError) -> None:
         {"ready": [1, 0]},
         {"ready": [True]},
         {"alive": 1},
-        {"text": [0, ""]},
-        {"text": [0, "x" * (MAX_DELTA_CHARACTERS + 1)]},
-        {"text": [-1, "x"]},
-        {"text": [2**63, "x"]},
-        {"text": [True, "x"]},
-        {"text": [0, b"x"]},
-        {"end": [0, "stopped", 1, 1]},
-        {"end": [0, ["stop"], 1, 1]},
-        {"end": [0, "stop", -1, 1]},
-        {"end": [0, "stop", 1, 2**40]},
+        {"text": [0, "x"]},
+        {"piece": [0, "x"]},
+        {"piece": [0]},
+        {"piece": [0, {"content": "x"}, 1]},
+        {"piece": [0, {}]},
+        {"piece": [0, {"content": ""}]},
+        {"piece": [0, {"content": "", "logprobs": []}]},
+        {"piece": [0, {"content": b"x"}]},
+        {"piece": [0, {"text": "x"}]},
+        {"piece": [-1, {"content": "x"}]},
+        {"piece": [2**63, {"content": "x"}]},
+        {"piece": [True, {"content": "x"}]},
+        {"piece": [0, {"content": "x" * MAX_TO_SERVER}]},
+        {"piece": [0, {"logprobs": [[b"x", 0.5, []]]}]},
+        {"piece": [0, {"tool_calls": [{"index": 128, "arguments": ""}]}]},
+        {"end": [0, "stop", 1, 1]},
+        {"end": [0, {}]},
+        {"end": [0, {**DONE, "finish_reason": "stopped"}]},
+        {"end": [0, {**DONE, "usage": {**COUNTS, "completion_tokens": -1}}]},
+        {"end": [0, {**DONE, "usage": {**COUNTS, "completion_tokens": 2**40}}]},
+        {"end": [0, {**DONE, "dropped_messages": None}]},
+        {"counted": [0]},
+        {"counted": [0, -1]},
+        {"counted": [0, (1 << 20) + 1]},
+        {"counted": [0, True]},
+        {"counted": [-1, 0]},
         {"failed": [0, "engine_failed", "x", None, None]},
         {"failed": [0, "overloaded", "x" * 513, None, None]},
         {"failed": [0, "overloaded", "two\nlines", None, None]},
         {"failed": [0, ["overloaded"], "x", None, None]},
         {"refused": ["code", "message", 1, None]},
         {"cancel": 1},
+        {"chat": [0, BODY]},
     ],
 )
 def test_what_the_worker_may_not_say(message: dict[str, object]) -> None:
     with pytest.raises(PipeError):
-        list(read_to_server(MessageReader(MAX_TO_SERVER), encode_message(message)))
+        to_server(encode_message(message))
+
+
+ENCODED = {
+    "context": 64,
+    "parallel": 1,
+    "cells": 64,
+    "kv_type": "f16",
+    "repack": True,
+    "batch": 16,
+    "prefill": 16,
+    "threads": 1,
+    "queue": 1,
+    "uid": 1,
+}
+
+
+def test_settings_are_a_map_of_all_of_them() -> None:
+    [load] = to_worker(encode_message({"load": ["", ENCODED, 1]}))
+    sizes = engine_settings(context=64, parallel=1, batch=16, prefill=16, threads=1, queue=1, uid=1)
+    assert load == Load("", sizes, 1)
 
 
 @pytest.mark.parametrize(
     "message",
     [
         {"load": {}},
-        {"load": {**asdict(TO_WORKER[0]), "template": 1}},
-        {"load": {**asdict(TO_WORKER[0]), "uid": -1}},
-        {"generate": [0, {"messages": [], "stop": None}]},
-        {"generate": [0, {"messages": [{"role": "user"}], "stop": []}]},
-        {"generate": [0, {**BODY, "unknown": 1}]},
-        {"generate": [0, {**BODY, "stop": [1]}]},
-        {"generate": [-1, BODY]},
-        {"generate": 0},
+        {"load": ["", ENCODED]},
+        {"load": [1, ENCODED, 1]},
+        {"load": ["", ENCODED, -1]},
+        {"load": ["", [], 1]},
+        {"load": ["", {}, 1]},
+        *({"load": ["", {key: value for key, value in ENCODED.items() if key != left}, 1]} for left in ENCODED),
+        {"load": ["", {**ENCODED, "more": 1}, 1]},
+        {"load": ["", {**ENCODED, "uid": -1}, 1]},
+        {"load": ["", {**ENCODED, "context": "64"}, 1]},
+        {"load": ["", {**ENCODED, "context": True}, 1]},
+        {"load": ["", {**ENCODED, "kv_type": "f32"}, 1]},
+        {"load": ["", {**ENCODED, "kv_type": 1}, 1]},
+        {"load": ["", {**ENCODED, "repack": 1}, 1]},
+        {"generate": [0, BODY]},
+        {"chat": [0, {"messages": [], "stop": []}]},
+        {"chat": [0, {"messages": [{"role": "user"}], "stop": []}]},
+        {"chat": [0, {**BODY, "unknown": 1}]},
+        {"chat": [0, {**BODY, "stop": [1]}]},
+        {"chat": [0, {"prompt": "x"}]},
+        {"chat": [-1, BODY]},
+        {"chat": [2**63, BODY]},
+        {"chat": [0, BODY, 1]},
+        {"chat": 0},
+        {"complete": [0, BODY]},
+        {"complete": [0, {"prompt": 1}]},
+        {"complete": [True, {"prompt": ""}]},
+        {"count": [0, {"prompt": "x"}]},
+        {"count": [0]},
         {"cancel": "x"},
+        {"cancel": -1},
         {"alive": None},
+        {"piece": [0, {"content": "x"}]},
     ],
 )
 def test_what_the_server_may_not_say(message: dict[str, object]) -> None:
     with pytest.raises(PipeError):
-        list(read_to_worker(MessageReader(MAX_TO_WORKER), encode_message(message)))
+        to_worker(encode_message(message))
 
 
-def test_bounds_are_checked_on_both_sides_of_the_pipe() -> None:
-    message = {"generate": [0, {**BODY, "temperature": 3.0}]}
+@pytest.mark.parametrize("method", ["chat", "complete", "count"])
+def test_bounds_are_checked_on_both_sides_of_the_pipe(method: str) -> None:
+    body: dict[str, object] = {"prompt": "x"} if method == "complete" else BODY
     with pytest.raises(PipeError, match="temperature is out of range"):
-        list(read_to_worker(MessageReader(MAX_TO_WORKER), encode_message(message)))
+        to_worker(encode_message({method: [0, {**body, "temperature": 3.0}]}))
+
+
+def test_lengths_are_bounded_before_they_are_waited_for() -> None:
+    with pytest.raises(PipeError, match="too large"):
+        to_server((MAX_TO_SERVER + 1).to_bytes(4, "big"))
+    with pytest.raises(PipeError, match="too large"):
+        to_worker((MAX_TO_WORKER + 1).to_bytes(4, "big"))
 
 
 @given(
@@ -151,3 +268,36 @@ def test_garbage_is_a_typed_error_or_waits_for_more(body: bytes) -> None:
             list(read_to_server(MessageReader(MAX_TO_SERVER), data))
         except PipeError as error:
             assert error.code == "engine_protocol"  # noqa: PT017 - it may also be incomplete
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers(-1, 2**63) | st.text(max_size=3) | st.binary(max_size=3) | st.floats(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+KINDS = (
+    "ready",
+    "refused",
+    "alive",
+    "piece",
+    "end",
+    "counted",
+    "failed",
+    "load",
+    "chat",
+    "complete",
+    "count",
+    "cancel",
+)
+
+
+@given(st.sampled_from(KINDS), ANYTHING)
+def test_whatever_a_message_holds_it_is_one_or_a_typed_error(kind: str, body: object) -> None:
+    data = encode_message({kind: body})
+    for read in (to_server, to_worker):
+        try:
+            [message] = read(data)
+        except PipeError as error:
+            assert error.code == "engine_protocol"  # noqa: PT017 - it may also be one
+        else:
+            assert read(message.encode()) == [message]
