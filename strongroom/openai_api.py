@@ -20,6 +20,7 @@ from vsockrpc.chat import (
     MAX_BIASES,
     MAX_COMPLETION_TOKENS,
     MAX_NAME_CHARACTERS,
+    MAX_SCHEMA_CHARACTERS,
     MAX_TOOL_CALLS,
     MAX_TOOLS,
     MAX_TOP_LOGPROBS,
@@ -158,12 +159,12 @@ def _parsed(document: object, served: frozenset[str], translate: Callable[[Field
             None if key is None else text_of(key, "prompt_cache_key", MAX_CACHE_KEY_CHARACTERS),
         )
     except MessageError as error:
-        param = _PLACES.sub(r"\1.function.\2", error.param).replace("format.schema", "format.json_schema.schema")
-        raise ApiError(400, None, _plain(error)[: 2 * MAX_QUOTED], param=param[:MAX_QUOTED]) from error
+        param = _PLACES.sub(r"\1.function.\2", error.param)[:MAX_QUOTED]
+        raise ApiError(400, None, _plain(error)[: 2 * MAX_QUOTED], param=param) from error
 
 
 _PLACES: Final = re.compile(
-    r"^(tools\[\d+\]|messages\[\d+\]\.tool_calls\[\d+\]|tool_choice)\.(name|description|parameters|arguments)$"
+    r"^(tools\[\d+\]|messages\[\d+\]\.tool_calls\[\d+\]|tool_choice)\.(name|description|arguments)$"
 )
 """Which stand one level deeper in OpenAI's JSON."""
 
@@ -382,9 +383,10 @@ def _map_of(value: object, param: str, *, required: Names = frozenset(), optiona
 def _json_text(value: object, param: str) -> str:
     """A schema as JSON text, its keys in the order they came in."""
     try:
-        return json.dumps(_object(value, param), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        text = json.dumps(_object(value, param), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except (ValueError, RecursionError) as error:  # NaN and infinities, which JSON has none of; too deep
         raise MessageError(f"{param} is not valid JSON", param=param, expected="JSON") from error
+    return text_of(text, param, MAX_SCHEMA_CHARACTERS)
 
 
 # --- Errors --------------------------------------------------------------------------------------------------------
