@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import enclave.config
 from attestation.commitment import Entropy
 from attestation.keypolicy.document import KeyArn
+from attestation.model_memory import KvType
 from attestation.reference import configuration_digest
 from enclave.config import (
     MAX_PARALLEL,
@@ -24,7 +25,6 @@ from enclave.config import (
     EnclaveConfiguration,
     EngineSettings,
     KmsSettings,
-    KvType,
     Limits,
     PacingSettings,
     WrappedKey,

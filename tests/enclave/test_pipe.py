@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enclave.config import KvType
+from attestation.model_memory import KvType
 from enclave.generation import ContextExceeded, EngineError, InvalidRequest, Overloaded
 from enclave.pipe import (
     MAX_DELTA_CHARACTERS,
@@ -246,9 +246,9 @@ def test_what_the_server_may_not_say(message: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("method", ["chat", "complete", "count"])
 def test_bounds_are_checked_on_both_sides_of_the_pipe(method: str) -> None:
-    body: dict[str, object] = {"prompt": "x"} if method == "complete" else BODY
+    least: dict[str, dict[str, object]] = {"chat": {**BODY}, "complete": {"prompt": "x"}, "count": {**BODY}}
     with pytest.raises(PipeError, match="temperature is out of range"):
-        to_worker(encode_message({method: [0, {**body, "temperature": 3.0}]}))
+        to_worker(encode_message({method: [0, {**least[method], "temperature": 3.0}]}))
 
 
 def test_lengths_are_bounded_before_they_are_waited_for() -> None:
