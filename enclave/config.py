@@ -11,7 +11,6 @@ import base64
 import binascii
 import re
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path, PurePosixPath
 
 from attestation import strict_toml
@@ -19,6 +18,7 @@ from attestation.commitment import Entropy
 from attestation.envelope import CONTEXT_NAME, MAX_VERSION
 from attestation.errors import PolicyError, StrongroomError
 from attestation.keypolicy.document import KeyArn, KeyPolicyError, is_kms_host
+from attestation.model_memory import KvType, Work
 from attestation.reference import DIGEST_SIZE, configuration_digest
 from attestation.strict_toml import Table, wrong_value
 from vsockrpc.address import Address, TcpAddress, parse_address
@@ -31,6 +31,8 @@ MAX_ROTATIONS = 8
 MAX_PARALLEL = 64
 """llama.cpp's bound is 256 (LLAMA_MAX_SEQ)."""
 _FILE = "file:"
+_WORK = Work()
+"""What an engine holds where nobody says it."""
 
 
 class ConfigurationError(StrongroomError):
@@ -40,14 +42,6 @@ class ConfigurationError(StrongroomError):
 
     def __init__(self, message: str, *, expected: object | None = None, got: object | None = None) -> None:
         super().__init__("bad_configuration", message, expected=expected, got=got)
-
-
-class KvType(StrEnum):
-    """As what llama.cpp keeps keys and values: ggml's types."""
-
-    F16 = "f16"
-    Q8_0 = "q8_0"
-    Q4_0 = "q4_0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +74,11 @@ class EngineSettings:
     def shares_cells(self) -> bool:
         """Sequences have no cells of their own (llama.cpp's ``kv_unified``)."""
         return self.cells < self.context * self.parallel
+
+    @property
+    def work(self) -> Work:
+        """What of it decides how much memory the engine takes."""
+        return Work(self.context, self.parallel, self.cells, self.kv_type, self.repack, self.batch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,15 +216,15 @@ class EnclaveConfiguration:
 
 
 def _engine(table: Table) -> EngineSettings:
-    context = _integer(table, "context", 64, 1 << 20, default=2048)
-    parallel = _integer(table, "parallel", 1, MAX_PARALLEL, default=4)
-    batch = _integer(table, "batch", 16, 4096, default=256)
+    context = _integer(table, "context", 64, 1 << 20, default=_WORK.context)
+    parallel = _integer(table, "parallel", 1, MAX_PARALLEL, default=_WORK.parallel)
+    batch = _integer(table, "batch", 16, 4096, default=_WORK.batch)
     settings = EngineSettings(
         context=context,
         parallel=parallel,
         cells=_integer(table, "cells", context, context * parallel, default=context * parallel),
-        kv_type=KvType(_choice(table, "kv_type", tuple(KvType), default=KvType.F16)),
-        repack=table.flag("repack") if table.has("repack") else True,
+        kv_type=KvType(_choice(table, "kv_type", tuple(KvType), default=_WORK.kv_type)),
+        repack=table.flag("repack") if table.has("repack") else _WORK.repack,
         batch=batch,
         prefill=_integer(table, "prefill", 1, batch, default=min(batch, 64)),
         threads=_integer(table, "threads", 0, 256, default=0),

@@ -15,7 +15,8 @@ import llama_cpp
 import numpy as np
 
 from attestation.errors import StrongroomError
-from enclave.config import EngineSettings, KvType
+from attestation.model_memory import KvType
+from enclave.config import EngineSettings
 from enclave.kv_cache import Copy, Edit, Truncate
 from enclave.sampler import Candidates, Logits, Sampler
 from enclave.scheduler import Row

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Final, TypeAlias, TypeVar
 
 from attestation.errors import StrongroomError
-from enclave.config import EngineSettings, KvType
+from attestation.model_memory import KvType
+from enclave.config import EngineSettings
 from enclave.generation import ContextExceeded, EngineError, InvalidRequest, Overloaded
 from vsockrpc.chat import ChatRequest, CompletionRequest, GenerationRequest
 from vsockrpc.fields import MessageError

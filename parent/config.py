@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Final
 
 from attestation.errors import StrongroomError
+from attestation.model_memory import KvType, SizingError, Work
 from vsockrpc.address import Address, parse_address
 from vsockrpc.errors import AddressError
 
-DEFAULT_CONTEXT: Final = 2048
-DEFAULT_BATCH: Final = 128
-"""Tokens: of a conversation, and of a prompt in one decode step. What the enclave takes where nobody says it."""
 MAX_TOKENS: Final = 1 << 20
-"""The most that the enclave takes."""
+"""The longest context that the enclave takes."""
+MAX_PARALLEL: Final = 64
+MAX_BATCH: Final = 4096
+DEFAULTS: Final = Work()
+"""What the enclave takes where nobody says it."""
 
 
 class LaunchConfigurationError(StrongroomError):
@@ -54,10 +56,8 @@ class LaunchConfiguration:
     manifest: str
     """``sha384:`` and the digest of the model's manifest, in hexadecimal."""
     kms: KmsAccess | None = None
-    context: int = DEFAULT_CONTEXT
-    """Tokens of a conversation, prompt and answer together."""
-    batch: int = DEFAULT_BATCH
-    """Prompt tokens in one decode step."""
+    work: Work = DEFAULTS
+    """What its engine is to hold."""
 
     @classmethod
     def load(cls, path: Path) -> LaunchConfiguration:
@@ -67,19 +67,23 @@ class LaunchConfiguration:
     @classmethod
     def parse(cls, data: bytes, *, name: str = "enclave.toml") -> LaunchConfiguration:
         """``name`` is what an error calls the file. Raises LaunchConfigurationError."""
-        try:
-            document = tomllib.loads(data.decode("utf-8"))
-        except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
-            raise LaunchConfigurationError(name, f"not TOML: {error}") from error
+        document = read_document(data, name=name)
         return cls(
             listen=_address(document, "rpc", "listen"),
             nsm=_module(document),
             store=_store(document),
             manifest=_text(document, "model", "manifest"),
             kms=_kms(document) if "kms" in document else None,
-            context=_tokens(document, "context", DEFAULT_CONTEXT),
-            batch=_tokens(document, "batch", DEFAULT_BATCH),
+            work=engine_work(document),
         )
+
+
+def read_document(data: bytes, *, name: str = "enclave.toml") -> dict[str, object]:
+    """``name`` is what an error calls the file. Raises LaunchConfigurationError."""
+    try:
+        return tomllib.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
+        raise LaunchConfigurationError(name, f"not TOML: {error}") from error
 
 
 def _kms(document: dict[str, object]) -> KmsAccess:
@@ -98,13 +102,30 @@ def _module(document: dict[str, object]) -> Address | None:
     return None if is_device else _address(document, "nsm", "address")
 
 
-def _tokens(document: dict[str, object], key: str, default: int) -> int:
-    values = document.get("engine", {})
-    value = values.get(key, default) if isinstance(values, dict) else None
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= MAX_TOKENS:
-        raise LaunchConfigurationError(
-            f"engine.{key}", "no number of tokens", expected=f"1..{MAX_TOKENS}", got=repr(value)[:80]
-        )
+def engine_work(document: dict[str, object]) -> Work:
+    """What the ``[engine]`` of an ``enclave.toml`` asks for. Raises LaunchConfigurationError."""
+    engine = document.get("engine", {})
+    if not isinstance(engine, dict):
+        raise LaunchConfigurationError("engine", "no table", got=repr(engine)[:80])
+    context = _number(engine, "context", DEFAULTS.context, MAX_TOKENS)
+    parallel = _number(engine, "parallel", DEFAULTS.parallel, MAX_PARALLEL)
+    cells = _number(engine, "cells", context, context * parallel) if "cells" in engine else None
+    batch = _number(engine, "batch", DEFAULTS.batch, MAX_BATCH)
+    kind, repack = engine.get("kv_type", DEFAULTS.kv_type.value), engine.get("repack", DEFAULTS.repack)
+    if kind not in list(KvType):
+        raise LaunchConfigurationError("engine.kv_type", "unknown", expected=" or ".join(KvType), got=repr(kind)[:80])
+    if not isinstance(repack, bool):
+        raise LaunchConfigurationError("engine.repack", "neither true nor false", got=repr(repack)[:80])
+    try:
+        return Work(context, parallel, cells, KvType(kind), repack, batch)
+    except SizingError as error:
+        raise LaunchConfigurationError("engine", error.message, expected=error.expected, got=error.got) from error
+
+
+def _number(engine: dict[str, object], key: str, default: int, most: int) -> int:
+    value = engine.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
+        raise LaunchConfigurationError(f"engine.{key}", "no such number", expected=f"1..{most}", got=repr(value)[:80])
     return value
 
 

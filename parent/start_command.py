@@ -18,6 +18,7 @@ from rich.console import Console
 
 from attestation.envelope import MAGIC
 from attestation.manifest import MAX_MANIFEST_SIZE, ModelManifest
+from attestation.model_memory import ModelShape, SizingError
 from attestation.reference import digest_text
 from parent.config import KmsAccess, LaunchConfiguration, LaunchConfigurationError
 from parent.launch.machine import LaunchError, Machine
@@ -29,7 +30,6 @@ from vsockrpc.http_server import parse_listen
 
 if TYPE_CHECKING:
     from parent.egress_service import EgressSettings
-    from parent.image.sizing import ModelShape
 
 err = Console(stderr=True, highlight=False)
 
@@ -230,17 +230,16 @@ def needed_memory(image: Path, model: Path | None, configuration: LaunchConfigur
     Raises ImageError, ImageFileError, ModelError, SizingError.
     """
     from parent.image.facts import read_facts  # what reads images takes time to load
-    from parent.image.sizing import MIB, ModelShape, Work, plan
+    from parent.image.sizing import MIB, plan
 
     size = read_facts(image).size
     shape = replace(ModelShape.unseen(size.unpacked), weights=0) if model is None else shape_of(model, configuration)
-    return plan(shape, Work(configuration.context, batch=configuration.batch), size).memory * MIB
+    return plan(shape, configuration.work, size).memory * MIB
 
 
 def shape_of(model: Path, configuration: LaunchConfiguration) -> ModelShape:
     """The header's, or the most that is to be expected where nobody here can read it. Raises ModelError."""
     from parent.image.size_command import read_shape
-    from parent.image.sizing import ModelShape, SizingError
 
     if configuration.kms is None or not configuration.kms.encrypted_model:
         with contextlib.suppress(SizingError):

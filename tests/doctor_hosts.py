@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Final
 
 from attestation.eif import Architecture
+from attestation.model_memory import ModelShape, Work
 from parent.doctor.host import Clock, Host, Ran, Reached, Unreached
 from parent.egress import Allowed
 from parent.image.facts import ImageFacts
-from parent.image.sizing import GIB, MIB, ImageSize, ModelShape, Plan, Work, plan
+from parent.image.sizing import GIB, MIB, ImageSize, Plan, plan
 from tests.nitro_hosts import NitroHost
 
 FLAGS: Final = "fpu avx avx2 bmi1 bmi2 f16c fma avx512f"
@@ -21,7 +22,7 @@ IMAGE: Final = ImageFacts(ImageSize(100 * MIB, 200 * MIB), Architecture.X86_64, 
 
 
 def planned(weights: int = GIB, *, cpus: int = 2, image: ImageSize = IMAGE.size) -> Plan:
-    shape = ModelShape("llama", weights, 0, ((64, 64),), 64, 1000, 1500, 4096)
+    shape = ModelShape("llama", weights, 0, ((64, 64),), 64, 192, 1000, 1500, 4096)
     return plan(shape, Work(1024), image, cpus=cpus)
 
 

@@ -8,7 +8,8 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
 
-from enclave.config import EngineSettings, KvType
+from attestation.model_memory import KvType
+from enclave.config import EngineSettings
 from enclave.generation import (
     ContextExceeded,
     EngineError,

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from attestation.gguf import TENSOR_TYPES
+
 U32, I32, F32, BOOL, TEXT, ARRAY, U64 = 4, 5, 6, 7, 8, 9, 10
 _CODES: Final = {U32: "<I", I32: "<i", F32: "<f", BOOL: "<B", U64: "<Q"}
 
@@ -139,3 +141,71 @@ def tiny_model(*, chat_template: str | None = CHAT_TEMPLATE, context: int = 1638
         ("blk.0.ffn_down.weight", 0, wide[::-1], floats(embedding * feed_forward)),
     ]
     return Gguf(metadata, tensors)
+
+
+# --- Models of other shapes -------------------------------------------------------------------------------------------
+
+KINDS: Final = {name: (number, elements, size) for number, (name, elements, size) in TENSOR_TYPES.items()}
+
+
+def with_entry(file: Gguf, key: str, kind: int, value: Value) -> Gguf:
+    file.metadata = [each for each in file.metadata if each[0] != key] + [(key, kind, value)]
+    return file
+
+
+def without(file: Gguf, key: str) -> Gguf:
+    file.metadata = [each for each in file.metadata if each[0] != key]
+    return file
+
+
+def grouped(*, kind: str = "Q4_K", tied: bool = False) -> Gguf:
+    """Two layers of zeros, four heads with two groups, in the types of a common quantisation."""
+    embedding, forward, groups = 256, 512, 128
+    file = tiny_model(context=4096)
+    values: dict[str, tuple[int, Value]] = {
+        "embedding_length": (U32, embedding),
+        "block_count": (U32, 2),
+        "feed_forward_length": (U32, forward),
+        "attention.head_count": (U32, 4),
+        "attention.head_count_kv": (U32, 2),
+        "attention.layer_norm_rms_epsilon": (F32, 1e-5),
+        "rope.dimension_count": (U32, embedding // 4),
+    }
+    for key, (of, value) in values.items():
+        with_entry(file, f"llama.{key}", of, value)
+    file.tensors = []
+
+    def add(name: str, as_kind: str, *dimensions: int) -> None:
+        number, elements, size = KINDS[as_kind]
+        count = 1
+        for dimension in dimensions:
+            count *= dimension
+        file.tensors.append((name, number, dimensions, bytes(count // elements * size)))
+
+    add("token_embd.weight", "F32" if not tied else kind, embedding, 264 if tied else 262)
+    add("output_norm.weight", "F32", embedding)
+    if not tied:
+        add("output.weight", "Q6_K", embedding, 262)
+    for layer in range(2):
+        of_layer = f"blk.{layer}."
+        for name in ("attn_norm", "ffn_norm"):
+            add(f"{of_layer}{name}.weight", "F32", embedding)
+        for name, rows in (("attn_q", embedding), ("attn_k", groups), ("attn_v", groups), ("attn_output", embedding)):
+            add(f"{of_layer}{name}.weight", kind, embedding, rows)
+        for name in ("ffn_gate", "ffn_up"):
+            add(f"{of_layer}{name}.weight", kind, embedding, forward)
+        add(f"{of_layer}ffn_down.weight", "Q6_K", forward, embedding)
+    return file
+
+
+def joined(**metadata: int) -> Gguf:
+    """A model whose queries, keys and values come from one matrix."""
+    file = grouped()
+    file.tensors = [
+        (name.replace("attn_q.", "attn_qkv."), kind, dimensions, data)
+        for name, kind, dimensions, data in file.tensors
+        if ".attn_k." not in name and ".attn_v." not in name
+    ]
+    for key, value in metadata.items():
+        with_entry(file, f"llama.attention.{key}", U32, value)
+    return file

@@ -13,14 +13,15 @@ from typing import Final
 import click
 
 from attestation.errors import StrongroomError
-from parent.config import DEFAULT_BATCH, DEFAULT_CONTEXT
+from attestation.model_memory import Work
+from parent.config import DEFAULTS, MAX_PARALLEL, LaunchConfigurationError, engine_work
 from parent.doctor import machine, network, nitro
 from parent.doctor.findings import Aim, Check, Finding, Level, Wanted, examined
 from parent.doctor.host import Host
 from parent.egress import Allowed
 from parent.image.facts import read_facts
-from parent.image.size_command import read_shape
-from parent.image.sizing import ASSUMED_IMAGE, Work, plan
+from parent.image.size_command import as_wanted, read_shape
+from parent.image.sizing import ASSUMED_IMAGE, plan
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 MAX_CONFIGURATION: Final = 1 << 20
@@ -60,8 +61,10 @@ class ConfigurationUnread(StrongroomError):
 )
 @click.option("--image", type=FILE, help="The EIF that is to run.")
 @click.option("--model", type=FILE, help="The GGUF file that is to run in it.")
-@click.option("--config", type=FILE, help="The enclave.toml: context, and KMS's endpoint.")
-@click.option("--parallel", type=click.IntRange(1, 1024), default=1, show_default=True, help="Conversations at once.")
+@click.option("--config", type=FILE, help="The enclave.toml: what its engine is to hold, and KMS's endpoint.")
+@click.option(
+    "--parallel", type=click.IntRange(1, MAX_PARALLEL), help="Conversations at once.  [default: as configured, or 4]"
+)
 @click.option(
     "--reach",
     multiple=True,
@@ -74,7 +77,7 @@ def doctor(
     image: Path | None,
     model: Path | None,
     config: Path | None,
-    parallel: int,
+    parallel: int | None,
     reach: tuple[str, ...],
     as_json: bool,
 ) -> int:
@@ -109,8 +112,8 @@ def doctor(
 class Settings:
     """What of an ``enclave.toml`` matters to its host."""
 
-    context: int = DEFAULT_CONTEXT
-    batch: int = DEFAULT_BATCH
+    work: Work | None = None
+    """None: there is no file, and what an image says counts."""
     kms: Allowed | None = None
     authority: bytes | None = None
     """The one certificate (DER) that an emulated KMS is trusted by."""
@@ -122,26 +125,25 @@ class Settings:
             data = file.read(MAX_CONFIGURATION)
         try:
             document = tomllib.loads(data.decode("utf-8"))
-            kms, engine = document.get("kms"), document.get("engine", {})
-            context, batch = engine.get("context", DEFAULT_CONTEXT), engine.get("batch", DEFAULT_BATCH)
-            if not all(isinstance(each, int) and each > 0 for each in (context, batch)):
-                raise ValueError("[engine] has no numbers of tokens")
+            work, kms = engine_work(document), document.get("kms")
             if kms is None:
-                return cls(context, batch)
+                return cls(work)
             root = base64.b64decode(str(kms["root"]), validate=True) if kms["trust"] == "EMULATED" else None
-            return cls(context, batch, Allowed.parse(str(kms["endpoint"])), root)
+            return cls(work, Allowed.parse(str(kms["endpoint"])), root)
+        except LaunchConfigurationError as error:
+            raise ConfigurationUnread(error.code, f"{path.name}: {error.message}", expected=error.expected) from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             said = f"{path.name}: {type(error).__name__}: {error}"
             raise ConfigurationUnread("bad_configuration", said, expected="an enclave.toml") from error
 
 
 def what_is_wanted(
-    aim: Aim, image: Path | None, model: Path | None, settings: Settings, parallel: int, reach: Sequence[str]
+    aim: Aim, image: Path | None, model: Path | None, settings: Settings, parallel: int | None, reach: Sequence[str]
 ) -> Wanted:
-    """Raises ImageError, ImageFileError, ModelError, SizingError, AllowListError, OSError."""
+    """Raises ImageError, ImageFileError, LaunchConfigurationError, ModelError, SizingError, AllowListError, OSError."""
     facts = None if image is None else read_facts(image)
     size = ASSUMED_IMAGE if facts is None else facts.size
-    work = Work(settings.context, parallel, batch=settings.batch)
+    work = as_wanted(settings.work or (DEFAULTS if facts is None else facts.work), parallel=parallel)
     places: list[tuple[Allowed, bytes | None]] = [(Allowed.parse(each), None) for each in reach]
     if settings.kms is not None:
         named = next((place for place, _ in places if place.asked == settings.kms.asked), settings.kms)

@@ -6,21 +6,22 @@ import json
 from collections.abc import Sequence
 from itertools import groupby, islice
 from pathlib import Path
+from typing import Any
 
 import click
 
 from attestation.eif import Architecture
 from attestation.gguf import read_header
+from attestation.model_memory import KvType, ModelShape, Work
 from attestation.strict_json import Json
-from parent.config import DEFAULT_BATCH, DEFAULT_CONTEXT
+from parent.config import DEFAULTS, MAX_BATCH, MAX_PARALLEL, MAX_TOKENS
 from parent.image.facts import ImageFacts, read_facts
 from parent.image.instance_types import DATE, PARENT_CPUS, PARENT_MEMORY, PARENT_SHARE, SOURCE, InstanceType, fitting
-from parent.image.sizing import ASSUMED_IMAGE, MIB, KvType, ModelShape, Plan, Work, plan
+from parent.image.sizing import ASSUMED_IMAGE, MIB, Plan, plan
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 GROUPS = 4
 """Sizes of instances that are shown to a person."""
-LARGEST = 1 << 20
 DECIDED = {
     "running": "what stands in memory while it runs decides",
     "boot": "the boot decides",
@@ -32,58 +33,88 @@ DECIDED = {
 @click.option("--model", type=FILE, required=True, help="The GGUF file. Of an encrypted model: what was encrypted.")
 @click.option(
     "--context",
-    type=click.IntRange(64, LARGEST),
-    default=DEFAULT_CONTEXT,
-    show_default=True,
-    help="Tokens of one conversation, prompt and answer together.",
+    type=click.IntRange(64, MAX_TOKENS),
+    help=f"Tokens of one conversation, prompt and answer together.  [default: the image's, or {DEFAULTS.context}]",
 )
-@click.option("--parallel", type=click.IntRange(1, 1024), default=1, show_default=True, help="Conversations at once.")
+@click.option(
+    "--parallel",
+    type=click.IntRange(1, MAX_PARALLEL),
+    help=f"Conversations at once.  [default: the image's, or {DEFAULTS.parallel}]",
+)
+@click.option(
+    "--cells",
+    type=click.IntRange(64, MAX_TOKENS * MAX_PARALLEL),
+    help="Tokens of all conversations together: fewer than all contexts are shared.  [default: the image's, or all]",
+)
 @click.option(
     "--kv-type",
     type=click.Choice([kind.value for kind in KvType]),
-    default=KvType.F16.value,
-    show_default=True,
-    help="As what keys and values are kept.",
+    help=f"As what keys and values are kept.  [default: the image's, or {DEFAULTS.kv_type}]",
+)
+@click.option(
+    "--repack/--no-repack",
+    default=None,
+    help="Hold weights a second time, for speed.  [default: as in the image, or --repack]",
 )
 @click.option(
     "--batch",
-    type=click.IntRange(16, 4096),
-    default=DEFAULT_BATCH,
-    show_default=True,
-    help="Prompt tokens in one decode step.",
+    type=click.IntRange(16, MAX_BATCH),
+    help=f"Tokens in one decode step.  [default: the image's, or {DEFAULTS.batch}]",
 )
 @click.option("--cpus", type=click.IntRange(1, 256), help="vCPUs of the enclave.  [default: 2 for each GiB of weights]")
 @click.option("--image", type=FILE, help="The EIF.  [default: one of 300 MB, the most that ours may have]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def size(
     model: Path,
-    context: int,
-    parallel: int,
-    kv_type: str,
-    batch: int,
     cpus: int | None,
     image: Path | None,
     as_json: bool,
+    **engine: Any,
 ) -> None:
     """Tell how much memory and how many CPUs an enclave needs.
 
-    Reads the model's header alone. Every part is exact or an upper bound, and says which rule it follows.
+    Reads the model's header alone. Every part is exact or an upper bound, and says which rule it follows. What the
+    engine is to hold is what the image's enclave.toml says, unless an option names something else.
 
     \b
     Example:
-      strongroom image size --model SmolLM2.gguf --context 2048 --parallel 4
+      strongroom image size --model SmolLM2.gguf --context 2048 --parallel 8
       strongroom image size --model model.gguf --image enclave.eif --kv-type q8_0 --json
 
     Exit codes: 0 told, 2 the model or the image cannot be sized.
     """
     shape = read_shape(model)
     facts = ImageFacts(ASSUMED_IMAGE, Architecture.X86_64) if image is None else read_facts(image)
-    needed = plan(shape, Work(context, parallel, KvType(kv_type), batch), facts.size, cpus=cpus)
+    needed = plan(shape, as_wanted(facts.work, **engine), facts.size, cpus=cpus)
     types = fitting(needed, facts.architecture)
     if as_json:
         click.echo(json.dumps(as_object(needed, types, facts, assumed=image is None)))
     else:
         show(needed, types, facts, assumed=image is None)
+
+
+def as_wanted(
+    work: Work,
+    *,
+    context: int | None = None,
+    parallel: int | None = None,
+    cells: int | None = None,
+    kv_type: str | None = None,
+    repack: bool | None = None,
+    batch: int | None = None,
+) -> Work:
+    """``work``, and in it what somebody named. Cells are of contexts: with another number or size of these, they are as
+    many as all of them take. Raises SizingError.
+    """
+    same = context is None and parallel is None
+    return Work(
+        context or work.context,
+        parallel or work.parallel,
+        cells or (work.cells if same else None),
+        KvType(kv_type or work.kv_type),
+        work.repack if repack is None else repack,
+        batch or work.batch,
+    )
 
 
 def read_shape(model: Path) -> ModelShape:

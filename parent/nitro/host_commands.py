@@ -31,8 +31,8 @@ cid_range = click.IntRange(FIRST_CID, VMADDR_CID_ANY - 1)
 @click.option("--cpus", type=click.IntRange(1), help="For all enclaves of this host together.")
 @click.option("--image", type=FILE, help="Instead of the two: what this image needs ...")
 @click.option("--model", type=FILE, help="... with this GGUF file, which the model store then serves.")
-@click.option("--context", type=click.IntRange(64), default=2048, show_default=True, help="Tokens of a conversation.")
-@click.option("--parallel", type=click.IntRange(1), default=1, show_default=True, help="Conversations at once.")
+@click.option("--context", type=click.IntRange(64), help="Tokens of a conversation.  [default: as in the image]")
+@click.option("--parallel", type=click.IntRange(1), help="Conversations at once.  [default: as in the image]")
 @click.option(
     "--user",
     default=lambda: os.environ.get("SUDO_USER"),
@@ -68,8 +68,8 @@ def bootstrap(
     cpus: int | None,
     image: Path | None,
     model: Path | None,
-    context: int,
-    parallel: int,
+    context: int | None,
+    parallel: int | None,
     user: str | None,
     services: bool,
     cid: int,
@@ -128,14 +128,16 @@ def bootstrap(
         click.echo(f"{user} logs in anew to be in the groups")
 
 
-def sized(image: Path, model: Path, context: int, parallel: int) -> tuple[int, int]:
-    """MiB and CPUs that an enclave of this image needs for this model. Raises StrongroomError."""
+def sized(image: Path, model: Path, context: int | None, parallel: int | None) -> tuple[int, int]:
+    """MiB and CPUs that an enclave of this image needs for this model. None takes what the image's configuration says.
+    Raises StrongroomError.
+    """
     from parent.image.facts import read_facts  # what reads images takes time to load
-    from parent.image.size_command import read_shape
-    from parent.image.sizing import Work
+    from parent.image.size_command import as_wanted, read_shape
     from parent.image.sizing import plan as plan_for
 
-    needed = plan_for(read_shape(model), Work(context, parallel), read_facts(image).size)
+    facts = read_facts(image)
+    needed = plan_for(read_shape(model), as_wanted(facts.work, context=context, parallel=parallel), facts.size)
     return needed.memory, needed.cpus
 
 

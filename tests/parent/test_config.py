@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attestation.manifest import ManifestFile, ModelManifest
+from attestation.model_memory import Work
 from enclave.config import EnclaveConfiguration
-from parent.config import KmsAccess, LaunchConfiguration, LaunchConfigurationError
+from parent.config import DEFAULTS, KmsAccess, LaunchConfiguration, LaunchConfigurationError
 from strongroom.prepare import Settings, enclave_toml
 from vsockrpc.address import UnixAddress
 
@@ -91,23 +92,61 @@ def test_launcher_and_enclave_read_the_same_from_what_is_prepared(tmp_path: Path
     assert launcher.manifest == f"sha384:{enclave.manifest.hex()}"
     assert enclave.manifest == manifest.digest()
     assert (enclave.engine.context, enclave.engine.threads, enclave.pacing.tick_ms) == (512, 2, 0)
-    assert (launcher.context, launcher.batch) == (enclave.engine.context, enclave.engine.batch)
+    assert as_held(launcher.work) == as_held(enclave.engine.work)
 
 
-def test_what_the_engine_holds_where_nobody_says_it_is_the_same(tmp_path: Path) -> None:
-    text = GOOD.replace('"sha384:00"', f'"sha384:{"00" * 48}"')
+def as_held(work: Work) -> tuple[object, ...]:
+    """However many cells there are was said or not."""
+    return work.context, work.parallel, work.streams, work.kv_type, work.repack, work.batch
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "",
+        "context = 4096",
+        "context = 4096\nparallel = 2\ncells = 5000",
+        'parallel = 64\nkv_type = "q8_0"\nrepack = false\nbatch = 64',
+        'context = 300\ncells = 1200\nkv_type = "q4_0"\nrepack = true',
+    ],
+)
+def test_what_the_engine_holds_is_the_same_for_both(tmp_path: Path, engine: str) -> None:
+    text = GOOD.replace('"sha384:00"', f'"sha384:{"00" * 48}"') + f"[engine]\n{engine}\n"
     launcher, enclave = load(tmp_path, text), EnclaveConfiguration.parse(text.encode())
-    assert (launcher.context, launcher.batch) == (enclave.engine.context, enclave.engine.batch)
+    assert as_held(launcher.work) == as_held(enclave.engine.work)
 
 
-@pytest.mark.parametrize("key", ["context", "batch"])
+def test_where_nobody_says_it_it_is_what_enclaves_take(tmp_path: Path) -> None:
+    text = GOOD.replace('"sha384:00"', f'"sha384:{"00" * 48}"')
+    assert load(tmp_path, text).work == DEFAULTS
+    assert as_held(EnclaveConfiguration.parse(text.encode()).engine.work) == as_held(DEFAULTS)
+
+
+@pytest.mark.parametrize(
+    ("engine", "words"),
+    [
+        ("context = 64\nparallel = 2\ncells = 63", "cells: "),
+        ("context = 64\nparallel = 2\ncells = 127.0", "no such number"),
+        ("parallel = 32\nbatch = 31", "batch: "),
+        ('kv_type = "F16"', "unknown"),
+        ("kv_type = [1]", "unknown"),
+        ("repack = 1", "neither true nor false"),
+    ],
+)
+def test_work_that_the_enclave_would_refuse_is_refused(tmp_path: Path, engine: str, words: str) -> None:
+    error = refusal(tmp_path, GOOD + f"[engine]\n{engine}\n")
+    assert error.message.startswith("engine")
+    assert words in error.message
+
+
+@pytest.mark.parametrize("key", ["context", "batch", "parallel", "cells"])
 @pytest.mark.parametrize("value", ["0", "-1", "true", '"2048"', "2048.0", str((1 << 20) + 1), "[]"])
-def test_what_is_no_number_of_tokens_is_named(tmp_path: Path, key: str, value: str) -> None:
+def test_what_is_no_such_number_is_named(tmp_path: Path, key: str, value: str) -> None:
     assert refusal(tmp_path, GOOD + f"[engine]\n{key} = {value}\n").message.startswith(f"engine.{key}: ")
 
 
 def test_the_engine_is_a_table(tmp_path: Path) -> None:
-    assert refusal(tmp_path, "engine = 5\n" + GOOD).message.startswith("engine.context: ")
+    assert refusal(tmp_path, "engine = 5\n" + GOOD).message.startswith("engine: ")
 
 
 @pytest.mark.parametrize("path", [*ADDRESSES, "model.manifest"])

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 import parent.launch.nitro
 from attestation.gguf import read_header
+from attestation.model_memory import ModelShape, SizingError, Work
 from parent.config import LaunchConfiguration, LaunchConfigurationError
 from parent.image.facts import read_facts
 from parent.image.size_command import size
-from parent.image.sizing import MIB, ImageSize, ModelShape, SizingError, Work, plan
+from parent.image.sizing import MIB, ImageSize, plan
 from parent.launch.qemu import QemuMachine
 from parent.registry import Instance, Registry
 from parent.start_command import make_machine, needed_memory, start
@@ -141,7 +142,7 @@ def test_weights_in_the_image_are_counted_once_as_what_is_unpacked(tmp_path: Pat
 
 @given(weights=st.integers(0, 1 << 40), context=st.integers(64, 1 << 20))
 def test_what_is_unseen_has_its_weights_twice_and_a_cache(weights: int, context: int) -> None:
-    needed = plan(ModelShape.unseen(weights), Work(context), ImageSize(0, 0))
+    needed = plan(ModelShape.unseen(weights), Work(context, 1), ImageSize(0, 0))
     cache = next(part.size for part in needed.parts if part.name == "key-value cache")
     assert cache >= weights // 4096 * context - 3 * (context + 256)  # whole numbers of a row
     assert needed.running >= 2 * weights + cache

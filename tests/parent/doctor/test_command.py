@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from attestation.model_memory import Work
 from parent.doctor import command
 from parent.doctor.command import ConfigurationUnread, Settings, printable, what_is_wanted
 from parent.doctor.findings import Aim
@@ -103,7 +104,7 @@ def test_the_configuration_gives_context_and_kms(tmp_path: Path, model: Path) ->
     root = base64.b64encode(b"a certificate").decode()
     text = f'[engine]\ncontext = 512\nbatch = 64\n{KMS_TABLE}trust = "EMULATED"\nroot = "{root}"\n'
     settings = Settings.read(configuration(tmp_path, text))
-    assert settings == Settings(512, 64, KMS, b"a certificate")
+    assert settings == Settings(Work(512, batch=64), KMS, b"a certificate")
     wanted = what_is_wanted(Aim.NITRO, None, model, settings, 2, [str(S3)])
     assert wanted.places == ((KMS, b"a certificate"), (S3, None))
     assert wanted.kms == KMS
@@ -111,17 +112,32 @@ def test_the_configuration_gives_context_and_kms(tmp_path: Path, model: Path) ->
     assert any(part.rule.startswith("2 x 512 tokens") for part in wanted.plan.parts)
 
 
+def test_without_a_configuration_the_images_own_counts(tmp_path: Path, model: Path) -> None:
+    text = b'[engine]\ncontext = 512\nparallel = 3\nkv_type = "q8_0"\n'
+    ramdisk = b"".join(archive(Tree.of([File.holding("rootfs/etc/strongroom/enclave.toml", text)])))
+    (tmp_path / "enclave.eif").write_bytes(image(ramdisks=(ramdisk,)).encode())
+
+    def rule(settings: Settings, parallel: int | None) -> str:
+        wanted = what_is_wanted(Aim.NITRO, tmp_path / "enclave.eif", model, settings, parallel, [])
+        assert wanted.plan is not None
+        return next(part.rule for part in wanted.plan.parts if part.name == "key-value cache")
+
+    assert rule(Settings(), None) == "3 x 512 tokens, 1 layers, q8_0"
+    assert rule(Settings(), 2) == "2 x 512 tokens, 1 layers, q8_0"
+    assert rule(Settings(Work(1024)), None) == "4 x 1024 tokens, 1 layers, f16"
+
+
 def test_kms_may_be_elsewhere(tmp_path: Path) -> None:
     settings = Settings.read(configuration(tmp_path, KMS_TABLE + 'trust = "AMAZON"\n'))
     elsewhere = Allowed.parse(f"{KMS.asked}=127.0.0.1:8443")
-    wanted = what_is_wanted(Aim.NITRO, None, None, settings, 1, [str(elsewhere)])
+    wanted = what_is_wanted(Aim.NITRO, None, None, settings, None, [str(elsewhere)])
     assert wanted.places == ((elsewhere, None),)
     assert wanted.kms == elsewhere
 
 
 def test_a_configuration_without_kms_names_no_place(tmp_path: Path) -> None:
-    assert Settings.read(configuration(tmp_path, "version = 1\n")) == Settings()
-    assert what_is_wanted(Aim.PROCESS, None, None, Settings(), 1, []).places == ()
+    assert Settings.read(configuration(tmp_path, "version = 1\n")) == Settings(Work())
+    assert what_is_wanted(Aim.PROCESS, None, None, Settings(), None, []).places == ()
 
 
 @pytest.mark.parametrize(
@@ -130,6 +146,7 @@ def test_a_configuration_without_kms_names_no_place(tmp_path: Path) -> None:
         "not TOML",
         "engine = 1\n",
         '[engine]\ncontext = "much"\n',
+        "[engine]\ncells = 1\n",
         "[engine]\ncontext = 0\n",
         "[kms]\n",
         "kms = 1\n",

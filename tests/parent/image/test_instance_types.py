@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from attestation.model_memory import ModelShape, Work
 from parent.image.instance_types import INSTANCE_TYPES, InstanceType, fitting
-from parent.image.sizing import GIB, ImageSize, ModelShape, Plan, Work, plan
+from parent.image.sizing import GIB, ImageSize, Plan, plan
 
 ARCHITECTURES = {"x86_64": "x86_64", "arm64": "aarch64"}
 
@@ -27,7 +28,7 @@ def recorded() -> dict[str, dict[str, Any]]:
 
 
 def needing(weights: int, cpus: int = 2) -> Plan:
-    shape = ModelShape("llama", weights, 0, ((64, 64),), 64, 1000, 1500, 4096)
+    shape = ModelShape("llama", weights, 0, ((64, 64),), 64, 192, 1000, 1500, 4096)
     return plan(shape, Work(1024), ImageSize(0, 0), cpus=cpus)
 
 

@@ -12,11 +12,12 @@ from click.testing import CliRunner, Result
 from attestation.eif import Architecture, ImageError
 from attestation.gguf import ModelError
 from attestation.image_files import ImageFileError
+from attestation.model_memory import SizingError
+from parent.config import LaunchConfigurationError
 from parent.image.cpio import archive
 from parent.image.facts import CPU_FEATURES, MAX_FEATURES_SIZE, read_facts
 from parent.image.instance_types import DATE
 from parent.image.size_command import size
-from parent.image.sizing import SizingError
 from parent.image.tree import File, Tree
 from tests.eif_files import image
 from tests.gguf_files import tiny_model
@@ -78,7 +79,7 @@ def test_an_image_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
 
 
 def test_the_account_is_printed_for_people(model: Path, eif: Path) -> None:
-    result = run("--model", model, "--image", eif, "--parallel", 4)
+    result = run("--model", model, "--image", eif)
     assert result.exit_code == 0
     assert "4 x 2048 tokens, 1 layers, f16" in result.output
     assert "nitro-cli run-enclave --memory 2" in result.output
@@ -91,6 +92,42 @@ def test_the_account_is_printed_for_people(model: Path, eif: Path) -> None:
 
 def test_an_image_that_is_not_named_is_assumed_and_said(model: Path) -> None:
     assert "no --image: 287 MiB assumed" in run("--model", model).output
+
+
+def configured(path: Path, text: bytes) -> Path:
+    """An image with this ``enclave.toml``."""
+    tree = Tree.of([File.holding("rootfs/etc/strongroom/enclave.toml", text)])
+    path.write_bytes(image(ramdisks=(b"".join(archive(tree)),)).encode())
+    return path
+
+
+def cache(*arguments: object) -> str:
+    """The line of the account that has the cells."""
+    (line,) = (line for line in run(*arguments).output.splitlines() if line.startswith("key-value cache"))
+    return line.partition("MiB")[2].strip()
+
+
+def test_the_images_configuration_counts_and_options_above_it(tmp_path: Path, model: Path) -> None:
+    text = b'[engine]\ncontext = 512\nparallel = 3\ncells = 1000\nkv_type = "q8_0"\nrepack = false\nbatch = 32\n'
+    eif = configured(tmp_path / "enclave.eif", text)
+    asked = ("--model", model, "--image", eif)
+    assert read_facts(eif).configuration == text
+    assert cache(*asked) == "1024 tokens, shared by 3, 1 layers, q8_0"
+    assert cache(*asked, "--cells", 600) == "768 tokens, shared by 3, 1 layers, q8_0"
+    assert cache(*asked, "--parallel", 2, "--kv-type", "f16") == "2 x 512 tokens, 1 layers, f16"
+    said = run(*asked).output
+    assert "none: repack = false" in said
+    assert "33 tokens a step" in said
+    assert "none: repack" not in run(*asked, "--repack", "--batch", "64").output
+    said = run("--model", model, "--context", "300", "--cells", "1000", "--no-repack").output
+    assert "1024 tokens, shared by 4" in said
+    assert "none: repack = false" in said
+
+
+@pytest.mark.parametrize("text", [b"\xff", b"engine = 1", b"[engine]\ncontext = 0", b"[engine]\ncells = 1"])
+def test_a_configuration_that_no_enclave_takes_is_an_error(tmp_path: Path, model: Path, text: bytes) -> None:
+    eif = configured(tmp_path / "enclave.eif", text)
+    assert isinstance(run("--model", model, "--image", eif).exception, LaunchConfigurationError)
 
 
 def test_json_has_every_number(model: Path, eif: Path) -> None:
@@ -115,4 +152,5 @@ def test_more_cpus_than_any_type_has_are_said(model: Path) -> None:
 def test_errors_are_typed(tmp_path: Path, model: Path) -> None:
     (tmp_path / "broken.gguf").write_bytes(b"GGUF")
     assert isinstance(run("--model", tmp_path / "broken.gguf").exception, ModelError)
-    assert isinstance(run("--model", model, "--context", 1 << 20).exception, SizingError)
+    for wrong in (("--context", 1 << 20), ("--cells", 100), ("--batch", 16, "--parallel", 17)):
+        assert isinstance(run("--model", model, *wrong).exception, SizingError)

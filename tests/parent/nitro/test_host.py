@@ -413,12 +413,14 @@ async def test_image_and_model_say_how_much(amazon_linux: NitroHost, eif: Path) 
     model = amazon_linux.folder / "model.gguf"
     model.write_bytes(tiny_model().encode())
     options = ["--root", str(amazon_linux.root), "--image", str(eif), "--model", str(model)]
-    options += ["--context", "64", "--no-services"]
-    said = await amazon_linux.run("command", "bootstrap", *options, "--dry-run", "--json")
+    options += ["--no-services"]
+    said = await amazon_linux.run("command", "bootstrap", *options, "--context", "64", "--dry-run", "--json")
     assert said.status == 0, said.err
     assert said.json["memory_mib"] > 64
     assert said.json["cpus"] % 2 == 0
     assert said.json["memory_mib"] % 2 == 0
+    more = await amazon_linux.run("command", "bootstrap", *options, "--parallel", "64", "--dry-run", "--json")
+    assert more.json["memory_mib"] > said.json["memory_mib"]
 
 
 @pytest.mark.parametrize(
