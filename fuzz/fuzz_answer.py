@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from attestation.secret import Secret
 from vsockrpc.fields import MessageError
-from vsockrpc.messages import Delta, Done, Failure, MessageReader, Start, Usage, decode_answer
+from vsockrpc.messages import (
+    Alternative,
+    Counted,
+    Delta,
+    Done,
+    Failure,
+    MessageReader,
+    Start,
+    TokenLogprob,
+    ToolCallDelta,
+    Usage,
+    decode_answer,
+)
 from vsockrpc.sealed import AnswerOpener, AnswerRecords, ExchangeKeys, SealedError
 
 KEYS = ExchangeKeys(Secret(bytes(32)), bytes(1168))
@@ -52,6 +64,13 @@ def received(data: bytes, *, size: int = 1 << 20) -> list[object]:
 
 
 def seeds() -> list[bytes]:
-    answers = (Start("m"), Delta("text"), Done("stop", Usage(1, 2)), Failure("code", "text", "1", None))
+    answers = (
+        Start("m"),
+        Delta("text", "thought", logprobs=(TokenLogprob(b"text", -1.5, (Alternative(b"x", -0.5),)),)),
+        Delta(tool_calls=(ToolCallDelta(0, "", "call_1", "f"), ToolCallDelta(0, "{}"))),
+        Done("stop", Usage(1, 2, 1, 1), 3),
+        Counted(5),
+        Failure("code", "text", "1", None, 7),
+    )
     contents = [b"".join(answer.encode() for answer in answers), *(answer.encode() for answer in answers)]
     return [*(b"e" + content for content in contents), *(b"w" + b"".join(sealed(content)) for content in contents)]

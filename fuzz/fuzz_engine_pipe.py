@@ -4,27 +4,31 @@ direction.
 
 from __future__ import annotations
 
+from attestation.model_memory import KvType
+from enclave.config import EngineSettings
 from enclave.generation import Overloaded
 from enclave.pipe import (
     MAX_TO_SERVER,
     MAX_TO_WORKER,
     Alive,
     Cancel,
+    Count,
+    Counted,
     End,
     Failed,
     Generate,
     Load,
+    Piece,
     PipeError,
     Ready,
     Refused,
-    Text,
     ToServer,
     ToWorker,
     read_to_server,
     read_to_worker,
 )
-from vsockrpc.chat import ChatMessage, ChatRequest
-from vsockrpc.messages import Done, MessageReader, Usage
+from vsockrpc.chat import ChatMessage, ChatRequest, CompletionRequest, NamedTool, Tool, ToolCall
+from vsockrpc.messages import Alternative, Delta, Done, MessageReader, TokenLogprob, ToolCallDelta, Usage
 
 
 def one_input(data: bytes) -> None:
@@ -46,16 +50,52 @@ def one_input(data: bytes) -> None:
 
 
 def seeds() -> list[bytes]:
-    messages = (ChatMessage("system", "a"), ChatMessage("user", "ü"))
-    request = ChatRequest(messages, max_tokens=5, temperature=0.5, seed=1, stop=("x",))
+    call = ToolCall("call_1", "weather", "{}")
+    chat = ChatRequest(
+        (
+            ChatMessage("system", "a"),
+            ChatMessage("assistant", "", (call,)),
+            ChatMessage("tool", "ü", tool_call_id="call_1"),
+        ),
+        tools=(Tool("weather", "says it", "{}"),),
+        tool_choice=NamedTool("weather"),
+        max_tokens=5,
+        temperature=0.5,
+        seed=1,
+        stop=("x",),
+        logit_bias=((5, -100.0),),
+        top_logprobs=2,
+        cache_secret=bytes(32),
+    )
+    settings = EngineSettings(
+        context=2048,
+        parallel=4,
+        cells=4096,
+        kv_type=KvType.Q8_0,
+        repack=True,
+        batch=256,
+        prefill=64,
+        threads=2,
+        queue=64,
+        uid=64001,
+    )
+    likely = TokenLogprob(b"\xc3", -0.5, (Alternative(b"\xc3", -0.5), Alternative(b"e", -1.5)))
     to_server: list[ToServer] = [
         Ready(own_user=True, seccomp=True),
         Refused("model_refused", "no", "a", None),
         Alive(),
-        Text(1, "ü🌞"),
-        End(1, Done("stop", Usage(3, 4))),
+        Piece(1, Delta("ü🌞", logprobs=(likely,))),
+        Piece(1, Delta(reasoning="hm", tool_calls=(ToolCallDelta(0, "", "call_1", "weather"), ToolCallDelta(0, "{")))),
+        End(1, Done("tool_calls", Usage(3, 4, 2, 1), 5)),
+        Counted(2, 7),
         Failed(2, Overloaded(expected=1, got=2)),
     ]
-    to_worker: list[ToWorker] = [Load("{{ x }}", 2048, 128, 2, 64, 64001, 4711), Generate(0, request), Cancel(0)]
+    to_worker: list[ToWorker] = [
+        Load("{{ x }}", settings, 4711),
+        Generate(0, chat),
+        Generate(1, CompletionRequest(prompt="Es war", echo=True, min_p=0.1)),
+        Count(2, chat),
+        Cancel(0),
+    ]
     encoded = [message.encode() for message in to_server] + [message.encode() for message in to_worker]
     return [b"\x07" + message for message in encoded]

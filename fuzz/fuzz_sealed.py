@@ -38,16 +38,24 @@ def read(message: dict[str, object]) -> None:
 
 
 def seeds() -> list[bytes]:
-    from vsockrpc.chat import ChatMessage, ChatRequest
-    from vsockrpc.messages import Delta, Done, Failure, Start
+    from vsockrpc.chat import ChatMessage, ChatRequest, CompletionRequest, JsonFormat, Tool
+    from vsockrpc.messages import Counted, CountRequest, Delta, DescribeRequest, Done, Failure, Start
 
     sealer = RecordSealer(KEY, 64)
     records = sealer.seal(b"one", final=False) + sealer.seal(b"two", final=True)
-    request = Request(bytes(16), ChatRequest((ChatMessage("user", "hi"),), max_tokens=5, stop=("x",)))
-    answers = (Start("m"), Delta("text"), Done("stop", Usage(1, 2)), Failure("code", "text", "1", None))
+    chat = ChatRequest((ChatMessage("user", "hi"),), max_tokens=5, stop=("x",), logit_bias=((5, 1.5),))
+    tools = ChatRequest(chat.messages, tools=(Tool("f", "", "{}"),), response_format=JsonFormat("{}"))
+    bodies = (chat, tools, CompletionRequest(prompt="hi", top_logprobs=3), CountRequest(chat), DescribeRequest())
+    answers = (
+        Start("m"),
+        Delta("text"),
+        Done("stop", Usage(1, 2)),
+        Counted(5),
+        Failure("code", "text", "1", None),
+    )
     return [
         b"r" + records,
-        b"m" + request.encode(),
+        *(b"m" + Request(bytes(16), body).encode() for body in bodies),
         *(b"m" + answer.encode() for answer in answers),
         b"o\x01" + bytes(1168),
     ]
