@@ -19,6 +19,7 @@ from dataclasses import replace
 from typing import Final, Protocol, TypeVar
 
 from attestation.gguf import read_header
+from attestation.model_memory import MIB, EngineMemory, ModelShape, SizingError, engine_memory
 from enclave.config import EngineSettings
 from enclave.generation import (
     ContextExceeded,
@@ -27,6 +28,7 @@ from enclave.generation import (
     Overloaded,
     Unavailable,
 )
+from enclave.model import available_memory
 from enclave.pipe import MAX_PROMPT_SIZE, Load, Ready
 from enclave.process import EngineProcess
 from vsockrpc.chat import ChatRequest, CompletionRequest, GenerationRequest
@@ -122,12 +124,12 @@ class LlamaEngine:
         """That an answer took lately, from its request on."""
 
     async def start(self) -> None:
-        """Checks the weights' header, then loads them in a new process.
+        """Checks the weights' header, and that there is memory for what it describes; then loads them in a new process.
 
-        Raises ModelError for a broken GGUF, which llama.cpp then never sees, and EngineRefused when the process does
-        not come up.
+        Raises ModelError for a broken GGUF, which llama.cpp then never sees, and EngineRefused when it cannot fit, or
+        when the process does not come up.
         """
-        await asyncio.to_thread(self._check_header)
+        await asyncio.to_thread(self._check_model)
         worker, ready = await self._spawn()
         self._on_start(ready)
         if self._given_up:
@@ -208,9 +210,16 @@ class LlamaEngine:
 
     # --- Keeping a process --------------------------------------------------------------------------------------------
 
-    def _check_header(self) -> None:
+    def _check_model(self) -> None:
         with open(f"/proc/self/fd/{self._weights}", "rb") as file:
-            read_header(file)
+            header = read_header(file)
+        try:
+            needed = engine_memory(ModelShape.of(header), self._settings.work)
+        except SizingError as error:
+            if error.code == "unknown_shape":  # llama.cpp knows more models than can be sized, and judges this one
+                return
+            raise EngineRefused(error.code, error.message, expected=error.expected, got=error.got) from error
+        require_memory(needed, available_memory())
 
     async def _spawn(self) -> tuple[EngineProcess, Ready]:
         """A process that is ready, and what it said then. Raises EngineRefused."""
@@ -285,6 +294,28 @@ class LlamaEngine:
         if self._worker is None:
             raise Unavailable("the engine is closed or cannot be started")
         return self._worker
+
+
+def require_memory(needed: EngineMemory, available: int) -> None:
+    """``available`` is bytes, beside the weights: these stand in memory already.
+
+    Raises EngineRefused ``not_enough_memory``: what does not fit is said in numbers, not by the kernel's OOM killer
+    when somebody has asked something.
+    """
+    if needed.allocated <= available:
+        return
+    parts = ", ".join(f"{part.name} {_mib(part.size)}" for part in needed.process if part.size)
+    raise EngineRefused(
+        "not_enough_memory",
+        "the engine does not fit into the memory of this enclave: start it with more, or let its [engine] hold less. "
+        f"MiB beside the weights: {parts}",
+        expected=f"{_mib(needed.allocated)} MiB",
+        got=f"{available // MIB} MiB available",
+    )
+
+
+def _mib(size: int) -> int:
+    return -(-size // MIB)
 
 
 def prompt_size(request: GenerationRequest) -> int:

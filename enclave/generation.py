@@ -60,7 +60,7 @@ class Unavailable(EngineError):
 class EngineRefused(EngineError):
     """An engine cannot be started with this model and these settings.
 
-    Codes: ``model_refused``, ``bad_template``, ``context_exceeded``, ``engine_failed``.
+    Codes: ``model_refused``, ``bad_template``, ``context_exceeded``, ``not_enough_memory``, ``engine_failed``.
     """
 
 
