@@ -73,14 +73,14 @@ class KvType(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What of a model decides how much memory it takes. Sizes are bytes."""
+    """What of a model decides how much memory it takes."""
 
     architecture: str
     """llama.cpp's name; empty where it is not known."""
     weights: int
-    """The file."""
+    """Bytes of the file."""
     repacked: int
-    """What llama.cpp can hold a second time in another order, for speed."""
+    """Bytes that llama.cpp can hold a second time in another order, for speed."""
     rows: tuple[tuple[int, int], ...]
     """Elements of a key and of a value, all heads together, of each layer."""
     embedding: int
@@ -92,7 +92,7 @@ class ModelShape:
     entries: int
     """Tokens and merges."""
     trained_context: int
-    """Tokens."""
+    """Tokens of a sequence at most."""
 
     @classmethod
     def of(cls, header: GgufHeader) -> ModelShape:
@@ -233,8 +233,8 @@ def engine_memory(shape: ModelShape, work: Work) -> EngineMemory:
     if work.context > shape.trained_context:
         raise SizingError(
             "context_exceeded",
-            "the model was not made for such a context, and the engine would refuse it",
-            expected=f"<= {shape.trained_context} tokens",
+            "the context is longer than the model was made for",
+            expected=f"<= {shape.trained_context}",
             got=work.context,
         )
     streams, cells = work.streams

@@ -179,7 +179,7 @@ def test_a_context_beyond_the_model_s_is_refused() -> None:
     with pytest.raises(SizingError) as caught:
         engine_memory(SMALL, Work(4097))
     assert caught.value.code == "context_exceeded"
-    assert (caught.value.expected, caught.value.got) == ("<= 4096 tokens", "4097")
+    assert (caught.value.expected, caught.value.got) == ("<= 4096", "4097")
     assert engine_memory(SMALL, Work(4096)).weights.size == SMALL.weights
 
 

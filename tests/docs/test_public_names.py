@@ -242,6 +242,7 @@ FIELDS = [*_fields()]
 UNIT = re.compile(
     r"\d|DER|SHA-384|UTC"
     r"|\b(?:[Bb]ytes|[Ss]econds|[Cc]haracters|[Ss]teps?|[Ee]ncod(?:ed|ing|es)|[Vv]ersions?|number of)\b"
+    r"|\b(?:[Tt]okens|[Ee]lements|[Ss]equences)\b"
 )
 """What says how large a number is, of what, or in which form octets stand there."""
 
