@@ -8,9 +8,13 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import httpx2
+import openai
 import pytest
 
+from strongroom.gateway import PromptCache
 from strongroom.session import Session
+from tests.gateways import gateway_of
 from tests.house import House, house
 from tests.terminal import Street, Terminal
 
@@ -25,6 +29,26 @@ async def home(tmp_path: Path) -> AsyncIterator[House]:
 async def session(home: House) -> AsyncIterator[Session]:
     async with home.session() as opened:
         yield opened
+
+
+@pytest.fixture
+async def port(session: Session) -> AsyncIterator[int]:
+    """A gateway's."""
+    async with gateway_of(session, cache=PromptCache()) as port:
+        yield port
+
+
+@pytest.fixture
+async def client(port: int) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="unused", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+async def http(port: int) -> AsyncIterator[httpx2.AsyncClient]:
+    """For what no well-behaved client sends."""
+    async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=30) as client:
+        yield client
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -20,6 +19,7 @@ from strongroom import gateway as gateway_module
 from strongroom.gateway import MAX_BODY_BYTES, Gateway
 from strongroom.serving import _names_of
 from strongroom.session import Session
+from tests.gateways import gateway_of
 from tests.house import MODEL_NAME, House
 from vsockrpc.address import TcpAddress
 from vsockrpc.http import SEALED_PATH, STATUS_OF_FAULT
@@ -29,36 +29,8 @@ TOKEN = "a-token-that-nobody-guesses"
 HELLO: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hello there"}]
 BODY = {"messages": HELLO}
 COMPLETIONS = "/v1/chat/completions"
-
-
-@contextlib.asynccontextmanager
-async def gateway_of(session: Session, *, token: str | None = None) -> AsyncIterator[int]:
-    """Yields its port."""
-    listener = listen_on(TcpAddress("127.0.0.1", 0))
-    port: int = listener.getsockname()[1]
-    secret = None if token is None else Secret(token.encode())
-    gateway = Gateway(session, hosts=_names_of("127.0.0.1", port), token=secret)
-    async with HttpServer(gateway.application()).serving(listener):
-        yield port
-
-
-@pytest.fixture
-async def port(session: Session) -> AsyncIterator[int]:
-    async with gateway_of(session) as port:
-        yield port
-
-
-@pytest.fixture
-async def client(port: int) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="unused", max_retries=0) as client:
-        yield client
-
-
-@pytest.fixture
-async def http(port: int) -> AsyncIterator[httpx2.AsyncClient]:
-    """For what no well-behaved client sends."""
-    async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=30) as client:
-        yield client
+COUNT = "/v1/chat/completions/input_tokens"
+LEGACY = "/v1/completions"
 
 
 def error_of(response: httpx2.Response) -> dict[str, object]:
@@ -122,34 +94,6 @@ async def test_the_synchronous_client_too(port: int) -> None:
     assert await asyncio.to_thread(ask) == "hello there"
 
 
-async def test_every_parameter_arrives(client: openai.AsyncOpenAI, home: House) -> None:
-    completion = await client.chat.completions.create(
-        model="tiny",
-        messages=[
-            {"role": "system", "content": "be brief"},
-            {"role": "developer", "content": "and kind"},
-            {"role": "user", "content": [{"type": "text", "text": "one "}, {"type": "text", "text": "two, three"}]},
-        ],
-        max_completion_tokens=50,
-        temperature=0.25,
-        top_p=0.5,
-        seed=7,
-        stop=[","],
-        user="somebody",
-        n=1,
-        extra_body={"top_k": 40, "min_p": 0.125},
-    )
-    assert completion.choices[0].message.content == "one two"
-    [request] = home.engine.requests
-    assert [(message.role, message.content) for message in request.messages] == [
-        ("system", "be brief"),
-        ("system", "and kind"),
-        ("user", "one two, three"),
-    ]
-    assert (request.max_tokens, request.temperature, request.top_p, request.top_k) == (50, 0.25, 0.5, 40)
-    assert (request.min_p, request.seed, request.stop) == (0.125, 7, (",",))
-
-
 async def test_a_budget_ends_an_answer_as_length(client: openai.AsyncOpenAI) -> None:
     completion = await client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=2)
     assert completion.choices[0].finish_reason == "length"
@@ -185,11 +129,26 @@ async def test_a_prompt_that_is_too_long(client: openai.AsyncOpenAI, stream: boo
             model="tiny", messages=[{"role": "user", "content": "too long " * 60}], stream=stream
         )
     assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
+    assert "expected 255, got 546" in str(caught.value)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_completions_prompt_that_is_too_long(client: openai.AsyncOpenAI, stream: bool) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        await client.completions.create(model="tiny", prompt="too long " * 60, stream=stream)
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt")
+    assert "expected 255, got 540" in str(caught.value)
+
+
+async def test_a_prompt_that_is_too_long_is_not_counted(http: httpx2.AsyncClient) -> None:
+    response = await http.post(COUNT, json={"messages": [{"role": "user", "content": "too long " * 60}]})
+    assert response.status_code == 400
+    assert error_of(response)["code"] == "context_length_exceeded"
 
 
 @pytest.mark.parametrize(
     ("extra", "code"),
-    [({"tempreature": 1}, "unknown_parameter"), ({"tools": [{"type": "function"}]}, "unsupported_parameter")],
+    [({"tempreature": 1}, "unknown_parameter"), ({"verbosity": "low"}, "unsupported_parameter")],
 )
 async def test_a_parameter_that_is_not_served(
     client: openai.AsyncOpenAI, home: House, extra: dict[str, object], code: str
@@ -201,12 +160,20 @@ async def test_a_parameter_that_is_not_served(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_an_overloaded_enclave(client: openai.AsyncOpenAI, home: House, stream: bool) -> None:
-    home.engine.refuse = Overloaded(expected="<= 64 waiting", got=65)
-    with pytest.raises(openai.RateLimitError) as caught:
-        await client.chat.completions.create(model="tiny", messages=HELLO, stream=stream)
-    assert caught.value.code == "overloaded"
-    assert caught.value.response.headers["retry-after"] == "1"
+@pytest.mark.parametrize(("seconds", "header"), [(None, "1"), (7, "7")])
+async def test_an_overloaded_enclave(
+    client: openai.AsyncOpenAI, home: House, stream: bool, seconds: int | None, header: str
+) -> None:
+    home.engine.refuse = Overloaded(expected="<= 64 waiting", got=65, retry_seconds=seconds)
+    for asking in (
+        client.chat.completions.create(model="tiny", messages=HELLO, stream=stream),
+        client.completions.create(model="tiny", prompt="hello", stream=stream),
+    ):
+        with pytest.raises(openai.RateLimitError) as caught:
+            await asking
+        assert caught.value.code == "overloaded"
+        assert caught.value.response.headers["retry-after"] == header
+        assert "x-should-retry" not in caught.value.response.headers
 
 
 async def test_an_engine_that_fails_before_the_first_text(client: openai.AsyncOpenAI, home: House) -> None:
@@ -291,12 +258,14 @@ async def test_leaving_a_stream_stops_the_enclaves_work(client: openai.AsyncOpen
 
 @pytest.mark.parametrize("steps", [0, 4], ids=["before the first text", "in the middle"])
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [COMPLETIONS, LEGACY])
 async def test_leaving_a_request_stops_the_enclaves_work(
-    http: httpx2.AsyncClient, home: House, steps: int, stream: bool
+    http: httpx2.AsyncClient, home: House, steps: int, stream: bool, path: str
 ) -> None:
     held = home.engine.hold_after(steps)
-    body = {"messages": [{"role": "user", "content": "a long answer of many pieces"}], "stream": stream}
-    asking = asyncio.ensure_future(http.post(COMPLETIONS, json=body))
+    text = "a long answer of many pieces"
+    prompt = {"messages": [{"role": "user", "content": text}]} if path == COMPLETIONS else {"prompt": text}
+    asking = asyncio.ensure_future(http.post(path, json={**prompt, "stream": stream}))
     await held.wait()
     asking.cancel()
     await home.engine.idle.wait()
@@ -306,7 +275,11 @@ async def test_leaving_a_request_stops_the_enclaves_work(
 
 # --- Who may ask ---------------------------------------------------------------------------------------------------
 
-ROUTES = [("GET", "/v1/models"), ("GET", "/v1/models/tiny"), ("POST", COMPLETIONS), ("GET", "/healthz")]
+POSTS = [COMPLETIONS, LEGACY, COUNT]
+ROUTES = [
+    *(("GET", path) for path in ("/v1/models", "/v1/models/tiny", "/healthz")),
+    *(("POST", path) for path in POSTS),
+]
 
 
 @pytest.mark.parametrize(
@@ -378,7 +351,10 @@ async def test_a_request_without_a_host(http: httpx2.AsyncClient, port: int) -> 
         ("DELETE", "/v1/models/tiny", 405),
         ("POST", "/v1/models", 405),
         ("GET", "/", 404),
-        ("POST", "/v1/completions", 404),
+        ("GET", LEGACY, 405),
+        ("GET", COUNT, 405),
+        ("POST", f"{LEGACY}/input_tokens", 404),
+        ("POST", "/v1/responses", 404),
         ("POST", "/v1/embeddings", 404),
         ("GET", "/v1", 404),
     ],
@@ -471,9 +447,10 @@ def test_the_names_of_an_address(host: str, port: int, names: set[str] | None) -
     ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "", "application/json-patch+json"],
 )
 async def test_a_form_of_a_web_page_is_refused(http: httpx2.AsyncClient, home: House, kind: str) -> None:
-    response = await http.post(COMPLETIONS, content=json.dumps(BODY), headers={"Content-Type": kind})
-    assert response.status_code == 415
-    assert error_of(response)["type"] == "invalid_request_error"
+    for path in POSTS:
+        response = await http.post(path, content=json.dumps(BODY), headers={"Content-Type": kind})
+        assert response.status_code == 415
+        assert error_of(response)["type"] == "invalid_request_error"
     assert home.hostile.requests == []
 
 
@@ -503,9 +480,10 @@ async def test_parameters_of_the_content_type_are_accepted(http: httpx2.AsyncCli
     ],
 )
 async def test_a_body_that_is_no_request(http: httpx2.AsyncClient, home: House, body: bytes) -> None:
-    response = await http.post(COMPLETIONS, content=body, headers={"Content-Type": "application/json"})
-    assert response.status_code == 400
-    assert error_of(response)["type"] == "invalid_request_error"
+    for path in POSTS:
+        response = await http.post(path, content=body, headers={"Content-Type": "application/json"})
+        assert response.status_code == 400
+        assert error_of(response)["type"] == "invalid_request_error"
     assert home.hostile.requests == []
 
 
@@ -554,7 +532,7 @@ async def test_a_defect_has_openais_shape_too(
     def broken(document: object) -> None:
         raise RuntimeError(*texts)
 
-    monkeypatch.setattr(gateway_module, "parse_completion_request", broken)
+    monkeypatch.setattr(gateway_module, "parse_chat", broken)
     response = await http.post(COMPLETIONS, json=BODY)
     assert response.status_code == 500
     assert error_of(response)["code"] == "internal"
