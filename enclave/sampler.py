@@ -51,7 +51,9 @@ class Sampler:
             self._fill(request, size, prompt)
 
     def _make_grammar(self, grammar: str) -> Any:
-        made = llama_cpp.llama_sampler_init_grammar(self._vocabulary, grammar.encode(), b"root")
+        text = grammar.encode()
+        whole = bool(text) and b"\0" not in text  # llama.cpp takes an empty one for none, and reads as far as a zero
+        made = whole and llama_cpp.llama_sampler_init_grammar(self._vocabulary, text, b"root")
         if not made:
             raise GrammarRefused("the grammar of the requested format is not accepted")
         return made
