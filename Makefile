@@ -2,7 +2,7 @@ PROMPT ?= Why is the sky blue? Answer in two sentences.
 export PROMPT
 PY := .venv/bin/python
 
-.PHONY: demo demo-kms eif test test-boot setup lint types imports coverage rest unit properties fuzz mutants bench vectors clean
+.PHONY: demo demo-kms eif test test-boot setup lint types imports coverage rest unit properties fuzz mutants bench bench-engine vectors clean
 
 demo: setup  ## One question through an emulated enclave, verified and sealed
 	@.venv/bin/strongroom run --prompt "$$PROMPT"
@@ -61,6 +61,9 @@ bench: setup  ## The table in bench/README.md, from one run
 	@$(PY) -m pip --disable-pip-version-check --quiet install --no-deps --only-binary :all: --require-hashes -r requirements/bench.txt \
 	  || echo "bench: a peer has no wheel for this machine; its row will say so" >&2
 	@$(PY) -m bench
+
+bench-engine: setup  ## The engine against llama.cpp's own servers: build/bench/engine.md and .json; hours, and the peers are compiled first
+	@$(PY) -m bench.engine
 
 vectors: setup  ## Writes tests/vectors anew
 	@$(PY) scripts/make-vectors

@@ -1,0 +1,205 @@
+"""How long a person waits: for the first token, beside a long prompt, and for a conversation's next turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Final
+
+from bench import Row
+from bench.engine import sides as servers
+from bench.engine.load import Ask, Clients, Heard, percentile, tokens_per_second
+from bench.engine.measuring import RECORD, Bar, Bench, Figure, compare
+from bench.engine.prompts import essay, second_turn
+from bench.engine.sides import Side, Sizes
+from bench.engine.throughput import OURS, PACED, PEER, number_of
+from strongroom.prepare import Settings
+
+# --- Time to first token ----------------------------------------------------------------------------------------------
+
+PROBES: Final = 8
+"""Requests of a round, one after the other."""
+PROBE_PROMPT: Final = 128
+PROBE_TOKENS: Final = 8
+LOAD: Final = 4
+"""Streams in the background."""
+
+
+def first_token(bench: Bench) -> Iterator[Row]:
+    for model in bench.models:
+        sizes = Sizes(model=bench.model(model), context=1024, parallel=8)
+        with ExitStack() as stack:
+            sides = [
+                stack.enter_context(servers.ours(bench.native, sizes)),
+                stack.enter_context(servers.ours(bench.native, sizes, name=PACED, tick_ms=Settings().tick_ms)),
+                stack.enter_context(servers.llama_server(bench.llama_server, sizes)),
+            ]
+            for streams in (0, LOAD):
+
+                async def play(side: Side, clients: Clients, run: int, streams: int = streams) -> list[float]:
+                    number = number_of(run, streams)
+                    if not streams:
+                        return await _probes(clients, number)
+
+                    def ask(index: int) -> Ask:
+                        return essay(number + 1000 + index, 64, answer=800)
+
+                    async with clients.background(ask, streams):
+                        return await _probes(clients, number)
+
+                results = bench.alternate(sides, play)
+                load = f"beside {streams} streams" if streams else "without load"
+                what = f"{model}, time to first token, a prompt of about {PROBE_PROMPT} tokens, {load}"
+                firsts = {
+                    name: bench.keep(what, name, [1000 * each for run in runs for each in run], "ms")
+                    for name, runs in results.items()
+                }
+                for name in (OURS, PACED):
+                    for percent in (50, 95):
+                        yield _percentiles(f"{what}, p{percent}, {name}", firsts[name], firsts[PEER], percent)
+
+
+async def _probes(clients: Clients, number: int) -> list[float]:
+    asks = [essay(number + index, PROBE_PROMPT, answer=PROBE_TOKENS) for index in range(PROBES)]
+    return [(await clients.listen(ask)).first for ask in asks]
+
+
+def _percentiles(what: str, ours: Sequence[float], peer: Sequence[float], percent: float) -> Row:
+    mine, theirs = percentile(ours, percent), percentile(peer, percent)
+    return Row(what, f"{mine:.0f} ms", f"{theirs:.0f} ms ({PEER})", f"{mine / theirs:.3f}", RECORD)
+
+
+# --- A long prompt among short streams --------------------------------------------------------------------------------
+
+SHORT: Final = 4
+LONG_PROMPT: Final = 2000
+LONG_ANSWER: Final = 32
+BEGUN: Final = 8
+"""Events of each short stream, after which the long prompt comes."""
+BATCHES: Final = (64, 128, 256, 512)
+"""llama-server's ``-b``, of which the one with the shortest gap counts as its best."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mixed:
+    """Seconds, and tokens a second of all together."""
+
+    gap: float
+    """The longest between two pieces of text of any short stream."""
+    first: float
+    """Of the long prompt."""
+    rate: float
+
+    @classmethod
+    def of(cls, answers: Sequence[Heard]) -> Mixed:
+        """The last answer is the long prompt's."""
+        *short, long = answers
+        return cls(max(each.longest_gap for each in short), long.first, tokens_per_second(answers))
+
+
+def mixed(bench: Bench) -> Iterator[Row]:
+    for model in bench.models:
+        sizes = Sizes(model=bench.model(model), context=2304, parallel=SHORT + 1)
+        tokens = 4 * bench.tokens
+        with ExitStack() as stack:
+            ours = stack.enter_context(servers.ours(bench.native, sizes))
+            default = stack.enter_context(servers.llama_server(bench.llama_server, sizes))
+            tuned = [
+                stack.enter_context(
+                    servers.llama_server(bench.llama_server, sizes, name=f"{PEER} -b {batch}", more=["-b", str(batch)])
+                )
+                for batch in BATCHES
+            ]
+
+            async def play(side: Side, clients: Clients, run: int, tokens: int = tokens) -> Mixed:
+                number = number_of(run, 0)
+                short = [essay(number + index, 64, answer=tokens) for index in range(SHORT)]
+                long = essay(number + 90, LONG_PROMPT, answer=LONG_ANSWER)
+                return Mixed.of(await clients.play([*short, Ask(long.messages, long.tokens, waits=BEGUN)]))
+
+            results = bench.alternate([ours, default, *tuned], play)
+            what = f"{model}, {SHORT} short streams and a prompt of about {LONG_PROMPT} tokens"
+            yield from mixed_rows(bench, what, results)
+
+
+def mixed_rows(bench: Bench, what: str, results: Mapping[str, Sequence[Mixed]]) -> Iterator[Row]:
+    gaps = {
+        name: Figure(bench.keep(f"{what}: longest gap", name, [1000 * each.gap for each in of], "ms"), "ms", 0)
+        for name, of in results.items()
+    }
+    firsts = {
+        name: Figure(bench.keep(f"{what}: first token", name, [1000 * each.first for each in of], "ms"), "ms", 0)
+        for name, of in results.items()
+    }
+    rates = {
+        name: Figure(bench.keep(f"{what}: tokens/s", name, [each.rate for each in of], "tokens/s"), "tokens/s")
+        for name, of in results.items()
+    }
+    best = min((name for name in results if name not in (OURS, PEER)), key=lambda name: gaps[name].median)
+    shortest = f"{what}: longest gap of a short stream"
+    yield compare(shortest, gaps[OURS], gaps[PEER], f"{PEER}, default", Bar(0.2, at_least=False))
+    yield compare(shortest, gaps[OURS], gaps[best], f"{best}, its best", Bar(1.0, at_least=False))
+    total = f"{what}: tokens/s of all together"
+    yield compare(total, rates[OURS], rates[PEER], f"{PEER}, default", Bar(0.95))
+    yield compare(total, rates[OURS], rates[best], f"{best}, its best")
+    for name in results:
+        if name != OURS:
+            yield compare(f"{what}: the long prompt's first token", firsts[OURS], firsts[name], name)
+    for name in results:
+        if name not in (OURS, PEER):
+            said = f"{gaps[name]} longest gap, {rates[name]}"
+            yield Row(f"{what}: {name}", f"{gaps[OURS]} longest gap, {rates[OURS]}", said, bar=RECORD)
+
+
+# --- A conversation's second turn -------------------------------------------------------------------------------------
+
+HISTORY: Final = 1000
+MORE: Final = 32
+REPLY: Final = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Two second turns: one after its first, and one of a conversation that nobody has seen."""
+
+    warm: Heard
+    cold: Heard
+
+
+def second_turns(bench: Bench) -> Iterator[Row]:
+    for model in bench.models:
+        sizes = Sizes(model=bench.model(model), context=2048, parallel=4)
+        with ExitStack() as stack:
+            sides = [
+                stack.enter_context(servers.ours(bench.native, sizes, caches=True)),
+                stack.enter_context(servers.llama_server(bench.llama_server, sizes, caches=True)),
+            ]
+
+            async def play(side: Side, clients: Clients, run: int) -> Turn:
+                number = number_of(run, 0)
+                known, unknown = (essay(number + index, HISTORY - 2 * REPLY, answer=REPLY) for index in range(2))
+                answer = await clients.listen(known)
+                text = answer.text or "And so on."
+                cold = await clients.listen(second_turn(unknown, text, number + 1, MORE, reply=REPLY))
+                return Turn(await clients.listen(second_turn(known, text, number, MORE, reply=REPLY)), cold)
+
+            results = bench.alternate(sides, play)
+            yield from _turn_rows(bench, model, results)
+
+
+def _turn_rows(bench: Bench, model: str, results: Mapping[str, Sequence[Turn]]) -> Iterator[Row]:
+    ours = results[OURS]
+    history, cached = ours[0].warm.prompt_tokens, ours[0].warm.cached_tokens
+    theirs = results[PEER][0].warm.cached_tokens
+    what = f"{model}, second turn, {history} tokens of which {cached} are kept: first token"
+
+    def figure(name: str, kind: str, values: list[float]) -> Figure:
+        return Figure(bench.keep(f"{what}, {kind}", name, [1000 * value for value in values], "ms"), "ms", 0)
+
+    warm = {name: figure(name, "warm", [each.warm.first for each in of]) for name, of in results.items()}
+    cold = {name: figure(name, "cold", [each.cold.first for each in of]) for name, of in results.items()}
+    yield compare(what, warm[OURS], cold[OURS], "cold, ours", Bar(0.15, at_least=False))
+    yield compare(what, warm[OURS], warm[PEER], f"{PEER}, keeps {theirs}", Bar(1.0, at_least=False))
+    yield compare(f"{what}, cold", cold[OURS], cold[PEER], PEER)
+    yield compare(f"{model}, second turn, {PEER}'s own", warm[PEER], cold[PEER], f"cold, {PEER}")
