@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import BinaryIO, Final, TypeAlias
 
 from attestation.errors import StrongroomError
@@ -128,6 +128,8 @@ class GgufArray:
     """Of its elements: ``text``, ``bool``, ``u8``, ``f32`` and so on."""
     count: int
     """The number of elements."""
+    offset: int = field(default=0, compare=False)
+    """Bytes from the beginning of the file to the first element."""
 
 
 MetadataValue: TypeAlias = int | float | bool | str | GgufArray
@@ -184,18 +186,32 @@ def read_header(file: BinaryIO) -> GgufHeader:
         raise ModelError("unreadable_model", f"the model cannot be read ({type(error).__name__})") from error
 
 
+def read_texts(file: BinaryIO, array: GgufArray, wanted: Collection[int]) -> dict[int, str]:
+    """Those of the texts of ``array`` that are wanted, by their index, from the file whose header has it. What is no
+    UTF-8 is replaced.
+
+    Raises ModelError, as :func:`read_header` does: the file may be another one by now.
+    """
+    if array.kind != _KIND_NAMES[_TEXT]:
+        return {}
+    try:
+        return _Reader(file, array.offset).texts(min(array.count, max(wanted, default=-1) + 1), frozenset(wanted))
+    except (OSError, ValueError) as error:
+        raise ModelError("unreadable_model", f"the model cannot be read ({type(error).__name__})") from error
+
+
 class _Reader:
     """A cursor over the file with one chunk in memory. Every method that consumes bytes first knows that the file has
     them.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, start: int = 0) -> None:
         self._file = file
         self._size = file.seek(0, os.SEEK_END)
-        file.seek(0)
+        file.seek(start)
         self._chunk = b""
         self._at = 0
-        self._chunk_start = 0
+        self._chunk_start = start
 
     # --- Bytes -------------------------------------------------------------------------------------------------------
 
@@ -291,6 +307,17 @@ class _Reader:
             else:
                 self._skip(size, what)
 
+    def texts(self, count: int, wanted: Collection[int]) -> dict[int, str]:
+        """Of the next ``count`` texts those that are wanted."""
+        found = {}
+        for index in range(count):
+            size = self._u64("a text of an array")
+            if index in wanted:
+                found[index] = self._take(size, "a text of an array").decode("utf-8", "replace")
+            else:
+                self._skip(size, "a text of an array")
+        return found
+
     # --- The format --------------------------------------------------------------------------------------------------
 
     def header(self) -> GgufHeader:
@@ -360,7 +387,7 @@ class _Reader:
                 got=kind,
                 offset=offset,
             )
-        return GgufArray(_KIND_NAMES[kind], count)
+        return GgufArray(_KIND_NAMES[kind], count, offset + 12)
 
     def _alignment(self, metadata: Mapping[str, MetadataValue]) -> int:
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)

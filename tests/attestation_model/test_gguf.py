@@ -15,9 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attestation.gguf import MAX_HEADER_SIZE, TENSOR_TYPES, GgufArray, GgufHeader, ModelError, read_header
+from attestation.gguf import MAX_HEADER_SIZE, TENSOR_TYPES, GgufArray, GgufHeader, ModelError, read_header, read_texts
 from tests.gguf_files import ARRAY, BOOL, CHAT_TEMPLATE, I32, TEXT, U32, Gguf, Value, text, tiny_model
 
+CHUNK = 1 << 20
+"""Bytes that are read at once."""
 VECTORS = Path(__file__).parents[3] / "shared" / "vectors" / "gguf"
 TINY = tiny_model().encode()
 
@@ -221,6 +223,44 @@ def test_a_vocabulary_may_go_beyond_what_is_read_at_once(shift: int) -> None:
     header = read(Gguf(metadata, [("t", 0, (4,), bytes(16))]).encode())
     assert header.metadata == {"padding": padding, "tokens": GgufArray("text", 40), "behind": 7}
     assert [tensor.name for tensor in header.tensors] == ["t"]
+
+
+# --- Texts of an array ------------------------------------------------------------------------------------------------
+
+
+def test_texts_of_an_array_are_read_by_their_index() -> None:
+    tokens = [f"token {index:04}" for index in range(2 * CHUNK // 18)] + ["", "<｜User｜>"]
+    data = Gguf([("padding", TEXT, "x" * 99), ("tokens", ARRAY, (TEXT, tokens)), ("behind", U32, 7)]).encode()
+    array = read(data).metadata["tokens"]
+    assert isinstance(array, GgufArray)
+    last = len(tokens) - 1
+    wanted = {0, 3, CHUNK // 18, last - 1, last}
+    assert read_texts(io.BytesIO(data), array, wanted) == {index: tokens[index] for index in wanted}
+    assert read_texts(io.BytesIO(data), array, [last + 1, 5]) == {5: tokens[5]}
+    assert read_texts(io.BytesIO(data), array, ()) == {}
+    broken = data.replace("<｜User｜>".encode(), b"\xff" * 12)
+    assert read_texts(io.BytesIO(broken), array, [last]) == {last: "\ufffd" * 12}
+
+
+def test_numbers_are_no_texts() -> None:
+    data = Gguf([("numbers", ARRAY, (U32, [1, 2]))]).encode()
+    array = read(data).metadata["numbers"]
+    assert isinstance(array, GgufArray)
+    assert read_texts(io.BytesIO(data), array, [0]) == {}
+
+
+def test_a_file_that_is_another_by_now_is_a_typed_error() -> None:
+    data = Gguf([("tokens", ARRAY, (TEXT, ["a", "b"]))]).encode()
+    array = read(data).metadata["tokens"]
+    assert isinstance(array, GgufArray)
+    with pytest.raises(ModelError, match="truncated_gguf"):
+        read_texts(io.BytesIO(data[: array.offset + 9]), array, [1])
+    with pytest.raises(ModelError, match="truncated_gguf"):
+        read_texts(io.BytesIO(data[: array.offset] + b"\xff" * 100), array, [0])
+    closed = io.BytesIO(data)
+    closed.close()
+    with pytest.raises(ModelError, match="unreadable_model"):
+        read_texts(closed, array, [0])
 
 
 @pytest.mark.skipif(
