@@ -43,7 +43,7 @@ COMMANDS = {
     "policy": "strongroom.policy_commands:policy",
     "kms": "strongroom.kms.commands:kms",
     "prompt": "strongroom.prompt_commands:prompt",
-    "model": "strongroom.model_commands:model",
+    "model": "strongroom.cli:model",
     "ask": "strongroom.conversation:ask",
     "chat": "strongroom.conversation:chat",
     "serve": "strongroom.serving:serve",
@@ -61,6 +61,10 @@ IMAGE_COMMANDS = {
     "policy": "strongroom.image.policy:policy",
 }
 """Who writes images, and who judges them, do not share a room."""
+MODEL_COMMANDS = {
+    "inspect": "strongroom.model_inspect:inspect",
+    "encrypt": "strongroom.model_commands:encrypt",
+}
 NEEDS = {
     "run": ("parent", "enclave"),
     "init": ("enclave",),
@@ -75,12 +79,12 @@ NEEDS = {
     "doctor": ("parent",),
     "kms": ("kms",),
     "prompt": ("kms",),
-    "model": ("kms",),
     "serve": ("serve",),
     "emulate": ("emulator",),
 }
 """The extras of a command beyond ``cli``. An emulated enclave is measured and run from this installation."""
 IMAGE_NEEDS = {"build": ("parent",), "reproduce": ("parent",), "size": ("parent",)}
+MODEL_NEEDS = {"encrypt": ("kms",)}
 USAGE, UNAVAILABLE, DEFECT, INTERRUPTED, TERMINATED = 2, 4, 70, 130, 143
 WRONG_FILE = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 """What a person named that is not there, not theirs or not of its kind. Other trouble is not their doing."""
@@ -169,6 +173,18 @@ def image() -> None:
       strongroom image measure enclave.eif                                          PCR0, PCR1, PCR2, as nitro-cli says
       strongroom image policy enclave.eif --output policy.toml                      what a client must see
       strongroom image diff enclave.eif other.eif                                   why two of them differ
+    """
+
+
+@click.command(cls=LazyGroup, where=MODEL_COMMANDS, needs=MODEL_NEEDS)
+def model() -> None:
+    """Look at a model, and encrypt it, so that only the measured image can have it.
+
+    \b
+    Example:
+      strongroom model inspect MODEL.gguf --context 4096 --parallel 4   what it is, and the memory that it takes
+      strongroom model encrypt MODEL.gguf --policy policy.toml --out MODEL.sealed
+      strongroom start --config enclave.toml --model MODEL.sealed
     """
 
 

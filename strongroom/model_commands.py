@@ -1,4 +1,4 @@
-"""``model``: weights that only an attested enclave can decrypt. PROTOCOL.md section 6.4."""
+"""``model encrypt``: weights that only an attested enclave can decrypt. PROTOCOL.md section 6.4."""
 
 from __future__ import annotations
 
@@ -26,18 +26,7 @@ class ModelNotAccepted(StrongroomError):
     exit_code = 2
 
 
-@click.group()
-def model() -> None:
-    """Encrypt a model, so that only the measured image can have it.
-
-    \b
-    Example:
-      strongroom model encrypt MODEL.gguf --policy policy.toml --out MODEL.sealed
-      strongroom start --config enclave.toml --model MODEL.sealed
-    """
-
-
-@model.command()
+@click.command()
 @click.argument("file", metavar="MODEL", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @policy_option
 @key_option

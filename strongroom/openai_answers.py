@@ -7,7 +7,7 @@ from __future__ import annotations
 import codecs
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Final, cast
+from typing import Any, ClassVar, Final
 
 from vsockrpc.messages import Delta, Done, TokenLogprob, ToolCallDelta, Usage
 
@@ -197,15 +197,8 @@ def _whole_calls(parts: Iterator[ToolCallDelta]) -> list[Json]:
 
 
 def _logprobs_of(deltas: Sequence[Delta]) -> Json | None:
-    """Of reasoning they stand apart, as its text does."""
-    lists: dict[str, list[Json]] = {"content": [], "reasoning_content": []}
-    for delta in deltas:
-        is_reasoning = bool(delta.reasoning) and not delta.content
-        lists["reasoning_content" if is_reasoning else "content"] += map(_logprob_of, delta.logprobs)
-    if not any(lists.values()):
-        return None
-    reasoning = {"reasoning_content": lists["reasoning_content"]} if lists["reasoning_content"] else {}
-    return cast(Json, {"content": lists["content"], "refusal": None} | reasoning)
+    entries = [_logprob_of(token) for delta in deltas for token in delta.logprobs]
+    return {"content": entries, "refusal": None} if entries else None
 
 
 def _logprob_of(token: TokenLogprob) -> Json:

@@ -282,16 +282,21 @@ def _tools(fields: Fields) -> Fields:
         if "parallel_tool_calls" in fields:
             raise MessageError("there are no tools to call", param="parallel_tool_calls", expected="tools")
         return {}
-    body: Fields = {"tools": [_tool(f"tools[{index}]", entry) for index, entry in enumerate(entries)]}
-    body["tool_choice"] = choice
+    tools = [_tool(f"tools[{index}]", entry, may_be_strict=choice != "auto") for index, entry in enumerate(entries)]
+    body: Fields = {"tools": tools, "tool_choice": choice}
     if "parallel_tool_calls" in fields:
         body["parallel_tool_calls"] = fields["parallel_tool_calls"]
     return body
 
 
-def _tool(param: str, entry: object) -> Fields:
+def _tool(param: str, entry: object, *, may_be_strict: bool) -> Fields:
     function = _function(param, entry, required={"name"}, optional={"description", "parameters", "strict"})
-    flag_of(function.pop("strict", False), f"{param}.function.strict")
+    if flag_of(function.get("strict", False), f"{param}.function.strict") and not may_be_strict:
+        raise MessageError(
+            "only calls that have to be made are held to a schema",
+            param=f"{param}.function.strict",
+            expected='"tool_choice": "required"',
+        )
     tool = {"name": function["name"], "description": function.get("description", "")}
     if "parameters" in function:
         tool["parameters"] = _json_text(function["parameters"], f"{param}.function.parameters")

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 
 from tests.house import House
+from vsockrpc.chat import ChatRequest
+from vsockrpc.messages import Delta, Done, Usage
 
 CTRL_C, CTRL_D = b"\x03", b"\x04"
 LONG = "a long answer of many small pieces"
@@ -63,7 +65,7 @@ class Keyboard:
 
 
 @contextlib.asynccontextmanager
-async def chatting(home: House, *arguments: str) -> AsyncIterator[Keyboard]:
+async def chatting(home: House, *arguments: str, term: str = "dumb") -> AsyncIterator[Keyboard]:
     master, slave = pty.openpty()
 
     def take_terminal() -> None:
@@ -78,7 +80,7 @@ async def chatting(home: House, *arguments: str) -> AsyncIterator[Keyboard]:
         stderr=slave,
         start_new_session=True,
         preexec_fn=take_terminal,
-        env={**os.environ, "TERM": "dumb", "INPUTRC": "/dev/null", "COLUMNS": "100"},
+        env={**os.environ, "TERM": term, "INPUTRC": "/dev/null", "COLUMNS": "100"},
     )
     os.close(slave)
     keyboard = Keyboard(master, process)
@@ -101,6 +103,12 @@ async def keyboard(home: House) -> AsyncIterator[Keyboard]:
         yield keyboard
 
 
+def last_asked(home: House) -> ChatRequest:
+    request = home.engine.requests[-1]
+    assert isinstance(request, ChatRequest)
+    return request
+
+
 async def test_a_conversation(home: House, keyboard: Keyboard) -> None:
     assert "EMULATED" in keyboard.screen
     keyboard.press(b"good morning\n")
@@ -111,11 +119,42 @@ async def test_a_conversation(home: House, keyboard: Keyboard) -> None:
     await keyboard.sees("> ", 3)
     keyboard.press(CTRL_D)
     assert await keyboard.ends() == 0
-    assert [(message.role, message.content) for message in home.engine.requests[-1].messages] == [
+    assert [(message.role, message.content) for message in last_asked(home).messages] == [
         ("user", "good morning"),
         ("assistant", "good morning"),
         ("user", "good night"),
     ]
+    first, second = (request.cache_secret for request in home.engine.requests)
+    assert first == second is not None  # what was computed of a turn serves the next one
+
+
+async def test_reasoning_is_shown_apart_and_is_no_part_of_the_conversation(home: House) -> None:
+    home.engine.script = [
+        Delta(reasoning="let me\x1b[2J "),
+        Delta(reasoning="see"),
+        Delta("so it is"),
+        Done("stop", Usage(5, 5)),
+    ]
+    async with chatting(home, term="xterm") as keyboard:
+        await keyboard.sees("> ")
+        keyboard.press(b"well?\n")
+        await keyboard.sees("so it is")
+        await keyboard.sees("> ", 2)
+        dimmed = "\x1b[2mlet me[2J \x1b[0m\x1b[2msee\x1b[0m\r\n\r\nso it is\r\n"
+        assert dimmed in keyboard.screen
+        keyboard.press(b"and?\n")
+        await keyboard.sees("so it is", 2)
+    assert [message.content for message in last_asked(home).messages] == ["well?", "so it is", "and?"]
+
+
+async def test_each_conversation_has_a_cache_of_its_own(home: House) -> None:
+    for _ in range(2):
+        async with chatting(home) as keyboard:
+            await keyboard.sees("> ")
+            keyboard.press(b"good morning\n")
+            await keyboard.sees("good morning", 2)
+    one, other = (request.cache_secret for request in home.engine.requests)
+    assert one != other
 
 
 async def test_ctrl_d_ends(keyboard: Keyboard) -> None:
@@ -155,7 +194,7 @@ async def test_ctrl_c_stops_the_answer_and_the_model_behind_it_and_nothing_else(
     await keyboard.sees("> ", 3)
     keyboard.press(CTRL_D)
     assert await keyboard.ends() == 0
-    assert [message.content for message in home.engine.requests[-1].messages] == ["short"]  # the stopped turn is gone
+    assert [message.content for message in last_asked(home).messages] == ["short"]  # the stopped turn is gone
     assert "Traceback" not in keyboard.screen
 
 

@@ -174,15 +174,6 @@ def test_log_probabilities() -> None:
     }
 
 
-def test_log_probabilities_of_reasoning_stand_apart() -> None:
-    deltas = [Delta(reasoning="hm", logprobs=SPLIT[:1]), Delta("!", logprobs=SPLIT[3:])]
-    [choice] = chat().whole(deltas, DONE)["choices"]
-    logprobs = choice["logprobs"]
-    assert [entry["token"] for entry in logprobs["reasoning_content"]] == ["a"]
-    assert [entry["token"] for entry in logprobs["content"]] == ["!"]
-    assert chat().piece(deltas[1])["choices"][0]["logprobs"].keys() == {"content", "refusal"}
-
-
 # --- Completions ---------------------------------------------------------------------------------------------------
 
 
@@ -243,7 +234,7 @@ LOGPROBS = st.lists(st.builds(TokenLogprob, st.binary(max_size=4), NUMBERS, ALTE
 TEXTS = st.builds(Delta, content=TEXT, logprobs=LOGPROBS)
 ANSWERS = st.builds(
     lambda reasoning, text, calls: [*reasoning, *text, *calls],
-    st.lists(st.builds(Delta, reasoning=TEXT, logprobs=LOGPROBS), max_size=3),
+    st.lists(st.builds(Delta, reasoning=TEXT), max_size=3),
     st.lists(TEXTS, max_size=4),
     st.sampled_from([(), CALLS]),
 )

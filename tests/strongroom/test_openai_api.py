@@ -51,6 +51,10 @@ BARE = {"type": "function", "function": {"name": "wait"}}
 CALLED = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": '{"z": "\\u00e9"}'}}
 
 
+def function(**fields: object) -> dict[str, object]:
+    return {"type": "function", "function": {"name": "look", **fields}}
+
+
 def chat(**fields: Any) -> ChatRequest:
     return parse_chat({"messages": [HELLO], **fields}).request
 
@@ -135,6 +139,11 @@ def test_parameters_of_both_endpoints(fields: dict[str, object], expected: dict[
             {"tools": [BARE], "tool_choice": {"type": "function", "function": {"name": "wait"}}},
             {"tools": (Tool("wait"),), "tool_choice": NamedTool("wait")},
         ),
+        ({"tools": [function(strict=False)]}, {"tools": (Tool("look"),)}),
+        (
+            {"tools": [function(strict=True)], "tool_choice": "required"},
+            {"tools": (Tool("look"),), "tool_choice": "required"},
+        ),
         ({"tools": [BARE], "parallel_tool_calls": False}, {"tools": (Tool("wait"),), "parallel_tool_calls": False}),
         ({"thinking_token_budget": 0}, {"reasoning_tokens": 0}),
         ({"thinking_token_budget": 77}, {"reasoning_tokens": 77}),
@@ -213,10 +222,6 @@ def test_delivery() -> None:
 
 def schema_format(**fields: object) -> dict[str, object]:
     return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}, **fields}}}
-
-
-def function(**fields: object) -> dict[str, object]:
-    return {"type": "function", "function": {"name": "look", **fields}}
 
 
 REFUSED_BY_BOTH: list[tuple[dict[str, object], str | None, str]] = [
@@ -314,6 +319,8 @@ REFUSED_CHATS: list[tuple[dict[str, object], str | None, str]] = [
     ({"tools": [function(description=5)]}, None, "tools[0].function.description"),
     ({"tools": [function(parameters=[])]}, None, "tools[0].function.parameters"),
     ({"tools": [function(strict=1)]}, None, "tools[0].function.strict"),
+    ({"tools": [BARE, function(strict=True)]}, None, "tools[1].function.strict"),
+    ({"tools": [function(strict=True)], "tool_choice": "auto"}, None, "tools[0].function.strict"),
     ({"tools": [function(other=1)]}, None, "tools[0].function.other"),
     ({"tool_choice": "required"}, None, "tool_choice"),
     ({"tool_choice": "some"}, None, "tool_choice"),
