@@ -44,7 +44,7 @@ CHESS = (
 
 @pytest.fixture(scope="module")
 def llama(smollm2: Path) -> Llama:
-    return Llama(str(smollm2), SETTINGS, threads=2)
+    return Llama(str(smollm2), SETTINGS, threads=1)  # two would wait for each other beside other tests
 
 
 @pytest.fixture(autouse=True)
