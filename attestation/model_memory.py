@@ -32,6 +32,10 @@ CANDIDATE: Final = 48
 moment."""
 HELD_TOKEN: Final = 64
 """Bytes of a token that stands in a cell, in the books of what can be used again."""
+KERNEL: Final = 64 * MIB
+KERNEL_SHARE: Final = 32
+"""An enclave's kernel itself, and one part in so many of the memory: its table of pages is one in 64, page tables and
+what the allocator cannot use come on top."""
 _UNITS: Final = 16
 """Numbers of a token that are no activations: its position, its place, and rounding."""
 
@@ -262,6 +266,12 @@ def engine_memory(shape: ModelShape, work: Work) -> EngineMemory:
         ),
         server=Part("server", SERVER, "Python, and a full queue of requests"),
     )
+
+
+def kernel_beside(used: int) -> Part:
+    """What the kernel of an enclave takes in which so many bytes are used."""
+    size = -(-(used + KERNEL) * KERNEL_SHARE // (KERNEL_SHARE - 1)) - used
+    return Part("kernel", size, f"{KERNEL // MIB} MiB and 1/{KERNEL_SHARE} of the memory")
 
 
 def _compute(shape: ModelShape, tokens: int, cells: int, outputs: int) -> int:

@@ -106,7 +106,7 @@ def engine_work(document: dict[str, object]) -> Work:
     """What the ``[engine]`` of an ``enclave.toml`` asks for. Raises LaunchConfigurationError."""
     engine = document.get("engine", {})
     if not isinstance(engine, dict):
-        raise LaunchConfigurationError("engine", "no table", got=repr(engine)[:80])
+        raise LaunchConfigurationError("[engine]", "no table", got=repr(engine)[:80])
     context = _number(engine, "context", DEFAULTS.context, MAX_TOKENS)
     parallel = _number(engine, "parallel", DEFAULTS.parallel, MAX_PARALLEL)
     cells = _number(engine, "cells", context, context * parallel) if "cells" in engine else None
@@ -119,7 +119,7 @@ def engine_work(document: dict[str, object]) -> Work:
     try:
         return Work(context, parallel, cells, KvType(kind), repack, batch)
     except SizingError as error:
-        raise LaunchConfigurationError("engine", error.message, expected=error.expected, got=error.got) from error
+        raise LaunchConfigurationError("[engine]", error.message, expected=error.expected, got=error.got) from error
 
 
 def _number(engine: dict[str, object], key: str, default: int, most: int) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from attestation.model_memory import ModelShape, Part, Work, engine_memory
+from attestation.model_memory import ModelShape, Part, Work, engine_memory, kernel_beside
 
 MIB: Final = 1 << 20
 GIB: Final = 1 << 30
@@ -20,10 +20,6 @@ HUGE_PAGE: Final = 2 * MIB
 allocator reserves pages of 1 GiB as far as they go and of 2 MiB for the rest."""
 EIF_FACTOR: Final = 4
 """nitro-cli refuses an enclave with less memory than so many times its image's file."""
-KERNEL: Final = 64 * MIB
-KERNEL_SHARE: Final = 32
-"""The kernel itself, and one part in so many of the memory: its table of pages is one in 64, page tables and what the
-allocator cannot use come on top."""
 MAX_CPUS: Final = 32
 """More threads than 16 whole cores do not decode faster: memory is what they wait for."""
 WEIGHTS_OF_A_CORE: Final = GIB
@@ -87,11 +83,9 @@ def plan(shape: ModelShape, work: Work, image: ImageSize = ASSUMED_IMAGE, *, cpu
         *engine_memory(shape, work).parts,
         Part("image", image.unpacked, "the root file system, in memory"),
     )
-    used = sum(part.size for part in parts)
-    kernel = -(-(used + KERNEL) * KERNEL_SHARE // (KERNEL_SHARE - 1)) - used
     wanted = 2 * -(-shape.weights // WEIGHTS_OF_A_CORE) if cpus is None else cpus
     return Plan(
-        (*parts, Part("kernel", kernel, f"{KERNEL // MIB} MiB and 1/{KERNEL_SHARE} of the memory")),
+        (*parts, kernel_beside(sum(part.size for part in parts))),
         boot=2 * image.unpacked + image.file,
         demanded=EIF_FACTOR * image.file,
         cpus=rounded(min(wanted, MAX_CPUS) if cpus is None else max(cpus, 1), 2),

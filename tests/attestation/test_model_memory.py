@@ -19,6 +19,8 @@ from attestation.model_memory import (
     CELL_STEP,
     ENGINE,
     HELD_TOKEN,
+    KERNEL,
+    KERNEL_SHARE,
     MIB,
     SERVER,
     VOCABULARY_ENTRY,
@@ -28,6 +30,7 @@ from attestation.model_memory import (
     SizingError,
     Work,
     engine_memory,
+    kernel_beside,
 )
 from tests.gguf_files import ARRAY, I32, TEXT, U32, Gguf, grouped, joined, with_entry, without
 
@@ -110,6 +113,14 @@ def test_sums() -> None:
     assert memory.total == sum(part.size for part in memory.parts)
     assert memory.resident == memory.total - SERVER
     assert memory.allocated == memory.resident - DISTILL.weights
+
+
+@given(st.integers(0, 1 << 45))
+def test_the_kernel_has_its_share_of_all(used: int) -> None:
+    part = kernel_beside(used)
+    share = part.size - KERNEL
+    assert share * KERNEL_SHARE >= used + part.size > (share - 1) * KERNEL_SHARE
+    assert (part.name, part.rule) == ("kernel", "64 MiB and 1/32 of the memory")
 
 
 @pytest.mark.parametrize(

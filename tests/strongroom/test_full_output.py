@@ -66,6 +66,7 @@ SPEAKING: dict[tuple[str, ...], tuple[str, ...]] = {
     ("image", "size"): ("--model", "tiny.gguf"),
     ("image", "verify"): ("enclave.eif",),
     ("inspect",): ("bundle.json",),
+    ("model", "inspect"): ("tiny.gguf",),
     ("policy", "check"): ("policy.toml",),
     ("policy", "explain"): ("policy.toml",),
     ("policy", "init"): (

@@ -6,14 +6,12 @@ from collections.abc import Mapping
 
 import pytest
 
-from attestation.model_memory import SERVER, ModelShape, SizingError, Work, engine_memory
+from attestation.model_memory import KERNEL, KERNEL_SHARE, SERVER, ModelShape, SizingError, Work, engine_memory
 from parent.image.sizing import (
     ASSUMED_IMAGE,
     EIF_FACTOR,
     GIB,
     HUGE_PAGE,
-    KERNEL,
-    KERNEL_SHARE,
     MAX_CPUS,
     MIB,
     ImageSize,
