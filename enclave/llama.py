@@ -151,6 +151,12 @@ class Llama:
             llama_cpp.llama_memory_clear(self._memory, False)
         sampler.close()
 
+    def metadata(self, key: str) -> str | None:
+        """The text under ``key`` in the model's metadata, of at most 64 bytes; None when there is none."""
+        value = ctypes.create_string_buffer(65)
+        size = llama_cpp.llama_model_meta_val_str(self._model, key.encode(), value, len(value))
+        return value.value.decode("utf-8", "replace") if size >= 0 else None
+
     # --- Tokens ------------------------------------------------------------------------------------------------------
 
     @property

@@ -12,7 +12,8 @@ from typing import Any
 import llama_cpp
 
 from enclave.generation import InvalidRequest
-from enclave.prompt import Segment
+from enclave.prompt import ChatTemplate, Segment, TemplateError
+from vsockrpc.chat import ChatMessage, ChatRequest
 
 
 class Tokenizer:
@@ -55,6 +56,23 @@ class Tokenizer:
         if self._bos is not None and tokens[:1] != [self._bos]:
             tokens.insert(0, self._bos)
         return tokens
+
+    def special(self, text: str) -> list[int]:
+        """The tokens of a text of ours: special tokens in it are meant."""
+        return self._tokenize(text, special=True)
+
+    def turn_ends(self, template: ChatTemplate) -> frozenset[int]:
+        """The token with which ``template`` ends an assistant's turn, if it is one that means something: where it does
+        the model has learned to write it, whatever llama.cpp knows of its vocabulary.
+        """
+        turns = (ChatMessage("user", "a"), ChatMessage("assistant", "b"), ChatMessage("user", "c"))
+        try:
+            segments = template.render(ChatRequest(turns)).segments
+        except (InvalidRequest, TemplateError):
+            return frozenset()  # one turn is all that it takes
+        place = segments.index(Segment("b", trusted=False))
+        behind = "".join(segment.text for segment in segments[place + 1 : place + 2] if segment.trusted)
+        return frozenset(self.special(behind.lstrip())[:1]) & self._meaningful_ids
 
     def _plain(self, text: str) -> list[int]:
         tokens = self._tokenize(text, special=False)

@@ -18,16 +18,18 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from attestation.errors import StrongroomError
 from enclave import confine
+from enclave.answer_format import answer_format
 from enclave.config import EngineSettings
 from enclave.generation import EngineError, InvalidRequest
 from enclave.kv_cache import KvCache
 from enclave.llama import Llama
+from enclave.model_family import ModelFamily, model_family
 from enclave.pipe import (
     MAX_DELTA_CHARACTERS,
     MAX_DELTA_TOKENS,
@@ -48,13 +50,14 @@ from enclave.pipe import (
     ToWorker,
     read_to_worker,
 )
-from enclave.prompt import ChatTemplate, Segment, TemplateError
-from enclave.reply import TextReply
+from enclave.prompt import ChatTemplate, Prompt, Segment, TemplateError
+from enclave.reply import Reply
 from enclave.sampler import Logits, Sampler
 from enclave.scheduler import Admission, Sampled, Scheduler, Step
 from enclave.tokenizer import Tokenizer
-from vsockrpc.chat import CompletionRequest, GenerationRequest
-from vsockrpc.messages import Delta, Done, MessageReader
+from enclave.truncation import fitting
+from vsockrpc.chat import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest
+from vsockrpc.messages import Delta, Done, MessageReader, ToolCallDelta
 
 _CHUNK = 256 << 10
 NICENESS = 5
@@ -106,8 +109,12 @@ class Pipe:
 class _Request:
     """One that the scheduler has."""
 
-    reply: TextReply
+    reply: Reply
     sampler: Sampler
+    pieces: Mapping[int, bytes]
+    """What tokens stand for that tell the parts of an answer apart."""
+    forced: deque[int] = field(default_factory=deque)
+    """Tokens that come next, whatever the model would say."""
     held: list[Delta] = field(default_factory=list)
     """What waits for the interval to pass."""
     due: float = 0.0
@@ -122,14 +129,20 @@ class Loop:
         llama: Llama,
         template: ChatTemplate,
         tokenizer: Tokenizer,
+        family: ModelFamily,
         settings: EngineSettings,
         *,
+        ends: frozenset[int] = frozenset(),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """``ends`` are tokens that end an answer beside those of which llama.cpp knows."""
         self._pipe = pipe
         self._llama = llama
         self._template = template
         self._tokenizer = tokenizer
+        self._family = family
+        self._context = settings.context
+        self._ends = ends
         self._scheduler = Scheduler(
             cache=KvCache(slots=settings.parallel, cells=settings.cells, reuses=llama.can_truncate),
             slots=settings.parallel,
@@ -169,38 +182,52 @@ class Loop:
 
     def _admit(self, message: Generate | Count) -> None:
         try:
-            tokens = self._tokens(message.request)
+            prompt, tokens = self._prompt(message.request)
             if isinstance(message, Count):
                 self._pipe.send(Counted(message.id, len(tokens)))
             else:
-                self._begin(message.id, message.request, tokens)
+                self._begin(message.id, message.request, prompt, tokens)
         except EngineError as error:
             self._pipe.send(Failed(message.id, error))
         except TemplateError as error:
             refusal = InvalidRequest(error.message, expected=error.expected, got=error.got)
             self._pipe.send(Failed(message.id, refusal))
 
-    def _tokens(self, request: GenerationRequest) -> list[int]:
+    def _prompt(self, request: GenerationRequest) -> tuple[Prompt, list[int]]:
         if isinstance(request, CompletionRequest):
-            segments = [Segment(request.prompt, trusted=False)]
+            prompt, tokens = self._tokenized(Prompt((Segment(request.prompt, trusted=False),)))
         else:
-            segments = self._template.render([(entry.role, entry.content) for entry in request.messages])
-        tokens = self._tokenizer.tokens(segments)
+            render = self._template.render
+            prompt, tokens = fitting(request, lambda part: self._tokenized(render(part)), context=self._context)
         if not tokens:
             raise InvalidRequest("the prompt is empty", expected="at least 1 token", got=0)
-        return tokens
+        return prompt, tokens
 
-    def _begin(self, number: int, request: GenerationRequest, tokens: list[int]) -> None:
-        sampler = self._llama.sampler(request, tokens)
-        reply = TextReply(request)
+    def _tokenized(self, prompt: Prompt) -> tuple[Prompt, list[int]]:
+        return prompt, self._tokenizer.tokens(prompt.segments)
+
+    def _begin(self, number: int, request: GenerationRequest, prompt: Prompt, tokens: list[int]) -> None:
+        form = answer_format(request, self._family, prompt)
+        sampler = self._llama.sampler(request, tokens, grammar=form.grammar)
+        admission = Admission(
+            number,
+            tokens,
+            form.reply,
+            max_tokens=request.max_tokens,
+            namespace=request.cache_secret,
+            dropped_messages=prompt.dropped_messages,
+        )
         try:
-            self._scheduler.admit(
-                Admission(number, tokens, reply, max_tokens=request.max_tokens, namespace=request.cache_secret)
-            )
+            self._scheduler.admit(admission)
         except BaseException:
             sampler.close()
             raise
-        self._requests[number] = _Request(reply, sampler)
+        self._requests[number] = _Request(form.reply, sampler, self._pieces_of(form.marks))
+
+    def _pieces_of(self, marks: frozenset[str]) -> dict[int, bytes]:
+        """The marks that are tokens: llama.cpp writes nothing for those that are control tokens."""
+        tokens = {mark: self._tokenizer.special(mark) for mark in marks}
+        return {token[0]: mark.encode() for mark, token in tokens.items() if len(token) == 1}
 
     def _work(self, step: Step) -> None:
         logits = self._llama.decode(step.edits, step.rows)
@@ -225,14 +252,31 @@ class Loop:
             self._spoke = now
 
     def _sample(self, request: _Request, logits: Logits) -> Sampled:
-        llama = self._llama
-        token = llama.sample(request.sampler, logits, is_constrained=request.reply.is_constrained)
+        llama, reply = self._llama, request.reply
+        if not request.forced:
+            self._force(request, reply.forced)
+        if request.forced:
+            return self._forced(request)
+        token = llama.sample(request.sampler, logits, is_constrained=reply.is_constrained)
+        ends = llama.ends(token) or token in self._ends
+        if ends and reply.forced_at_end is not None:
+            self._force(request, reply.forced_at_end)
+            return self._forced(request)
+        piece = request.pieces.get(token) or llama.piece(token)
         logprobs = request.sampler.logprobs(logits, token)
         if logprobs is not None:
             own, top = logprobs
             likeliest = [(llama.piece(each), logprob) for each, logprob in top]
-            return Sampled(token, llama.piece(token), llama.ends(token), (own, likeliest))
-        return Sampled(token, llama.piece(token), llama.ends(token))
+            return Sampled(token, piece, ends, (own, likeliest))
+        return Sampled(token, piece, ends)
+
+    def _force(self, request: _Request, text: str | None) -> None:
+        if text is not None:
+            request.forced.extend(self._tokenizer.special(text))
+
+    def _forced(self, request: _Request) -> Sampled:
+        token = request.forced.popleft()
+        return Sampled(token, request.pieces.get(token) or self._llama.piece(token), ends=False)
 
 
 def _pieces(request: int, held: list[Delta]) -> Iterator[Piece]:
@@ -257,13 +301,21 @@ def _joined(one: Delta, other: Delta) -> Delta | None:
 
 
 def _parts(delta: Delta) -> Iterator[Delta]:
-    """A token may stand for more text than a message may hold."""
+    """A token may stand for more text than a message may hold, and so may a whole call."""
     size = MAX_DELTA_CHARACTERS
-    if max(len(delta.content), len(delta.reasoning)) <= size:
+    calls = delta.tool_calls
+    if max(len(delta.content), len(delta.reasoning), sum(len(call.arguments) for call in calls)) <= size:
         yield delta
         return
-    yield Delta(delta.content[:size], delta.reasoning[:size], delta.tool_calls, delta.logprobs)
-    yield from _parts(Delta(delta.content[size:], delta.reasoning[size:]))
+    longest = max(len(delta.content), len(delta.reasoning))
+    for start in range(0, longest, size):
+        end = start + size
+        logprobs = delta.logprobs if start == 0 else ()
+        yield Delta(delta.content[start:end], delta.reasoning[start:end], logprobs=logprobs)
+    for call in calls:
+        yield Delta(tool_calls=(replace(call, arguments=call.arguments[:size]),))
+        for start in range(size, len(call.arguments), size):
+            yield Delta(tool_calls=(ToolCallDelta(call.index, call.arguments[start : start + size]),))
 
 
 def main(arguments: list[str]) -> int:
@@ -289,12 +341,15 @@ def main(arguments: list[str]) -> int:
         os.close(weights_fd)
         tokenizer = llama.tokenizer(load.template)
         template = ChatTemplate(load.template, bos=llama.bos, eos=llama.eos, mark_starts=tokenizer.mark_starts)
-        loop = Loop(pipe, llama, template, tokenizer, load.settings)
+        family = model_family(
+            llama.metadata("general.architecture"), llama.metadata("tokenizer.ggml.pre"), load.template
+        )
+        loop = Loop(pipe, llama, template, tokenizer, family, load.settings, ends=tokenizer.turn_ends(template))
         # 2. Whatever is made on first use is used once. A template may refuse a conversation; it may not fail on the
         # simplest.
         llama.warm_up()
         with suppress(InvalidRequest):
-            template.render([("user", "")])
+            template.render(ChatRequest((ChatMessage("user", ""),)))
         # 3. Nothing new from here on, then the filter.
         confine.forbid_new_resources()
         seccomp = confine.allow_decoding_only()

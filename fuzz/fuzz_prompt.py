@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from enclave.generation import InvalidRequest
 from enclave.prompt import ChatTemplate, TemplateError
+from vsockrpc.chat import ROLES, ChatMessage, ChatRequest
 
 LONGEST = 2000
 """Bytes. What a template may do grows with its text, and loops in loops are the engine process's to survive, not
@@ -17,14 +18,13 @@ def one_input(data: bytes) -> None:
     source, *contents = data[:LONGEST].decode("utf-8", "surrogateescape").split("\0")
     if source.count("for") + source.count("range") > MAX_LOOPS:
         return
-    roles = ("system", "user", "assistant")
-    messages = [(roles[index % 3], content) for index, content in enumerate(contents[:6])]
+    messages = tuple(ChatMessage(ROLES[index % 3], content) for index, content in enumerate(contents[:6]))
     try:
         template = ChatTemplate(source, bos="<s>", eos="</s>", mark_starts={"<"})
-        segments = template.render(messages)
+        segments = template.render(ChatRequest(messages)).segments
     except (TemplateError, InvalidRequest):
         return
-    visible = [template._visible(role, content) for role, content in messages]
+    visible = [template._visible(message) for message in messages]
     assert sorted(each.text for each in segments if not each.trusted) == sorted(text for text in visible if text)
 
 

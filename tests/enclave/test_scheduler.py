@@ -12,9 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from enclave.generation import ContextExceeded, Overloaded
 from enclave.kv_cache import Copy, KvCache, Truncate
-from enclave.reply import TextReply
+from enclave.reply import Reply
 from enclave.scheduler import Admission, Row, Sampled, Scheduler, Step
-from vsockrpc.chat import CompletionRequest
 from vsockrpc.messages import Delta, Done, Usage
 
 END = 0
@@ -81,7 +80,7 @@ def scheduler(
 def asks(
     request: int, prompt: Sequence[int], *, budget: int | None = None, namespace: bytes | None = None
 ) -> Admission:
-    return Admission(request, prompt, TextReply(CompletionRequest("")), max_tokens=budget, namespace=namespace)
+    return Admission(request, prompt, Reply(), max_tokens=budget, namespace=namespace)
 
 
 @dataclass

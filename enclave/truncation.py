@@ -1,0 +1,58 @@
+"""A conversation that does not fit loses its oldest turns, where its request allows that: whole, never the system's
+messages, never the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Final
+
+from enclave.prompt import Prompt
+from vsockrpc.chat import ChatMessage, ChatRequest
+
+USUAL_ANSWER: Final = 512
+"""Tokens that are kept free for an answer whose request does not say how long it may be."""
+
+Tokenized = tuple[Prompt, list[int]]
+
+
+def fitting(request: ChatRequest, tokenize: Callable[[ChatRequest], Tokenized], *, context: int) -> Tokenized:
+    """The prompt of ``request`` and its tokens, without as many of the oldest turns as it takes until there is room for
+    the answer: ``max_tokens``, or :data:`USUAL_ANSWER`, but of no more than half of the ``context``. What does not fit
+    even without all of them comes back nevertheless.
+
+    A turn is a person's message and all that follows until the next. ``tokenize`` is called once, and where turns
+    have to go about as often as their number has binary digits.
+    """
+    whole = tokenize(request)
+    most = context - min(request.max_tokens or USUAL_ANSWER, context // 2)
+    if request.truncation == "disabled" or len(whole[1]) <= most:
+        return whole
+    turns = _turns(request.messages)
+    best, low, high = whole, 1, len(turns) - 1
+    while low <= high:
+        dropped = (low + high) // 2
+        prompt, tokens = tokenize(replace(request, messages=_without(request.messages, turns[:dropped])))
+        best_fits, fits = len(best[1]) <= most, len(tokens) <= most
+        if fits or not best_fits:
+            best = replace(prompt, dropped_messages=sum(map(len, turns[:dropped]))), tokens
+        low, high = (low, dropped - 1) if fits else (dropped + 1, high)
+    return best
+
+
+def _turns(messages: tuple[ChatMessage, ...]) -> list[list[int]]:
+    """The places of each turn's messages."""
+    turns: list[list[int]] = []
+    for index, message in enumerate(messages):
+        if message.role == "system":
+            continue
+        if message.role == "user" or not turns:
+            turns.append([])
+        turns[-1].append(index)
+    return turns
+
+
+def _without(messages: tuple[ChatMessage, ...], turns: list[list[int]]) -> tuple[ChatMessage, ...]:
+    gone = {index for turn in turns for index in turn}
+    return tuple(message for index, message in enumerate(messages) if index not in gone)
