@@ -13,6 +13,7 @@ import pytest
 
 from attestation.policy import AppraisalPolicy
 from strongroom import cli
+from tests.house import House
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,16 @@ class Terminal:
 class Street:
     """Where a house stands that the whole file asks."""
 
-    url: str
-    policy: AppraisalPolicy
+    home: House
     policy_file: str
+
+    @property
+    def url(self) -> str:
+        return self.home.url
+
+    @property
+    def policy(self) -> AppraisalPolicy:
+        return self.home.policy
 
     @property
     def options(self) -> tuple[str, ...]:

@@ -69,7 +69,7 @@ def street(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Street]:
 
     async def live() -> None:
         async with house(folder) as home:
-            opened.append(Street(home.url, home.policy, str(home.behind.write_policy())))
+            opened.append(Street(home, str(home.behind.write_policy())))
             loops.append(asyncio.get_running_loop())
             ready.set()
             await ending.wait()

@@ -33,6 +33,7 @@ from tests.attested import write_policy
 from tests.gguf_files import TEXT, Gguf
 from tests.pki import forge
 from tests.terminal import Ran, Street, Terminal
+from vsockrpc.messages import Delta, Done, Usage
 
 MODEL = Gguf([("tokenizer.chat_template", TEXT, "{{ messages }}")]).encode()
 
@@ -125,7 +126,24 @@ def test_ask_for_a_program(strongroom: Terminal, street: Street) -> None:
     ran = strongroom("ask", "hello there", *street.options, "--json", "--seed", "1", "--temperature", "0.5")
     assert ran.code == 0
     assert (ran.json["text"], ran.json["finish_reason"], ran.json["labels"]) == ("hello there", "stop", ["EMULATED"])
-    assert set(ran.json["usage"]) == {"prompt_tokens", "completion_tokens"}
+    assert ran.json["reasoning"] == ""
+    assert set(ran.json["usage"]) == {"prompt_tokens", "completion_tokens", "cached_tokens", "reasoning_tokens"}
+
+
+def test_reasoning_is_no_part_of_an_answer(
+    strongroom: Terminal, street: Street, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which a pipe or a file gets. A program is told both."""
+    answer = [Delta(reasoning="let me "), Delta(reasoning="see"), Delta("so it is"), Done("stop", Usage(5, 5))]
+    monkeypatch.setattr(street.home.engine, "script", answer)
+    assert strongroom("ask", "well?", *street.options).out == "so it is\n"
+    ran = strongroom("ask", "well?", *street.options, "--json")
+    assert (ran.json["text"], ran.json["reasoning"]) == ("so it is", "let me see")
+
+
+def test_nothing_of_a_single_question_is_kept(strongroom: Terminal, street: Street) -> None:
+    assert strongroom("ask", "hello there", *street.options).code == 0
+    assert street.home.engine.requests[-1].cache_secret is None
 
 
 def test_ask_reads_standard_input(strongroom: Terminal, street: Street) -> None:
@@ -492,6 +510,18 @@ def test_serve_until_a_signal(street: Street, number: signal.Signals) -> None:
     process.send_signal(number)
     out, said = process.communicate()
     assert (process.returncode, out, said) == (0, "", "")
+
+
+@pytest.mark.parametrize(("options", "keeps"), [((), True), (("--no-prompt-cache",), False)])
+def test_serve_has_a_prompt_cache_unless_told_not_to(street: Street, options: tuple[str, ...], keeps: bool) -> None:
+    process = spawn("serve", *street.options, "--listen", "127.0.0.1:0", "--json", *options)
+    assert process.stdout is not None
+    base = f"http://{json.loads(process.stdout.readline())['listening']}"
+    body = {"messages": [{"role": "user", "content": "hello"}], "prompt_cache_key": "mine"}
+    assert httpx2.post(f"{base}/v1/chat/completions", json=body, trust_env=False).status_code == 200
+    process.terminate()
+    process.communicate()
+    assert (street.home.engine.requests[-1].cache_secret is not None) is keeps
 
 
 def test_serve_says_what_it_is_connected_to(street: Street) -> None:

@@ -30,6 +30,7 @@ from tests.house import Forged
 from tests.kms_house import HouseDesk, KmsHouse, KmsStreet, kms_street
 from tests.sealing import CONTEXT, FLOOR, MODEL, OTHER_KEY, PROMPT, split_records
 from tests.terminal import Ran, Terminal
+from vsockrpc.chat import ChatRequest
 from vsockrpc.http import ANSWER_TYPE, ENVELOPE_PATH
 
 
@@ -96,7 +97,8 @@ def test_the_same_for_programs(desk: HouseDesk) -> None:
     assert ran.json == {"answer": "a.sealed", "bytes": Path("a.sealed").stat().st_size}
     ran = desk("prompt", "open", "a.sealed", "--reply", "q.sealed.reply", "--json")
     assert (ran.json["text"], ran.json["finish_reason"]) == ("hello", "stop")
-    assert set(ran.json["usage"]) == {"prompt_tokens", "completion_tokens"}
+    assert ran.json["reasoning"] == ""
+    assert set(ran.json["usage"]) == {"prompt_tokens", "completion_tokens", "cached_tokens", "reasoning_tokens"}
 
 
 def test_what_kms_is_asked_for(desk: HouseDesk) -> None:
@@ -126,6 +128,7 @@ def test_standard_input_and_sampling(desk: HouseDesk) -> None:
     assert ran.code == 0
     assert desk("prompt", "submit", "q.sealed", "--out", "a.sealed").code == 0
     asked = desk.home.behind.engine.requests[-1]
+    assert isinstance(asked, ChatRequest)
     assert [message.content for message in asked.messages] == ["Be brief.", "aus dem Rohr: é\n"]
     assert (asked.max_tokens, asked.temperature, asked.seed) == (7, 0.25, 3)
 
