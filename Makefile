@@ -2,7 +2,7 @@ PROMPT ?= Why is the sky blue? Answer in two sentences.
 export PROMPT
 PY := .venv/bin/python
 
-.PHONY: demo demo-kms eif test test-boot setup lint types imports coverage rest unit properties fuzz mutants bench bench-engine vectors clean
+.PHONY: demo demo-kms eif test test-boot setup lint types imports coverage rest unit properties fuzz soak mutants bench bench-engine vectors clean
 
 demo: setup  ## One question through an emulated enclave, verified and sealed
 	@.venv/bin/strongroom run --prompt "$$PROMPT"
@@ -53,6 +53,9 @@ properties: setup  ## The property tests alone, with new examples at every run a
 
 fuzz: setup  ## Coverage-guided fuzzing of every parser of foreign bytes; SECONDS=60 for each
 	@$(PY) -m fuzz --seconds $(or $(SECONDS),60)
+
+soak: setup  ## Some ten thousand mixed requests, many given up half-way, and what is left of them; REQUESTS=10000
+	@STRONGROOM_SOAK_REQUESTS=$(or $(REQUESTS),10000) $(PY) -m pytest tests/enclave/test_soak.py
 
 mutants:  ## Which changes of the verifier no test notices; an hour or two, with an environment of its own
 	@scripts/mutants
