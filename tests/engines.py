@@ -5,6 +5,7 @@ llama.cpp would be.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
 
@@ -19,7 +20,7 @@ from enclave.generation import (
     Unavailable,
 )
 from enclave.kv_cache import KvCache
-from enclave.reply import TextReply
+from enclave.reply import Reply
 from enclave.scheduler import Admission, Sampled, Scheduler, Step
 from vsockrpc.chat import ChatRequest, CompletionRequest, GenerationRequest
 from vsockrpc.messages import Delta, Done
@@ -73,6 +74,7 @@ class EchoEngine:
         self._scheduler = scheduler_of(self._settings)
         self._before_step = before_step
         self._answers: dict[int, _Answer] = {}
+        self._arrived: deque[Admission] = deque()
         self._issued = 0
         self._work = asyncio.Event()
         self._loop: asyncio.Task[None] | None = None
@@ -98,7 +100,7 @@ class EchoEngine:
     def fail(self, reason: str = "the engine process ended") -> None:
         """What a dead engine process is to its clients: every answer in work fails."""
         for number in list(self._answers):
-            self._scheduler.cancel(number)
+            self._withdraw(number)
             self._end(number, EngineFailed(reason))
 
     async def count(self, request: ChatRequest) -> int:
@@ -111,8 +113,8 @@ class EchoEngine:
             raise Overloaded(expected=f"<= {most} at once", got=len(self._answers) + 1)
         number, said = self._issued, _last_said(request).encode()
         self._issued += 1
-        reply = TextReply(request)
-        self._scheduler.admit(
+        reply = Reply(request.stop)
+        self._arrived.append(
             Admission(number, prompt, reply, max_tokens=request.max_tokens, namespace=request.cache_secret)
         )
         answer = _Answer([said[start : start + TOKEN_SIZE] for start in range(0, len(said), TOKEN_SIZE)])
@@ -132,7 +134,11 @@ class EchoEngine:
                     return
         finally:
             if self._answers.pop(number, None) is not None:
-                self._scheduler.cancel(number)
+                self._withdraw(number)
+
+    def _withdraw(self, number: int) -> None:
+        self._arrived = deque(each for each in self._arrived if each.request != number)
+        self._scheduler.cancel(number)
 
     def _prompt(self, request: GenerationRequest) -> list[int]:
         if self._loop is None:
@@ -148,13 +154,21 @@ class EchoEngine:
 
     async def _run(self) -> None:
         while True:
-            while self._scheduler.idle:
+            while self._scheduler.idle and not self._arrived:
                 self._work.clear()
                 await self._work.wait()
             await self._before_step()
+            if self._arrived:  # one between two steps, as the engine process has it
+                self._admit(self._arrived.popleft())
             step = self._scheduler.plan()
             if step is not None:
                 self._do(step)
+
+    def _admit(self, admission: Admission) -> None:
+        try:
+            self._scheduler.admit(admission)
+        except EngineError as error:
+            self._end(admission.request, error)
 
     def _do(self, step: Step) -> None:
         self.steps += 1
