@@ -301,17 +301,21 @@ def _joined(one: Delta, other: Delta) -> Delta | None:
 
 
 def _parts(delta: Delta) -> Iterator[Delta]:
-    """A token may stand for more text than a message may hold, and so may a whole call."""
+    """A token may stand for more text than a message may hold, and so may a whole call; and many tokens may have waited
+    for their text to become certain.
+    """
     size = MAX_DELTA_CHARACTERS
-    calls = delta.tool_calls
-    if max(len(delta.content), len(delta.reasoning), sum(len(call.arguments) for call in calls)) <= size:
+    calls, logprobs = delta.tool_calls, delta.logprobs
+    text = max(len(delta.content), len(delta.reasoning), sum(len(call.arguments) for call in calls))
+    if text <= size and len(logprobs) <= MAX_DELTA_TOKENS:
         yield delta
         return
     longest = max(len(delta.content), len(delta.reasoning))
     for start in range(0, longest, size):
         end = start + size
-        logprobs = delta.logprobs if start == 0 else ()
-        yield Delta(delta.content[start:end], delta.reasoning[start:end], logprobs=logprobs)
+        yield Delta(delta.content[start:end], delta.reasoning[start:end])
+    for start in range(0, len(logprobs), MAX_DELTA_TOKENS):
+        yield Delta(logprobs=logprobs[start : start + MAX_DELTA_TOKENS])
     for call in calls:
         yield Delta(tool_calls=(replace(call, arguments=call.arguments[:size]),))
         for start in range(size, len(call.arguments), size):

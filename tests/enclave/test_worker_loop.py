@@ -1,5 +1,5 @@
-"""The engine process's loop, with a counting stand-in for llama.cpp: what is decoded, and what no longer is once it
-was cancelled.
+"""The engine process's loop, with a counting stand-in for llama.cpp: what is decoded side by side, what is said of it
+when, and what no longer is once it was cancelled.
 """
 
 from __future__ import annotations
@@ -8,59 +8,98 @@ import itertools
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from enclave.generation import ContextExceeded, EngineError, InvalidRequest, Overloaded
-from enclave.llama import Llama, Tokenizer
+from enclave.kv_cache import Copy, Edit, Truncate
+from enclave.llama import Llama
+from enclave.model_family import model_family
 from enclave.pipe import (
+    MAX_DELTA_CHARACTERS,
+    MAX_DELTA_TOKENS,
     MAX_TO_SERVER,
     Alive,
     Cancel,
+    Count,
+    Counted,
     End,
     Failed,
     Generate,
     Load,
+    Piece,
     PipeError,
-    Text,
     ToServer,
     read_to_server,
 )
 from enclave.prompt import ChatTemplate, Segment
+from enclave.sampler import Logits
+from enclave.scheduler import Row
+from enclave.tokenizer import Tokenizer
 from enclave.worker import Gone, Loop, Pipe
-from vsockrpc.chat import ChatMessage, ChatRequest
-from vsockrpc.messages import MessageReader
+from tests.engines import engine_settings
+from vsockrpc.chat import ChatMessage, ChatRequest, CompletionRequest, Generation
+from vsockrpc.messages import Delta, Done, MessageReader, Usage
 
 TEMPLATE = "{{ messages[0].content }}"
+ALICE, BOB = bytes(32), bytes(range(32))
+
+
+class CountingSampler:
+    def __init__(self, request: Generation) -> None:
+        self.closed = 0
+        self._request = request
+
+    def logprobs(self, logits: Logits, token: int) -> tuple[float, list[tuple[int, float]]] | None:
+        count = self._request.top_logprobs
+        return None if count is None else (-0.5, [(token, -0.5)] * count)
+
+    def close(self) -> None:
+        self.closed += 1
 
 
 class CountingLlama:
-    """Every token is the letter a. ``decoded`` has (start, count) of each step; ``step`` waits until a test lets it
-    go.
+    """Every token is the letter a. ``decoded`` has (request, start, count) of each row of each step; a step waits until
+    a test lets it go.
     """
 
-    context = 64
-    batch = 8
+    can_truncate = True
+    vocabulary_size = 256
 
     def __init__(self) -> None:
-        self.decoded: list[tuple[int, int]] = []
+        self.decoded: list[list[tuple[int, int, int]]] = []
+        self.edits: list[Edit] = []
+        self.samplers: list[CountingSampler] = []
+        self.says = b"a"
+        self.ends_after = 1 << 20
         self.begun = threading.Semaphore(0)
         self.may_go = threading.Semaphore(0)
 
-    def decode(self, tokens: Sequence[int], start: int, *, samples: bool) -> None:
-        self.decoded.append((start, len(tokens)))
+    def decode(self, edits: Sequence[Edit], rows: Sequence[Row]) -> dict[int, Logits]:
+        self.edits += edits
+        self.decoded.append([(row.request, row.start, len(row.tokens)) for row in rows])
         self.begun.release()
         self.may_go.acquire()
+        return {row.request: np.zeros(self.vocabulary_size, np.float32) for row in rows if row.samples}
 
-    def sample(self, sampler: object) -> int:
+    def sampler(self, request: Generation, prompt: Sequence[int], *, grammar: str | None = None) -> CountingSampler:
+        if request.seed == 404:
+            raise InvalidRequest("no such seed")
+        self.samplers.append(CountingSampler(request))
+        return self.samplers[-1]
+
+    def sample(self, sampler: CountingSampler, logits: Logits, *, is_constrained: bool) -> int:
+        assert not sampler.closed
+        self.ends_after -= 1
         return 97
 
     def piece(self, token: int) -> bytes:
-        return bytes([token])
+        return self.says
 
     def ends(self, token: int) -> bool:
-        return False
+        return self.ends_after < 0
 
 
 class BytesTokenizer:
@@ -73,7 +112,7 @@ class BytesTokenizer:
 class Bench:
     """A loop in a thread, and the server's end of its pipe."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], **changes: Any) -> None:
         self.server, theirs = socket.socketpair()
         self.llama = CountingLlama()
         self._messages = MessageReader(MAX_TO_SERVER)
@@ -81,18 +120,23 @@ class Bench:
         template = ChatTemplate(TEMPLATE, bos="", eos="", mark_starts=frozenset("<"))
         self.ended_by: BaseException | None = None
         tokenizer = cast(Tokenizer, BytesTokenizer())
-        self._loop = Loop(Pipe(theirs), cast(Llama, self.llama), template, tokenizer, queue=1, clock=clock)
+        sizes = {"context": 64, "parallel": 2, "batch": 8, "prefill": 4, "queue": 2, **changes}
+        settings = engine_settings(**sizes)
+        family = model_family(None, None, TEMPLATE)
+        self._loop = Loop(Pipe(theirs), cast(Llama, self.llama), template, tokenizer, family, settings, clock=clock)
+        self._theirs = theirs
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
-        self._theirs = theirs
 
     def _run(self) -> None:
         try:
             self._loop.run()
         except (Gone, PipeError) as end:
             self.ended_by = end
+        finally:
+            self._theirs.close()
 
-    def send(self, *messages: Generate | Cancel | Load) -> None:
+    def send(self, *messages: Generate | Count | Cancel | Load) -> None:
         self.server.sendall(b"".join(message.encode() for message in messages))
 
     def steps(self, count: int) -> None:
@@ -102,25 +146,64 @@ class Bench:
         for _ in range(count):
             self.llama.begun.acquire()
 
+    def go(self) -> None:
+        """Nothing waits any more."""
+        self.llama.may_go.release(10_000)
+
     def receive(self) -> ToServer:
         while not self._arrived:
-            self._arrived += read_to_server(self._messages, self.server.recv(4096))
+            data = self.server.recv(4096)
+            assert data, f"the loop ended: {self.ended_by!r}"
+            self._arrived += read_to_server(self._messages, data)
         return self._arrived.pop(0)
+
+    def ends_of(self, *numbers: int) -> dict[int, Done | EngineError]:
+        """How these ended, whatever else is said until then."""
+        ends: dict[int, Done | EngineError] = {}
+        while ends.keys() != set(numbers):
+            match self.receive():
+                case End(number, done):
+                    ends[number] = done
+                case Failed(number, error):
+                    ends[number] = error
+                case Piece() | Alive():
+                    pass
+                case other:
+                    raise AssertionError(other)
+        return ends
+
+    def done(self, number: int) -> Done:
+        end = self.ends_of(number)[number]
+        assert isinstance(end, Done)
+        return end
 
     def close(self) -> None:
         self.server.close()
-        self.llama.may_go.release(1000)
+        self.go()
         self._thread.join()
-        self._theirs.close()
+
+
+MakeBench = Callable[..., Bench]
 
 
 @pytest.fixture
-def bench() -> Iterator[Bench]:
-    """A step takes a second here: nothing is held back."""
-    seconds = itertools.count()
-    bench = Bench(lambda: float(next(seconds)))
-    yield bench
-    bench.close()
+def make_bench() -> Iterator[MakeBench]:
+    """A step takes a second there: nothing is held back."""
+    made: list[Bench] = []
+
+    def make(**changes: Any) -> Bench:
+        seconds = itertools.count()
+        made.append(Bench(lambda: float(next(seconds)), **changes))
+        return made[-1]
+
+    yield make
+    for bench in made:
+        bench.close()
+
+
+@pytest.fixture
+def bench(make_bench: MakeBench) -> Bench:
+    return make_bench()
 
 
 @pytest.fixture
@@ -131,37 +214,128 @@ def instant() -> Iterator[Bench]:
     bench.close()
 
 
-def ask(number: int, content: str, max_tokens: int | None = None) -> Generate:
-    return Generate(number, ChatRequest((ChatMessage("user", content),), temperature=0, max_tokens=max_tokens))
+def ask(number: int, content: str, max_tokens: int | None = None, **options: Any) -> Generate:
+    request = ChatRequest((ChatMessage("user", content),), temperature=0, max_tokens=max_tokens, **options)
+    return Generate(number, request)
+
+
+def a(number: int, count: int = 1) -> Piece:
+    return Piece(number, Delta("a" * count))
+
+
+def end(number: int, prompt: int, completion: int) -> End:
+    return End(number, Done("length", Usage(prompt, completion)))
+
+
+# --- One answer ------------------------------------------------------------------------------------------------------
 
 
 def test_an_answer_goes_out_token_by_token(bench: Bench) -> None:
-    bench.llama.may_go.release(100)
+    bench.go()
     bench.send(ask(0, "x" * 10, 2))
-    assert [bench.receive() for _ in range(4)] == [
-        Alive(),
-        Text(0, "a"),
-        Text(0, "a"),
-        End(0, Finished("length", 10, 2)),
-    ]
-    assert bench.llama.decoded == [(0, 8), (8, 2), (10, 1)]
+    assert [bench.receive() for _ in range(4)] == [Alive(), a(0), a(0), end(0, 10, 2)]
+    assert bench.llama.decoded == [[(0, 0, 8)], [(0, 8, 2)], [(0, 10, 1)]]
+
+
+def test_a_prompt_without_a_template_is_what_was_sent(bench: Bench) -> None:
+    bench.go()
+    bench.send(Generate(0, CompletionRequest(prompt="xyz", max_tokens=1)))
+    assert [bench.receive() for _ in range(2)] == [a(0), end(0, 3, 1)]
+
+
+def test_the_model_ends_where_it_wants(bench: Bench) -> None:
+    bench.llama.ends_after = 2
+    bench.go()
+    bench.send(ask(0, "x"))
+    assert bench.done(0) == Done("stop", Usage(1, 2))
 
 
 def test_text_is_held_back_between_the_first_token_and_the_end(instant: Bench) -> None:
-    instant.llama.may_go.release(100)
+    instant.go()
     instant.send(ask(0, "x", 5))
-    answer = [instant.receive() for _ in range(3)]
-    assert answer == [Text(0, "a"), Text(0, "aaaa"), End(0, Finished("length", 1, 5))]
+    assert [instant.receive() for _ in range(3)] == [a(0), a(0, 4), end(0, 1, 5)]
+
+
+def test_each_answer_s_text_is_held_back_by_itself(instant: Bench) -> None:
+    instant.send(ask(0, "x", 6))
+    instant.llama.begun.acquire()
+    instant.send(ask(1, "y", 3))
+    instant.go()
+    said = [instant.receive() for _ in range(6)]
+    assert said == [a(0), a(1), a(1, 2), end(1, 1, 3), a(0, 5), end(0, 1, 6)]
+
+
+@pytest.mark.parametrize("size", [MAX_DELTA_CHARACTERS + 1, 3 * MAX_DELTA_CHARACTERS])
+def test_a_token_of_much_text_goes_out_in_pieces(bench: Bench, size: int) -> None:
+    bench.llama.says = b"x" * size
+    bench.go()
+    bench.send(ask(0, "x", 1))
+    text = ""
+    while isinstance(message := bench.receive(), Piece):
+        assert len(message.delta.content) <= MAX_DELTA_CHARACTERS
+        text += message.delta.content
+    assert text == "x" * size
+    assert isinstance(message, End)
+
+
+# --- Side by side ----------------------------------------------------------------------------------------------------
+
+
+def test_two_are_decoded_in_the_same_steps(bench: Bench) -> None:
+    bench.send(ask(0, "xxx", 3))
+    bench.llama.begun.acquire()
+    bench.send(ask(1, "yyy", 2))
+    bench.go()
+    said = [bench.receive() for _ in range(7)]
+    assert said == [a(0), a(0), a(1), a(0), end(0, 3, 3), a(1), end(1, 3, 2)]
+    assert bench.llama.decoded == [[(0, 0, 3)], [(0, 3, 1), (1, 0, 3)], [(0, 4, 1), (1, 3, 1)]]
+
+
+def test_a_long_prompt_is_read_beside_an_answer(bench: Bench) -> None:
+    bench.send(ask(0, "x", 4))
+    bench.llama.begun.acquire()
+    bench.send(ask(1, "y" * 9, 1))
+    bench.go()
+    assert bench.ends_of(0, 1) == {0: Done("length", Usage(1, 4)), 1: Done("length", Usage(9, 1))}
+    assert bench.llama.decoded == [
+        [(0, 0, 1)],
+        [(0, 1, 1), (1, 0, 4)],
+        [(0, 2, 1), (1, 4, 4)],
+        [(0, 3, 1), (1, 8, 1)],
+    ]
+
+
+def test_one_is_taken_in_between_two_steps(bench: Bench) -> None:
+    """So that a crowd that arrives at once holds nobody up for longer than one prompt takes to be cut into tokens."""
+    bench.send(ask(0, "x", 3), ask(1, "y", 1), ask(2, "z", 1))
+    bench.go()
+    bench.ends_of(0, 1, 2)
+    assert bench.llama.decoded == [[(0, 0, 1)], [(0, 1, 1), (1, 0, 1)], [(0, 2, 1), (2, 0, 1)]]
+
+
+def test_a_count_needs_no_place(make_bench: MakeBench) -> None:
+    bench = make_bench(parallel=1, queue=1)
+    bench.send(ask(0, "x"))
+    bench.llama.begun.acquire()
+    bench.send(ask(1, "y", 1), Count(2, ChatRequest((ChatMessage("user", "x" * 50),), cache_secret=ALICE)))
+    bench.steps(3)
+    said = [bench.receive() for _ in range(4)]
+    assert Counted(2, 50) in said
+    assert {type(each) for each in said} == {Piece, Counted}
+
+
+# --- Who is gone -----------------------------------------------------------------------------------------------------
 
 
 def test_a_request_cancelled_while_its_prompt_is_read_has_no_further_step(bench: Bench) -> None:
-    bench.send(ask(0, "x" * 40), ask(1, "y", 1))
+    bench.send(ask(0, "x" * 40), ask(1, "y", 2))
     bench.llama.begun.acquire()
     bench.steps(1)
     bench.send(Cancel(0))  # the second chunk is being decoded
-    bench.llama.may_go.release(100)
-    assert [bench.receive() for _ in range(4)] == [Alive(), Alive(), Text(1, "a"), End(1, Finished("length", 1, 1))]
-    assert bench.llama.decoded == [(0, 8), (8, 8), (0, 1)]
+    bench.go()
+    assert bench.done(1) == Done("length", Usage(1, 2))
+    assert bench.llama.decoded == [[(0, 0, 8)], [(0, 8, 4), (1, 0, 1)], [(1, 1, 1)]]
+    assert Truncate(0, 0) in bench.llama.edits
 
 
 def test_a_request_cancelled_in_mid_answer_has_no_further_step(bench: Bench) -> None:
@@ -169,39 +343,157 @@ def test_a_request_cancelled_in_mid_answer_has_no_further_step(bench: Bench) -> 
     bench.llama.begun.acquire()
     bench.steps(3)
     bench.send(Cancel(0), ask(1, "y", 1))
-    bench.llama.may_go.release(100)
-    answers = [bench.receive() for _ in range(6)]
-    assert answers == [Text(0, "a")] * 4 + [Text(1, "a"), End(1, Finished("length", 1, 1))]
-    assert bench.llama.decoded == [(0, 1), (1, 1), (2, 1), (3, 1), (0, 1)]
+    bench.go()
+    assert [bench.receive() for _ in range(6)] == [a(0)] * 4 + [a(1), end(1, 1, 1)]
+    assert bench.llama.decoded == [[(0, 0, 1)], [(0, 1, 1)], [(0, 2, 1)], [(0, 3, 1)], [(1, 0, 1)]]
+
+
+def test_a_cancellation_leaves_the_others_alone(bench: Bench) -> None:
+    bench.send(ask(0, "x"), ask(1, "y", 4))
+    bench.llama.begun.acquire()
+    bench.steps(2)
+    bench.send(Cancel(0))
+    bench.go()
+    assert bench.done(1) == Done("length", Usage(1, 4))
+    assert bench.llama.decoded[3:] == [[(1, 2, 1)], [(1, 3, 1)]]
+
+
+def test_a_cancellation_frees_the_place_for_whoever_waits(make_bench: MakeBench) -> None:
+    bench = make_bench(parallel=1)
+    bench.send(ask(0, "x"), ask(1, "y", 1))
+    bench.llama.begun.acquire()
+    bench.steps(2)
+    bench.send(Cancel(0))
+    bench.go()
+    assert bench.done(1) == Done("length", Usage(1, 1))
+    assert bench.llama.decoded == [[(0, 0, 1)], [(0, 1, 1)], [(0, 2, 1)], [(1, 0, 1)]]
+
+
+def test_whoever_is_cancelled_while_waiting_never_begins(make_bench: MakeBench) -> None:
+    bench = make_bench(parallel=1)
+    bench.send(ask(0, "x", 4), ask(1, "y"), ask(2, "z", 1))
+    bench.llama.begun.acquire()
+    bench.steps(2)
+    bench.send(Cancel(1))
+    bench.go()
+    bench.ends_of(0, 2)
+    assert [row[0] for step in bench.llama.decoded for row in step] == [0, 0, 0, 0, 2]
 
 
 def test_a_request_cancelled_before_it_was_looked_at_costs_nothing(bench: Bench) -> None:
     bench.send(ask(0, "x", 2))
     bench.llama.begun.acquire()
-    bench.send(ask(1, "y"), Cancel(1), Cancel(7))
-    bench.llama.may_go.release(100)
-    assert [bench.receive() for _ in range(3)] == [Text(0, "a"), Text(0, "a"), End(0, Finished("length", 1, 2))]
+    bench.send(ask(1, "y"), Cancel(1), Count(3, ask(3, "y").request), Cancel(3), Cancel(7))  # type: ignore[arg-type]
+    bench.go()
+    assert [bench.receive() for _ in range(3)] == [a(0), a(0), end(0, 1, 2)]
     bench.send(ask(2, "z", 1))
-    assert bench.receive() == Text(2, "a")
-    assert bench.llama.decoded == [(0, 1), (1, 1), (0, 1)]
+    assert bench.receive() == a(2)
+    assert bench.llama.decoded == [[(0, 0, 1)], [(0, 1, 1)], [(2, 0, 1)]]
+    assert len(bench.llama.samplers) == 2
 
 
-def test_refusals_are_one_request_s_own(bench: Bench) -> None:
-    bench.send(ask(0, "x", 6), ask(1, "y"), ask(2, "z"), ask(3, "x" * 64), ask(4, ""))
-    bench.llama.may_go.release(100)
-    errors: dict[int, EngineError] = {}
-    while len(errors) < 3:
-        match bench.receive():
-            case Failed(number, error):
-                errors[number] = error
-            case Text() | End():
-                pass
-            case other:
-                raise AssertionError(other)
-    assert isinstance(errors[2], Overloaded)
-    assert isinstance(errors[3], ContextExceeded)
-    assert (errors[3].expected, errors[3].got) == ("<= 63 tokens", "64 tokens")
-    assert isinstance(errors[4], InvalidRequest)
+def test_every_sampler_is_closed_once(bench: Bench) -> None:
+    """Whether its request was answered, cancelled or refused."""
+    bench.send(ask(0, "x", 2), ask(1, "x" * 64), ask(2, "y"), ask(3, "z", 1))
+    bench.llama.begun.acquire()
+    bench.steps(2)
+    bench.send(Cancel(2))
+    bench.go()
+    bench.ends_of(0, 1, 3)
+    bench.close()
+    assert [sampler.closed for sampler in bench.llama.samplers] == [1] * 4
+
+
+def test_refusals_are_one_request_s_own(make_bench: MakeBench) -> None:
+    bench = make_bench(parallel=1, queue=1)
+    bench.send(
+        ask(0, "x", 9), ask(1, "y", 1), ask(2, "z"), ask(3, "x" * 64), ask(4, ""), ask(5, "x", seed=404), ask(6, "<")
+    )
+    bench.go()
+    ends = bench.ends_of(0, 1, 2, 3, 4, 5, 6)
+    assert isinstance(ends[2], Overloaded)
+    assert isinstance(ends[3], ContextExceeded)
+    assert (ends[3].expected, ends[3].got) == ("<= 63 tokens", "64 tokens")
+    assert isinstance(ends[4], InvalidRequest)
+    assert isinstance(ends[5], InvalidRequest)
+    assert ends[5].message == "no such seed"
+    assert ends[0] == Done("length", Usage(1, 9))
+    assert ends[1] == Done("length", Usage(1, 1))
+
+
+# --- What is kept ----------------------------------------------------------------------------------------------------
+
+
+def test_what_was_decoded_for_a_secret_is_not_decoded_again(bench: Bench) -> None:
+    bench.go()
+    bench.send(ask(0, "x" * 10, 1, cache_secret=ALICE))
+    assert bench.done(0).usage == Usage(10, 1)
+    bench.send(ask(1, "x" * 10 + "y", 1, cache_secret=ALICE))
+    assert bench.done(1).usage == Usage(11, 1, 10)
+    bench.send(ask(2, "x" * 10 + "y", 1, cache_secret=BOB))
+    assert bench.done(2).usage == Usage(11, 1)
+    bench.send(ask(3, "x" * 10 + "y", 1))
+    assert bench.done(3).usage == Usage(11, 1)
+    rows = [row for step in bench.llama.decoded for row in step]
+    assert rows == [(0, 0, 8), (0, 8, 2), (1, 10, 1), (2, 0, 8), (2, 8, 3), (3, 0, 8), (3, 8, 3)]
+
+
+def test_without_a_secret_everything_is_removed(bench: Bench) -> None:
+    bench.go()
+    bench.send(ask(0, "x" * 10, 1))
+    bench.done(0)
+    bench.send(ask(1, "x" * 10, 1))
+    assert bench.done(1).usage == Usage(10, 1)
+    assert bench.llama.edits == [Truncate(0, 0)]
+    assert not any(isinstance(edit, Copy) for edit in bench.llama.edits)
+
+
+def test_a_count_keeps_nothing(bench: Bench) -> None:
+    bench.go()
+    chat = ask(0, "x" * 10, 1, cache_secret=ALICE).request
+    assert isinstance(chat, ChatRequest)
+    bench.send(Count(0, chat))
+    assert bench.receive() == Counted(0, 10)
+    bench.send(Generate(1, chat))
+    assert bench.done(1).usage.cached_tokens == 0
+
+
+# --- Log probabilities -----------------------------------------------------------------------------------------------
+
+
+def logprobs_of(bench: Bench) -> int:
+    """How many came, until the end; never more in one message than it may hold."""
+    count = 0
+    while isinstance(message := bench.receive(), Piece | Alive):
+        if isinstance(message, Piece):
+            assert len(message.delta.logprobs) <= MAX_DELTA_TOKENS
+            count += len(message.delta.logprobs)
+    assert isinstance(message, End)
+    return count
+
+
+def test_log_probabilities_come_with_their_text(bench: Bench) -> None:
+    bench.go()
+    bench.send(ask(0, "x", 2, top_logprobs=1))
+    message = bench.receive()
+    assert isinstance(message, Piece)
+    [token] = message.delta.logprobs
+    assert (token.token, token.logprob) == (b"a", -0.5)
+    assert [(each.token, each.logprob) for each in token.top] == [(b"a", -0.5)]
+    assert logprobs_of(bench) == 1
+
+
+@pytest.mark.parametrize("said", [b"a", b""], ids=["held back for a stop string", "tokens of no text"])
+def test_many_log_probabilities_at_once_go_out_in_pieces(make_bench: MakeBench, said: bytes) -> None:
+    """A client chooses a stop string, and by a bias also the tokens: what becomes certain late may be a lot."""
+    bench = make_bench(context=512)
+    bench.llama.says = said
+    bench.go()
+    bench.send(ask(0, "x", 300, top_logprobs=20, stop=("a" * 255 + "b",)))
+    assert logprobs_of(bench) == 300
+
+
+# --- The end ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_loop_ends_with_the_pipe_and_with_what_is_no_message(bench: Bench) -> None:
@@ -209,7 +501,7 @@ def test_the_loop_ends_with_the_pipe_and_with_what_is_no_message(bench: Bench) -
     bench.close()
     assert isinstance(bench.ended_by, Gone)
     other = Bench(lambda: 0.0)
-    other.send(Load("", 1, 1, 1, 1, 1, 1))
+    other.send(Load("", engine_settings(), 1))
     other._thread.join()
     other.close()
     assert isinstance(other.ended_by, PipeError)
