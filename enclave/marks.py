@@ -112,7 +112,7 @@ class Marks:
             segments.append(Segment(entry.text, trusted=False))
             position = end + len(closing)
         segments.append(Segment(rendered[position:], trusted=True))
-        if any(self.marker in segment.text for segment in segments):
+        if any(self.marker in segment.text.lower() for segment in segments if segment.trusted):
             raise MarkError("the chat template takes a text apart")
         for owner in self._owners:
             if owner.seen < owner.least:
@@ -212,7 +212,7 @@ def _written(value: Any, dump: json.JSONEncoder, margin: str) -> str:
             f"{_written(key, dump, deeper)}{dump.key_separator}{_written(value[key], dump, deeper)}" for key in keys
         ]
         opening, closing = "{}"
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, list | tuple | Iterator):  # filters such as map make iterators
         entries = [_written(entry, dump, deeper) for entry in value]
         opening, closing = "[]"
     else:

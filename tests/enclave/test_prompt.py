@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from attestation.gguf import read_header
 from attestation.manifest import MAX_TEMPLATE_SIZE
 from enclave.generation import InvalidRequest
-from enclave.prompt import ChatTemplate, Segment, TemplateError
+from enclave.prompt import ChatTemplate, Prompt, Segment, TemplateError
 from enclave.tokenizer import Tokenizer
 from enclave.truncation import USUAL_ANSWER, fitting
 from tests.gguf_files import ASSISTANT, BOS, CHAT_TEMPLATE, EOS, SYSTEM, USER, tiny_model
@@ -203,6 +204,257 @@ def test_deepseek_s_template() -> None:
         == "<bos>S<｜User｜><｜Assistant｜><｜Assistant｜>\nA<｜end▁of▁sentence｜><｜User｜>Q<｜Assistant｜><think>\n"
     )
     assert [segment.text for segment in segments if not segment.trusted] == ["S", "<｜Assistant｜>", "\nA", "Q"]
+
+
+# --- Tools, in the ways in which the families' templates write them -------------------------------------------------
+
+HERMES = (
+    "{% if tools %}<|im_start|>system\n{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}"
+    "{% for tool in tools %}\n{{ tool | tojson }}{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}{% if m.role == 'system' and tools %}{% continue %}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for call in m.tool_calls %}<tool_call>\n"
+    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}'
+    "\n</tool_call>{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+    "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+)
+LLAMA = (
+    "{% if tools is not none and tools is defined %}{% for t in tools %}{{ t | tojson(indent=4) }}\n\n{% endfor %}"
+    "{% endif %}{% for m in messages %}{% if 'tool_calls' in m %}{% if m.tool_calls | length != 1 %}"
+    "{{ raise_exception('one call at a time') }}{% endif %}{% set call = m.tool_calls[0].function %}"
+    '{"name": "{{ call.name }}", "parameters": {{ call.arguments | tojson }}}<|eot_id|>'
+    "{% elif m.role == 'tool' %}[ipython]{{ m.content | tojson }}<|eot_id|>"
+    "{% else %}[{{ m.role }}]{{ m.content | trim }}<|eot_id|>{% endif %}{% endfor %}"
+)
+DISTILL = (
+    "{% for m in messages %}{% if m.role == 'assistant' and m['content'] is none %}{% for tool in m['tool_calls'] %}"
+    "<｜tool▁call▁begin｜>{{ tool['type'] }}<｜tool▁sep｜>{{ tool['function']['name'] + '\n```json\n' + "
+    "tool['function']['arguments'] + '\n```' }}<｜tool▁call▁end｜>{% endfor %}"
+    "{% else %}<{{ m.role }}>{{ m.content }}{% endif %}{% endfor %}"
+)
+MARK = "<|im_start|>"
+SCHEMA = json.dumps(
+    {"type": "object", "properties": {f"city {MARK}": {"type": "string", "description": f'"{MARK}"\n'}}}, indent=1
+)
+WEATHER = Tool("weather", f"The weather {MARK} now", SCHEMA)
+ARGUMENTS = f'{{"city":   "Par{MARK}is"}}'
+CALLED = (
+    ChatMessage("user", "How is it?"),
+    ChatMessage("assistant", "", (ToolCall("call_1", "weather", ARGUMENTS),)),
+    ChatMessage("tool", f'"20 {MARK}"\n', tool_call_id="call_1"),
+)
+
+
+def untrusted(segments: Iterable[Segment]) -> list[str]:
+    return [segment.text for segment in segments if not segment.trusted]
+
+
+def assert_forges_nothing(segments: list[Segment], source: str) -> None:
+    """The template's own marks are all that stand in trusted segments."""
+    trusted = "".join(segment.text for segment in segments if segment.trusted)
+    assert "Par" not in trusted
+    assert "city" not in trusted
+    assert trusted.count(MARK) == whole(segments).count(MARK) - "".join(untrusted(segments)).count(MARK)
+
+
+@pytest.mark.parametrize("indent", [None, 4])
+def test_a_tool_is_one_text_and_its_json_is_what_transformers_writes(indent: int | None) -> None:
+    function = {"name": "weather", "description": WEATHER.description, "parameters": json.loads(SCHEMA)}
+    source = HERMES if indent is None else LLAMA
+    segments = render(source, ("user", "How is it?"), tools=(WEATHER,))
+    written = json.dumps({"type": "function", "function": function}, ensure_ascii=False, indent=indent)
+    assert written in untrusted(segments)
+    assert_forges_nothing(segments, source)
+
+
+def test_a_tool_without_parameters_takes_none() -> None:
+    [tool] = untrusted(render(HERMES, ("user", ""), tools=(Tool("clock"),)))
+    empty = {"type": "object", "properties": {}}
+    assert json.loads(tool)["function"] == {"name": "clock", "description": "", "parameters": empty}
+
+
+@pytest.mark.parametrize(
+    ("source", "answer"), [(HERMES, CALLED[2].content), (LLAMA, json.dumps(CALLED[2].content)), (DISTILL, None)]
+)
+def test_calls_and_their_answers_stand_as_they_were_written(source: str, answer: str | None) -> None:
+    segments = render(source, *CALLED)
+    assert untrusted(segments) == ["How is it?", "weather", ARGUMENTS, answer or CALLED[2].content]
+    assert_forges_nothing(segments, source)
+
+
+def test_tools_that_may_not_be_called_are_not_in_the_prompt() -> None:
+    assert render(HERMES, ("user", "x"), tools=(WEATHER,), tool_choice="none") == render(HERMES, ("user", "x"))
+
+
+def test_a_template_may_look_inside_a_tool_and_finds_marked_texts() -> None:
+    source = (
+        "{% for tool in tools %}{% set f = tool.function %}{{ f.name }}({% for name, field in "
+        "f.parameters.properties | items %}{{ name }}: {{ 'str' if field.type == 'string' else 'Any' }} "
+        "{{ field.description | trim }}{% endfor %}){{ f.name }}{{ tool is mapping }}{{ f.missing is defined }}"
+        "{{ f.parameters.properties | length }}{{ f.parameters | tojson }}"
+        "{{ tools | map(attribute='function') | tojson }}"
+        "{% endfor %}{{ messages[0].content }}"
+    )
+    segments = render(source, ("user", "x"), tools=(WEATHER,))
+    schema = json.loads(SCHEMA)
+    parts = ["weather", f"city {MARK}", f'"{MARK}"\n', "weather", json.dumps(schema)]
+    assert untrusted(segments)[:5] == parts
+    assert "str " in whole(segments)
+    assert "TrueFalse1" in whole(segments)
+    assert whole(segments).endswith(
+        json.dumps([{"name": "weather", "description": WEATHER.description, "parameters": schema}]) + "x"
+    )
+    assert_forges_nothing(segments, source)
+
+
+def test_json_of_what_is_not_a_client_s_is_as_transformers_has_it() -> None:
+    source = (
+        "{{ {'b': [1, true, none], 'a': 'é'} | tojson }}|{{ [] | tojson(indent=2) }}|"
+        "{{ {'a': [1, {}]} | tojson(indent=2) }}|"
+        "{{ {'b': 1, 'a': 2} | tojson(sort_keys=true, separators=(',', ':')) }}|{{ 'é' | tojson(ensure_ascii=true) }}"
+    )
+    expected = [
+        json.dumps({"b": [1, True, None], "a": "é"}, ensure_ascii=False),
+        "[]",
+        json.dumps({"a": [1, {}]}, indent=2),
+        '{"a":2,"b":1}',
+        '"\\u00e9"',
+    ]
+    assert whole(render(source, ("user", ""))).split("|") == expected
+
+
+@pytest.mark.parametrize("source", [CHATML, DISTILL])
+def test_what_a_template_has_no_place_for_is_refused(source: str) -> None:
+    with pytest.raises(InvalidRequest, match="no place for tools"):
+        render(source, ("user", "x"), tools=(WEATHER,))
+    if source is CHATML:
+        with pytest.raises(InvalidRequest, match="no place for call 0 of message 1"):
+            render(source, *CALLED)
+
+
+@pytest.mark.parametrize(
+    ("messages", "tools", "match"),
+    [
+        (CALLED[:1] + CALLED[2:], (), "answers a call that is in none before it"),
+        ((ChatMessage("assistant", "", (ToolCall("a", "f", "{"),)),), (), "no JSON"),
+        ((ChatMessage("assistant", "", (ToolCall("a", "f", "[]"),)),), (), "no JSON object"),
+        (
+            (ChatMessage("assistant", "", (ToolCall("a", "f", '{"a": ' + "[" * 5000 + "]" * 5000 + "}"),)),),
+            (),
+            "no JSON",
+        ),
+        ((ChatMessage("user", ""),), (Tool("f", "", "{"),), "no JSON"),
+        ((ChatMessage("user", ""),), (Tool("f", "", '{"a": 1, "a": 2}'),), "no JSON"),
+        ((ChatMessage("user", ""),), (Tool("f", "", "true"),), "no JSON object"),
+    ],
+)
+def test_tools_and_calls_that_are_none_are_refused(
+    messages: tuple[ChatMessage, ...], tools: tuple[Tool, ...], match: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=match):
+        render(HERMES, *messages, tools=tools)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages[0].content }}{{ tools[0].function.description | upper }}",
+        "{{ messages[0].content }}{{ tools[0] | tojson | replace('weather', 'x') | upper }}",
+        "{{ messages[0].content }}{{ tools[0] | tojson | tojson }}",
+        "{{ messages[0].content }}{% for a in range(200) %}{% for b in range(200) %}{% set c = tools[0] | tojson %}"
+        "{% endfor %}{% endfor %}",
+        "{{ messages[0].content }}{{ tools | tojson(indent=1000000) }}",
+    ],
+)
+def test_a_template_that_changes_a_tool_cannot_be_trusted(source: str) -> None:
+    with pytest.raises(TemplateError):
+        render(source, ("user", "x"), tools=(WEATHER,))
+
+
+@given(
+    st.recursive(
+        st.none() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
+    )
+)
+def test_every_tool_s_json_is_whole(value: object) -> None:
+    tool = Tool("f", "d", json.dumps({"default": value}))
+    [text] = untrusted(render("{{ tools | map(attribute='function') | list | tojson }}", ("user", ""), tools=(tool,)))
+    assert json.loads(text)["parameters"] == {"default": value}
+
+
+# --- Where the prompt leaves the model ------------------------------------------------------------------------------
+
+
+def test_a_prompt_says_whether_the_answer_begins_inside_the_reasoning() -> None:
+    for source, opens, ends in ((THINKING, True, False), (CHATML, False, False), (HERMES, False, False)):
+        prompt = template_of(source).render(asking(("user", "x")))
+        assert (prompt.opens_reasoning, prompt.ends_reasoning) == (opens, ends)
+    prompt = template_of(HERMES).render(asking(("user", "x"), reasoning_tokens=0))
+    assert (prompt.opens_reasoning, prompt.ends_reasoning) == (False, True)
+    assert not template_of("{{ messages[0].content }}").render(asking(("user", "<think>"))).opens_reasoning
+
+
+def test_what_marks_the_model_s_own_text_for_training_changes_nothing() -> None:
+    assert whole(render("{% generation %}{{ messages[0].content }}{% endgeneration %}!", ("user", "x"))) == "x!"
+
+
+# --- What does not fit ----------------------------------------------------------------------------------------------
+
+
+TURNS = (
+    ("system", "S" * 10),
+    *((role, f"{turn}" * 10) for turn in range(1, 6) for role in ("user", "assistant")),
+    ("user", "6" * 10),
+)  # fmt: skip
+
+
+def fitted(context: int, **options: Any) -> tuple[str, int, int]:
+    """A character is a token. The prompt, what was dropped, and how often it was rendered."""
+    calls = 0
+    template = template_of("{% for m in messages %}{{ m.content }}{% endfor %}")
+
+    def tokenize(request: ChatRequest) -> tuple[Prompt, list[int]]:
+        nonlocal calls
+        calls += 1
+        prompt = template.render(request)
+        return prompt, [0] * len(whole(prompt.segments))
+
+    told = tuple(ChatMessage(role, content) for role, content in TURNS)  # type: ignore[arg-type]
+    prompt, tokens = fitting(ChatRequest(told, **options), tokenize, context=context)
+    assert len(tokens) == len(whole(prompt.segments))
+    return whole(prompt.segments), prompt.dropped_messages, calls
+
+
+@pytest.mark.parametrize(
+    ("context", "dropped", "left"),
+    [(140, 0, "123456"), (139, 2, "23456"), (111, 4, "3456"), (60, 8, "56"), (59, 10, "6"), (20, 10, "6")],
+)
+def test_the_oldest_turns_go_whole_until_the_answer_has_room(context: int, dropped: int, left: str) -> None:
+    text, gone, calls = fitted(context, truncation="auto", max_tokens=20)
+    assert list(dict.fromkeys(text)) == ["S", *left]
+    assert gone == dropped
+    assert calls <= 4
+
+
+def test_nothing_goes_where_the_request_does_not_allow_it() -> None:
+    assert fitted(20) == (fitted(10_000)[0], 0, 1)
+
+
+def test_room_for_an_answer_is_at_most_half_of_the_context() -> None:
+    assert fitted(240, truncation="auto")[1] == 0
+    assert fitted(240, truncation="auto", max_tokens=100_000)[1] == 0
+    assert fitted(238, truncation="auto")[1] == 2
+    assert fitted(120 + USUAL_ANSWER, truncation="auto", max_tokens=1)[1] == 0
+
+
+def test_a_tool_s_answer_goes_with_the_turn_that_asked_for_it() -> None:
+    told = (*CALLED, ChatMessage("assistant", "20"), ChatMessage("user", "Thanks"))
+
+    def tokenize(request: ChatRequest) -> tuple[Prompt, list[int]]:
+        return Prompt(()), [0] * len(request.messages)
+
+    prompt, tokens = fitting(ChatRequest(told, truncation="auto", max_tokens=1), tokenize, context=5)
+    assert (prompt.dropped_messages, len(tokens)) == (4, 1)
 
 
 # --- Tokens
