@@ -33,23 +33,27 @@ from enclave.pipe import (
     ToServer,
     read_to_server,
 )
-from vsockrpc.chat import ChatRequest, GenerationRequest
+from vsockrpc.chat import ChatRequest, CompletionRequest, GenerationRequest
 from vsockrpc.messages import Delta, Done, MessageReader
 
 _CHUNK: Final = 64 << 10
 _ENDED: Final = "the engine process ended"
+_OBJECT: Final = 64
 R = TypeVar("R", bound=GenerationRequest)
 
 
 class Answer:
     """What came of one request so far, between the process that writes and the client who reads."""
 
-    def __init__(self, number: int, tokens: int) -> None:
+    def __init__(self, number: int, tokens: int, *, is_count: bool = False, echoed: int = 0) -> None:
+        """``echoed`` is the characters of a prompt with which the answer begins."""
         self.number = number
+        self.is_count = is_count
+        """What is asked for is a number of tokens, and no text."""
         self.tokens = tokens
         """More cannot come."""
         self._deltas: list[Delta] = []
-        self._room = (tokens + 1) * (2 * MAX_DELTA_CHARACTERS)
+        self._room = (tokens + 1) * (2 * MAX_DELTA_CHARACTERS) + 2 * echoed
         self._end: Done | int | EngineError | None = None
         self._news = asyncio.Event()
 
@@ -92,9 +96,12 @@ class Answer:
 
 
 def _size(delta: Delta) -> int:
-    """Characters, and what a log probability takes as some of them."""
-    calls = sum(len(call.arguments) for call in delta.tool_calls)
-    return len(delta.content) + len(delta.reasoning) + calls + len(delta.logprobs)
+    """Characters and bytes, and what each object takes beside them: of deltas that hold next to nothing there could be
+    as many as memory holds.
+    """
+    texts = len(delta.content) + len(delta.reasoning) + sum(len(call.arguments) for call in delta.tool_calls)
+    tokens = [token for each in delta.logprobs for token in (each.token, *(other.token for other in each.top))]
+    return texts + sum(map(len, tokens)) + _OBJECT * (1 + len(delta.tool_calls) + len(tokens))
 
 
 class EngineProcess:
@@ -201,17 +208,19 @@ class EngineProcess:
             case Alive():
                 return
             case Piece(number, delta):
-                if (answer := self._answer(number)) is not None:
+                if (answer := self._answer(number, is_count=False)) is not None:
                     answer.add(delta)
             case End(number, done):
-                if (answer := self._answer(number)) is not None:
+                if (answer := self._answer(number, is_count=False)) is not None:
                     usage = done.usage
                     if usage.prompt_tokens > self._context or usage.completion_tokens > answer.tokens:
                         raise PipeError("more tokens than there can be")
+                    if usage.cached_tokens > usage.prompt_tokens or usage.reasoning_tokens > usage.completion_tokens:
+                        raise PipeError("a part that is more than the whole")
                     self._end(answer, done)
                     self.answered = True
             case Counted(number, tokens):
-                if (answer := self._answer(number)) is not None:
+                if (answer := self._answer(number, is_count=True)) is not None:
                     self._end(answer, tokens)
             case Failed(number, error):
                 if (answer := self._answer(number)) is not None:
@@ -219,13 +228,16 @@ class EngineProcess:
             case Ready() | Refused():
                 raise PipeError("it was ready before")
 
-    def _answer(self, number: int) -> Answer | None:
+    def _answer(self, number: int, *, is_count: bool | None = None) -> Answer | None:
         """None for a request that was withdrawn: its last words crossed the cancellation. Raises PipeError for one
-        that never was.
+        that never was, or that asked for something else.
         """
         if number >= self._issued:
             raise PipeError("an answer that nobody asked for", got=number)
-        return self._answers.get(number)
+        answer = self._answers.get(number)
+        if answer is not None and is_count not in (None, answer.is_count):
+            raise PipeError("an answer of another kind", got=number)
+        return answer
 
     def _end(self, answer: Answer, end: Done | int | EngineError) -> None:
         del self._answers[answer.number]
@@ -246,7 +258,9 @@ class EngineProcess:
             raise EngineFailed(_ENDED) from error
         if self._writer.is_closing():
             raise EngineFailed(_ENDED)
-        answer = Answer(self._issued, min(request.max_tokens or self._context, self._context))
+        tokens = min(request.max_tokens or self._context, self._context)
+        echoed = len(request.prompt) if isinstance(request, CompletionRequest) and request.echo else 0
+        answer = Answer(self._issued, tokens, is_count=kind is Count, echoed=echoed)
         self._issued += 1
         self._answers[answer.number] = answer
         self._writer.write(kind(answer.number, request).encode())

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import llama_cpp
@@ -28,16 +29,17 @@ from enclave.generation import (
     InvalidRequest,
     Unavailable,
 )
-from enclave.pipe import Load, Ready
-from enclave.process import EngineProcess
+from enclave.pipe import Counted, End, Load, Piece, PipeError, Ready, ToServer
+from enclave.process import Answer, EngineProcess
 from tests.enclave.conftest import sealed
+from tests.engines import engine_settings
 from tests.gguf_files import CHAT_TEMPLATE, TEXT, tiny_model
-from vsockrpc.chat import ChatMessage, ChatRequest
-from vsockrpc.messages import Delta, Done, Usage
+from vsockrpc.chat import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest
+from vsockrpc.messages import Alternative, Delta, Done, TokenLogprob, ToolCallDelta, Usage
 
 UID = 64001
 ROOT = os.geteuid() == 0
-SETTINGS = EngineSettings(context=4096, batch=64, threads=1, queue=4, uid=UID)
+SETTINGS = engine_settings(context=4096, parallel=2, threads=1, queue=4, uid=UID)
 LONG = ChatRequest((ChatMessage("user", "hello"),), temperature=0)
 SHORT = ChatRequest((ChatMessage("user", "hello"),), temperature=0, max_tokens=3)
 
@@ -67,10 +69,11 @@ async def engine(tiny_weights: int, events: Events) -> AsyncIterator[LlamaEngine
     await engine.close()
 
 
-async def finish(engine: LlamaEngine, request: ChatRequest) -> Finished:
-    *_, finished = [event async for event in engine.generate(request)]
-    assert isinstance(finished, Finished)
-    return finished
+async def finish(engine: LlamaEngine, request: GenerationRequest) -> Usage:
+    """The counts of a whole answer."""
+    *_, done = [event async for event in engine.generate(request)]
+    assert isinstance(done, Done)
+    return done.usage
 
 
 def status(pid: int) -> dict[str, list[str]]:
@@ -179,12 +182,12 @@ async def test_the_process_dies_with_its_pipe(tiny_weights: int) -> None:
 
 SERVER = """
 import asyncio, os, signal, sys
-from enclave.config import EngineSettings
 from enclave.engine import LlamaEngine
+from tests.engines import engine_settings
 
 async def main():
     weights = os.open(sys.argv[1], os.O_RDONLY)
-    engine = LlamaEngine(weights, sys.argv[2], EngineSettings(context=64, batch=16, threads=1, queue=1, uid=64001))
+    engine = LlamaEngine(weights, sys.argv[2], engine_settings(context=64, threads=1))
     await engine.start()
     print(engine.pid, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -212,7 +215,7 @@ def test_the_process_does_not_outlive_a_killed_server(tmp_path: Path) -> None:
         b"\xff\xff\xff\xff",
         struct.pack(">I", 1) + b"\xa0",
         struct.pack(">I", 4) + b"\xff\xff\xff\xff",
-        struct.pack(">I", 12) + b"\xa1\x64text\x82\x18\x63\x61x\xff",
+        Piece(99, Delta("x")).encode(),
     ],
     ids=["length", "empty map", "no CBOR", "an answer that nobody asked for"],
 )
@@ -229,6 +232,77 @@ async def test_a_process_that_breaks_the_protocol_is_replaced(
                 await anext(answer)
     assert (await finish(engine, SHORT)).completion_tokens == 3
     assert engine._worker is not worker
+
+
+def of(usage: Usage) -> End:
+    return End(0, Done("stop", usage))
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        Counted(0, 5),
+        of(Usage(5000, 1)),
+        of(Usage(1, 5000)),
+        of(Usage(5, 5, 6)),
+        of(Usage(5, 5, 0, 6)),
+    ],
+    ids=["a count", "a prompt of too many", "an answer of too many", "more cached than read", "more thought than said"],
+)
+async def test_what_no_answer_can_be_is_a_lie(engine: LlamaEngine, lie: ToServer) -> None:
+    worker = engine._worker
+    assert worker is not None
+    async with aclosing(engine.generate(LONG)) as answer:
+        await anext(answer)
+        with pytest.raises(PipeError):
+            worker._take(lie)
+
+
+@pytest.mark.parametrize("lie", [Piece(0, Delta("x")), of(Usage(1, 1))])
+async def test_what_no_count_can_be_is_a_lie(engine: LlamaEngine, lie: ToServer) -> None:
+    worker = engine._worker
+    assert worker is not None
+    answer = await worker.count(SHORT)
+    with pytest.raises(PipeError, match="another kind"):
+        worker._take(lie)
+    assert await answer.number_of_tokens() > 0  # what the process itself says of it
+
+
+@pytest.mark.parametrize(
+    "delta",
+    [
+        Delta("x"),
+        Delta(reasoning="x"),
+        Delta(tool_calls=(ToolCallDelta(0, ""),)),
+        Delta(tool_calls=(ToolCallDelta(0, ""),) * 100),
+        Delta(logprobs=(TokenLogprob(b"", 0.0),)),
+        Delta(logprobs=(TokenLogprob(b"x" * 1024, 0.0, (Alternative(b"x" * 1024, 0.0),) * 20),) * 16),
+    ],
+)
+def test_no_answer_fills_the_server_s_memory(delta: Delta) -> None:
+    """Whatever an answer's deltas are made of, a few hundred are too many for one token."""
+    answer = Answer(0, 1)
+    with pytest.raises(PipeError, match="more text"):
+        for _ in range(300):
+            answer.add(delta)
+
+
+def test_an_answer_of_the_longest_tokens_has_room() -> None:
+    answer = Answer(0, 100)
+    longest = TokenLogprob(b"x" * 128, -1.0, (Alternative(b"x" * 128, -1.0),) * 20)
+    for _ in range(100):
+        answer.add(Delta("x" * 128, logprobs=(longest,)))
+
+
+async def test_an_answer_that_begins_with_its_prompt_has_room_for_it(tiny_weights: int) -> None:
+    engine = LlamaEngine(tiny_weights, CHAT_TEMPLATE, replace(SETTINGS, context=16384, cells=2 * 16384))
+    prompt = "x" * 16000
+    request = CompletionRequest(prompt=prompt, echo=True, max_tokens=1, temperature=0)
+    await engine.start()
+    try:
+        assert text_of([event async for event in engine.generate(request)]).startswith(prompt)
+    finally:
+        await engine.close()
 
 
 async def test_requests_do_not_wait_for_ever_for_a_process(tiny_weights: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,7 +456,7 @@ async def test_a_file_on_which_llama_cpp_aborts_is_a_typed_error() -> None:
 
 
 async def test_a_context_longer_than_the_model_s_is_refused_with_both_numbers() -> None:
-    settings = EngineSettings(context=4096, batch=64, threads=1, queue=1, uid=UID)
+    settings = engine_settings(context=4096, threads=1)
     error = await refused(tiny_model(context=1024).encode(), settings=settings)
     assert isinstance(error, EngineRefused)
     assert (error.code, error.expected, error.got) == ("context_exceeded", "<= 1024", "4096")
@@ -402,7 +476,7 @@ async def test_a_template_that_is_none_is_a_typed_error() -> None:
 async def test_the_real_model_says_what_llama_cpp_says_and_survives_a_kill(smollm2: Path) -> None:
     manifest = ModelManifest.from_gguf(smollm2)
     descriptor = sealed(smollm2.read_bytes())
-    settings = EngineSettings(context=512, batch=128, threads=2, queue=1, uid=UID)
+    settings = engine_settings(context=512, parallel=2, batch=128, prefill=64, queue=1)
     engine = LlamaEngine(descriptor, manifest.chat_template, settings)
     question = "Tell me a long story about a fox and a river."
     greedy = ChatRequest((ChatMessage("user", question),), temperature=0, max_tokens=32)
