@@ -105,6 +105,7 @@ def header_of(path: Path) -> GgufHeader:
         ("1.5b", 339, 141, 1_777_088_000, 1_111_370_240),
         ("7b", 339, 141, 7_615_616_512, 4_677_120_000),
         ("8b", 292, 66, 8_030_261_312, 4_912_898_304),
+        ("14b", 579, 241, 14_770_033_664, 8_982_142_976),
     ],
 )
 def test_a_shape_is_the_real_one(name: str, count: int, f32: int, parameters: int, size: int) -> None:

@@ -13,7 +13,7 @@ import pytest
 from strongroom import cli
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("docs/nitro.md", "docs/reproduce.md")
+PAGES = ("docs/memory.md", "docs/nitro.md", "docs/reproduce.md")
 DOORS = {
     "bootstrap-parent": "bootstrap",
     "build-eif": "build",
