@@ -111,7 +111,7 @@ class EchoEngine:
         most = self._settings.parallel + self._settings.queue
         if len(self._answers) >= most:
             raise Overloaded(expected=f"<= {most} at once", got=len(self._answers) + 1)
-        number, said = self._issued, _last_said(request).encode()
+        number, said = self._issued, last_said(request).encode()
         self._issued += 1
         reply = Reply(request.stop)
         self._arrived.append(
@@ -201,5 +201,6 @@ def scheduler_of(settings: EngineSettings) -> Scheduler:
     )
 
 
-def _last_said(request: GenerationRequest) -> str:
+def last_said(request: GenerationRequest) -> str:
+    """What is echoed."""
     return request.prompt if isinstance(request, CompletionRequest) else request.messages[-1].content

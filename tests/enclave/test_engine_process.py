@@ -27,6 +27,7 @@ from enclave.generation import (
     EngineRefused,
     GenerationEvent,
     InvalidRequest,
+    Overloaded,
     Unavailable,
 )
 from enclave.pipe import Counted, End, Load, Piece, PipeError, Ready, ToServer
@@ -301,6 +302,25 @@ async def test_an_answer_that_begins_with_its_prompt_has_room_for_it(tiny_weight
     await engine.start()
     try:
         assert text_of([event async for event in engine.generate(request)]).startswith(prompt)
+    finally:
+        await engine.close()
+
+
+async def test_whoever_is_one_too_many_is_told_when_to_come_again(tiny_weights: int) -> None:
+    engine = LlamaEngine(tiny_weights, CHAT_TEMPLATE, replace(SETTINGS, parallel=1, cells=4096, queue=1))
+    await engine.start()
+    try:
+        async with aclosing(engine.generate(LONG)) as first:
+            await anext(first)
+            second = asyncio.create_task(finish(engine, SHORT))
+            await asyncio.sleep(0)
+            with pytest.raises(Overloaded) as caught:
+                await finish(engine, SHORT)
+            with pytest.raises(Overloaded):
+                await engine.count(SHORT)
+        assert caught.value.retry_seconds in [1 << power for power in range(12)]
+        assert (caught.value.expected, caught.value.got) == ("<= 2 at once", "3")
+        await second
     finally:
         await engine.close()
 

@@ -35,7 +35,7 @@ from enclave.server import EVIDENCE_QUEUE, BoundedWorker, Server, longest_envelo
 from strongroom.prompt_file import Reply, open_answer
 from strongroom.session import RequestFailed
 from tests.attested import Attested, software_nsm
-from tests.engines import EchoEngine
+from tests.engines import EchoEngine, last_said
 from tests.house import EnclaveHouse, enclave_house
 from tests.sealing import (
     FLOOR,
@@ -50,9 +50,11 @@ from tests.sealing import (
     split_records,
 )
 from vsockrpc.address import UnixAddress
-from vsockrpc.chat import ChatMessage, ChatRequest
+from vsockrpc.chat import ChatMessage, ChatRequest, CompletionRequest
 from vsockrpc.messages import (
     Answer,
+    Counted,
+    CountRequest,
     Delta,
     DescribeRequest,
     Description,
@@ -333,10 +335,57 @@ async def test_a_prompt_comes_back_as_an_answer(client: Person) -> None:
     assert isinstance(answers[-1], Done)
     assert answers[-1].finish_reason == "stop"
     [asked] = client.house.engine.requests
-    assert asked.messages == (ChatMessage("user", "what is said comes back"),)
+    assert asked == ChatRequest((ChatMessage("user", "what is said comes back"),), model="tiny")
     assert dataclasses.asdict(client.totals) | {"evidence": 1} == dataclasses.asdict(
         Totals(evidence=1, requests=1, answered=1)
     )
+
+
+async def test_text_goes_on_without_a_conversation(client: Person) -> None:
+    body = CompletionRequest(prompt="what is begun goes on", model="tiny", stop=("s on",), cache_secret=bytes(32))
+    answers = await client.ask(Request(secrets.token_bytes(16), body))
+    assert answers[0] == Start("tiny")
+    assert "".join(answer.content for answer in answers if isinstance(answer, Delta)) == "what is begun goe"
+    assert isinstance(answers[-1], Done)
+    assert client.house.engine.requests == [body]
+
+
+async def test_a_prompt_is_counted_and_not_answered(client: Person) -> None:
+    conversation = ChatRequest((ChatMessage("user", "how many?"),), model="tiny")
+    assert await client.ask(Request(secrets.token_bytes(16), CountRequest(conversation))) == [
+        Counted(len("user:how many?\n"))
+    ]
+    assert client.house.engine.requests == []
+    assert client.totals.answered == 1
+
+
+async def test_a_prompt_too_long_for_the_context_is_not_counted(client: Person) -> None:
+    conversation = ChatRequest((ChatMessage("user", "x" * 300),))
+    [failure] = await client.ask(Request(secrets.token_bytes(16), CountRequest(conversation)))
+    assert isinstance(failure, Failure)
+    assert (failure.code, failure.expected) == ("context_exceeded", "255")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        ChatRequest((ChatMessage("user", "x"),), model="other"),
+        CompletionRequest(prompt="x", model="other"),
+        CountRequest(ChatRequest((ChatMessage("user", "x"),), model="other")),
+    ],
+)
+async def test_no_other_model_is_asked(client: Person, body: ChatRequest | CompletionRequest | CountRequest) -> None:
+    [failure] = await client.ask(Request(secrets.token_bytes(16), body))
+    assert isinstance(failure, Failure)
+    assert (failure.code, failure.expected, failure.got) == ("unknown_model", "tiny", "other")
+    assert client.house.engine.requests == []
+
+
+async def test_whoever_finds_the_queue_full_is_told_when_to_come_again(client: Person) -> None:
+    client.house.engine.refuse = Overloaded(expected="<= 2 at once", got=3, retry_seconds=8)
+    failure = (await client.ask(chat("x")))[-1]
+    assert isinstance(failure, Failure)
+    assert (failure.code, failure.retry_seconds) == ("overloaded", 8)
 
 
 async def test_every_parameter_reaches_the_engine(client: Person) -> None:
@@ -950,7 +999,7 @@ async def sender(tmp_path: Path) -> AsyncIterator[Sender]:
 async def test_a_prompt_that_waited_is_answered(sender: Sender) -> None:
     assert text_of(await sender.asks("what was sealed long ago")) == "what was sealed long ago"
     [asked] = sender.house.engine.requests
-    assert asked.messages == (ChatMessage("user", "what was sealed long ago"),)
+    assert last_said(asked) == "what was sealed long ago"
     assert sender.kms.asked == [(PROMPTS_KEY, encryption_context(PROMPT, "tests", FLOOR))]
     assert sender.totals == Totals(requests=1, answered=1)
 

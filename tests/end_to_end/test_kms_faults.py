@@ -35,6 +35,7 @@ from enclave.kms_errors import KmsError
 from parent.credentials import Issued, NoCredentials
 from parent.egress import Endpoint
 from tests.canaries import where
+from tests.engines import last_said
 from tests.key_policies import ACCOUNT
 from tests.kms_clients import kms_client, refused
 from tests.kms_house import WEIGHTS_CANARY, KmsHouse, kms_house, served_kms_house, text_of
@@ -529,7 +530,7 @@ async def test_the_parent_holds_no_plaintext(tmp_path: Path) -> None:
         envelope, reply = sealing.prompt(prompt)
         answer = await home.bring(envelope)
         assert text_of(answer, reply) == said
-        assert [each.messages[0].content for each in home.behind.engine.requests] == [prompt]
+        assert [last_said(each) for each in home.behind.engine.requests] == [prompt]
         home.behind.enclave.log.close_interval()
         held = {
             "RPC": bytes(tapped.rpc.recorded),

@@ -22,6 +22,7 @@ from strongroom.session import Session
 from tests.gateways import gateway_of
 from tests.house import MODEL_NAME, House
 from vsockrpc.address import TcpAddress
+from vsockrpc.chat import ChatRequest
 from vsockrpc.http import SEALED_PATH, STATUS_OF_FAULT
 from vsockrpc.http_server import HttpServer, listen_on
 
@@ -109,7 +110,9 @@ async def test_a_conversation_goes_on_with_the_clients_own_objects(client: opena
         messages=[*HELLO, {"role": "assistant", "content": answer.content}, {"role": "user", "content": "and now?"}],
     )
     assert second.choices[0].message.content == "and now?"
-    assert home.engine.requests[-1].messages[1].content == "hello there"
+    asked = home.engine.requests[-1]
+    assert isinstance(asked, ChatRequest)
+    assert asked.messages[1].content == "hello there"
 
 
 # --- OpenAI's errors -----------------------------------------------------------------------------------------------
