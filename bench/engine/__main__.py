@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -62,6 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--peers", action="store_true", help="make the peers' environments and the models, and end")
     parser.add_argument("--out", type=Path, default=WORK, help="folder for engine.json and engine.md (build/bench)")
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # servers are stopped on the way out
     bench = Bench(
         runs=options.runs,
         tokens=options.tokens,

@@ -65,19 +65,25 @@ def main() -> None:
 
 def _configure(prepared: Prepared, engine: dict[str, int | str | bool]) -> None:
     """Other settings of the engine than ``strongroom init`` has, and a policy that pins them."""
-    lines = prepared.configuration.read_text().split("\n")
-    start = lines.index("[engine]") + 1
-    end = next(place for place in range(start, len(lines)) if not lines[place])
-    lines[start:end] = [f"{name} = {json.dumps(value)}" for name, value in engine.items()]
-    prepared.configuration.write_text("\n".join(lines))
+    prepared.configuration.write_text(configured(prepared.configuration.read_text(), engine))
     policy = AppraisalPolicy.load(prepared.policy)
-    (release,) = policy.releases if isinstance(policy.releases, tuple) else ()
+    image = measure_process_image(Path(sys.executable), prepared.configuration)
     policy = replace(
         policy,
-        releases=(Release(release.name, measure_process_image(Path(sys.executable), prepared.configuration)),),
+        releases=(Release("files of this machine", image),),
         configuration=Require((configuration_digest(prepared.configuration.read_bytes()),)),
     )
     prepared.policy.write_text(write_policy(policy, root=ROOT_DER))
+
+
+def configured(text: str, engine: dict[str, int | str | bool]) -> str:
+    """``enclave.toml`` with another table ``[engine]``."""
+    lines = text.split("\n")
+    start = lines.index("[engine]") + 1
+    end = next(place for place in range(start, len(lines)) if not lines[place])
+    return "\n".join(
+        [*lines[:start], *(f"{name} = {json.dumps(value)}" for name, value in engine.items()), *lines[end:]]
+    )
 
 
 def _named(roots: dict[int, str]) -> dict[str, int]:

