@@ -17,7 +17,7 @@ import pytest
 from enclave.kv_cache import Truncate
 from enclave.llama import Llama
 from enclave.prompt import Segment
-from enclave.reply import TextReply
+from enclave.reply import Reply
 from enclave.sampler import Logits
 from enclave.scheduler import Admission, Row, Sampled, Step
 from tests.engines import engine_settings, scheduler_of
@@ -149,7 +149,7 @@ def play(llama: Llama, prompts: Sequence[Sequence[int]], *, joins: Sequence[int]
     while waiting or not scheduler.idle:
         while waiting and joins[waiting[0]] <= len(steps):
             number = waiting.pop(0)
-            scheduler.admit(Admission(number, prompts[number], TextReply(requests[number]), max_tokens=24))
+            scheduler.admit(Admission(number, prompts[number], Reply(requests[number].stop), max_tokens=24))
         step = scheduler.plan()
         assert step is not None
         steps.append(step)

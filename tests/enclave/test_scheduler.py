@@ -14,7 +14,7 @@ from enclave.generation import ContextExceeded, Overloaded
 from enclave.kv_cache import Copy, KvCache, Truncate
 from enclave.reply import Reply
 from enclave.scheduler import Admission, Row, Sampled, Scheduler, Step
-from vsockrpc.messages import Delta, Done, Usage
+from vsockrpc.messages import Delta, Done, FinishReason, Usage
 
 END = 0
 """The token that ends an answer."""
@@ -132,7 +132,7 @@ def test_an_answer_is_what_the_model_says_and_an_end() -> None:
     machine.run()
     expected = alone([3, 5], 9)
     assert machine.said[7] == "".join(f"{token:x}" for token in expected)
-    reason = "length" if len(expected) == 9 else "stop"
+    reason: FinishReason = "length" if len(expected) == 9 else "stop"
     assert machine.done[7] == Done(reason, Usage(2, len(expected)))
 
 
