@@ -187,7 +187,7 @@ def _both(keyword: str, one: Fact, other: Fact) -> Any:
         for name, place in other.value.items():
             if name in one.value and not _are_same(one.value[name].value, place.value):
                 raise refused("a property with two schemas", place.pointer, expected=one.value[name].pointer)
-        return {**other.value, **one.value}
+        return {**one.value, **{name: place for name, place in other.value.items() if name not in one.value}}
     if not _are_same(one.raw, other.raw):
         raise refused(f"{keyword!r} stands twice for the same value", other.pointer, expected=one.pointer)
     return one.value

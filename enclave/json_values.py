@@ -13,7 +13,7 @@ from typing import Final
 
 from attestation.strict_json import Json
 from enclave.gbnf import Alternative, Chars, Grammar, Literal, Ranges, Ref, common, merged, ranges_of, without
-from enclave.regular import ANY, State, automaton
+from enclave.regular import ANY, State, automaton, lengths
 
 MAX_FREE_DEPTH: Final = 16
 """Objects and arrays within each other where a value is left open."""
@@ -152,6 +152,12 @@ class Values:
 
     def _accepted(self, states: Sequence[State], low: int, high: int | None) -> Ref:
         """The rest of such a string, behind its first quotation mark."""
+        shortest, longest = lengths(states)
+        if high is not None and longest is not None and longest <= high:
+            high = None
+        if shortest is not None and shortest >= low:
+            low = 0
+        written = [[(*_written(ranges), target) for ranges, target in state.moves] for state in states]
         rules: dict[tuple[int, int], Ref] = {}
         waiting: list[tuple[int, int]] = []
 
@@ -167,13 +173,11 @@ class Values:
             state, count = waiting.pop()
             alternatives: list[Alternative] = [(Literal('"'),)] if states[state].accepts and count >= low else []
             escapes: list[Alternative] = []
-            for ranges, target in states[state].moves if count != high else ():
-                after = rule_of(target, count + 1)
-                if plain := common(ranges, _PLAIN):
-                    alternatives.append((Chars(plain), after))
-                escaped = [letter for each, letter in _ESCAPES.items() if common(ranges, ranges_of(each))]
-                if escaped:
-                    escapes.append((Chars(ranges_of(escaped)), after))
+            for plain, escaped, target in written[state] if count != high else ():
+                if plain is not None:
+                    alternatives.append((plain, rule_of(target, count + 1)))
+                if escaped is not None:
+                    escapes.append((escaped, rule_of(target, count + 1)))
             if escapes:
                 alternatives.append((Literal("\\"), self._grammar.rule(*escapes)))
             self._grammar.define(rules[state, count], alternatives)
@@ -264,3 +268,12 @@ class Values:
             alternatives.append((Chars(without(_PLAIN, ranges_of(below))), self._rest_of_name))
             self._grammar.define(ref, alternatives)
         return first
+
+
+def _written(ranges: Ranges) -> tuple[Chars | None, Chars | None]:
+    """These characters as they stand in a string, and the letters of those that are escaped. Other control characters
+    are left out.
+    """
+    plain = common(ranges, _PLAIN)
+    escaped = [letter for each, letter in _ESCAPES.items() if common(ranges, ranges_of(each))]
+    return Chars(plain) if plain else None, Chars(ranges_of(escaped)) if escaped else None

@@ -7,7 +7,8 @@ than what Python's ``re`` and ECMA 262 both mean: ``\\d``, ``\\w`` and ``\\s`` a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final, TypeAlias
@@ -62,6 +63,28 @@ def automaton(pattern: str, spend: Callable[[int], None]) -> list[State]:
     if len(pattern) > MAX_PATTERN_CHARACTERS:
         raise NotSupported(f"it is longer than {MAX_PATTERN_CHARACTERS} characters")
     return _deterministic(*_build(_Parser(pattern).parse()), spend)
+
+
+def lengths(states: Sequence[State]) -> tuple[int | None, int | None]:
+    """Of the shortest text, None where there is none; and of the longest, None where there is no bound."""
+    shortest: int | None = None
+    reached, frontier = {0}, {0}
+    for length in range(len(states)):
+        if any(states[each].accepts for each in frontier):
+            shortest = length
+            break
+        frontier = {target for each in frontier for _, target in states[each].moves} - reached
+        reached |= frontier
+    before = Counter(target for state in states for _, target in state.moves)
+    longest = [0] * len(states)
+    order = [0] if not before[0] else []
+    for each in order:
+        for _, target in states[each].moves:
+            longest[target] = max(longest[target], longest[each] + 1)
+            before[target] -= 1
+            if not before[target]:
+                order.append(target)
+    return shortest, max(longest) if len(order) == len(states) else None
 
 
 # --- The expression's tree -----------------------------------------------------------------------------------------

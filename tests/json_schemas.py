@@ -93,7 +93,10 @@ REALISTIC: Final[dict[str, tuple[Any, list[Any]]]] = {
     "nested lists": (
         {
             "type": "array",
-            "items": {"type": "array", "items": {"type": "array", "items": {"type": ["integer", "null"]}, "minItems": 2}},
+            "items": {
+                "type": "array",
+                "items": {"type": "array", "items": {"type": ["integer", "null"]}, "minItems": 2},
+            },
             "maxItems": 3,
         },
         [[], [[[1, 2], [None, -3, 0]], [], []]],
@@ -144,7 +147,11 @@ REALISTIC: Final[dict[str, tuple[Any, list[Any]]]] = {
             },
             "required": ["größe"],
         },
-        [{"größe": "groß"}, {"größe": 'he said "no"', 'the "key"\n': {"a": [1, {"b": None}], "c": "x"}}, {"größe": None}],
+        [
+            {"größe": "groß"},
+            {"größe": 'he said "no"', 'the "key"\n': {"a": [1, {"b": None}], "c": "x"}},
+            {"größe": None},
+        ],
     ),
     "deep references": (
         {
@@ -209,7 +216,18 @@ REALISTIC: Final[dict[str, tuple[Any, list[Any]]]] = {
 _BOUNDS: Final = st.one_of(st.integers(-300, 300), st.decimals(-20, 20, places=2).map(float))
 _NAMES: Final = st.sampled_from(["a", "b", "ab", "é", 'q"', "x y", ""])
 _PATTERNS: Final = st.sampled_from(
-    ["^a*$", "b", "^(?:ab|cd)+$", "^[^a-z]{2,4}$", "^\\w+\\s?\\d$", "[\"\\\\]", "^.{3}$", "^x|y$", "^[\\d.-]+$", "^é{1,2}?$"]
+    [
+        "^a*$",
+        "b",
+        "^(?:ab|cd)+$",
+        "^[^a-z]{2,4}$",
+        "^\\w+\\s?\\d$",
+        '["\\\\]',
+        "^.{3}$",
+        "^x|y$",
+        "^[\\d.-]+$",
+        "^é{1,2}?$",
+    ]
 )
 _VALUES: Final = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.text()),
