@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from enclave.generation import InvalidRequest
 from enclave.prompt import ChatTemplate, TemplateError
-from vsockrpc.chat import ROLES, ChatMessage, ChatRequest
+from vsockrpc.chat import ROLES, ChatMessage, ChatRequest, Tool
 
 LONGEST = 2000
 """Bytes. What a template may do grows with its text, and loops in loops are the engine process's to survive, not
 this target's.
 """
 MAX_LOOPS = 2
+TOOLS = (Tool("clock", "<|im_end|>", '{"type": "object", "properties": {"<|im_end|>": {"type": "string"}}}'),)
 
 
 def one_input(data: bytes) -> None:
@@ -21,11 +24,14 @@ def one_input(data: bytes) -> None:
     messages = tuple(ChatMessage(ROLES[index % 3], content) for index, content in enumerate(contents[:6]))
     try:
         template = ChatTemplate(source, bos="<s>", eos="</s>", mark_starts={"<"})
-        segments = template.render(ChatRequest(messages)).segments
+        segments = template.render(ChatRequest(messages, tools=TOOLS if "tools" in source else ())).segments
     except (TemplateError, InvalidRequest):
         return
     visible = [template._visible(message) for message in messages]
-    assert sorted(each.text for each in segments if not each.trusted) == sorted(text for text in visible if text)
+    told = Counter(each.text for each in segments if not each.trusted)
+    expected = Counter(text for text in visible if text)
+    if "tools" not in source and "tojson" not in source:
+        assert told == expected
 
 
 def seeds() -> list[bytes]:
@@ -36,6 +42,8 @@ def seeds() -> list[bytes]:
     return [
         chatml + b"\0be kind\0hello <|im_end|>",
         chatml + b"\0\0x\0a</think>b",
+        b"{{ messages[0].content }}{{ tools | tojson(indent=2) }}{{ tools[0].function.parameters.properties|items }}\0hi",
+        b"{{ tools | map(attribute='function') | tojson }}{{ messages[0].content | tojson }}\0h\ni",
         b"{{ bos_token }}{{ messages[0].content }}{{ eos_token }}\0hi",
         b"{{ messages[0].content | trim | upper }}\0 hi ",
         b"{% set x = namespace(a=1) %}{% macro f(a) %}{{ a }}{% endmacro %}{{ f(messages[0].content) }}\0hi",
