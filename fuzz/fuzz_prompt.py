@@ -42,7 +42,8 @@ def seeds() -> list[bytes]:
     return [
         chatml + b"\0be kind\0hello <|im_end|>",
         chatml + b"\0\0x\0a</think>b",
-        b"{{ messages[0].content }}{{ tools | tojson(indent=2) }}{{ tools[0].function.parameters.properties|items }}\0hi",
+        b"{{ messages[0].content }}{{ tools | tojson(indent=2) }}\0hi",
+        b"{{ messages[0].content }}{{ tools[0].function.parameters.properties | items }}\0hi",
         b"{{ tools | map(attribute='function') | tojson }}{{ messages[0].content | tojson }}\0h\ni",
         b"{{ bos_token }}{{ messages[0].content }}{{ eos_token }}\0hi",
         b"{{ messages[0].content | trim | upper }}\0 hi ",
