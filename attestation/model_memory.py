@@ -49,6 +49,8 @@ UNSEEN_WIDTH: Final = 1 << 15
 UNSEEN_CONTEXT: Final = 1 << 20
 """More than models have that fit into an enclave."""
 
+_LONGEST_NAME: Final = 80
+"""Characters of a text from the file that an error repeats."""
 _REPACKED: Final = frozenset({"Q4_0", "Q4_K", "Q2_K", "IQ4_NL", "MXFP4"})
 """What ggml keeps a second time in rows of eight on CPUs with AVX2, Q2_K with AVX-512 (repack.cpp)."""
 _NOT_MULTIPLIED: Final = frozenset({"token_embd.weight"})
@@ -316,7 +318,7 @@ def _row(header: GgufHeader, architecture: str, tensors: dict[str, GgufTensor], 
             "unknown_shape",
             f"layer {layer} has no attention that this can size",
             expected=f"blk.{layer}.attn_k and attn_v, or attn_qkv",
-            got=f"architecture {architecture!a}",
+            got=f"architecture {_shown(architecture)}",
         )
     heads = _number(header, architecture, "attention.head_count")
     groups = header.metadata.get(f"{architecture}.attention.head_count_kv", heads)
@@ -346,4 +348,9 @@ def _number(header: GgufHeader, architecture: str, key: str) -> int:
 
 
 def _unknown(key: str, expected: str) -> SizingError:
-    return SizingError("unknown_shape", f"the model does not say {key}", expected=expected)
+    return SizingError("unknown_shape", f"the model does not say {_shown(key)}", expected=expected)
+
+
+def _shown(text: str) -> str:
+    """A file may say anything."""
+    return ascii(text[:_LONGEST_NAME])[1:-1]

@@ -1,11 +1,14 @@
-"""A file of any content is described, or is a ModelError; what is described lies inside the file."""
+"""A file of any content is described, or is a ModelError; what is described lies inside the file, and its memory can be
+told or is a SizingError.
+"""
 
 from __future__ import annotations
 
 import io
 
-from attestation.gguf import ModelError, read_header
-from tests.gguf_files import ARRAY, BOOL, I32, TEXT, U32, Gguf
+from attestation.gguf import GgufArray, ModelError, read_header, read_texts
+from attestation.model_memory import ModelShape, SizingError, Work, engine_memory
+from tests.gguf_files import ARRAY, BOOL, I32, TEXT, U32, Gguf, tiny_model
 
 
 def one_input(data: bytes) -> None:
@@ -20,6 +23,15 @@ def one_input(data: bytes) -> None:
         assert tensor.offset % header.alignment == 0
         end = tensor.offset + tensor.size
     assert not header.tensors or header.data_offset + end == header.size
+    for value in header.metadata.values():
+        if isinstance(value, GgufArray):
+            texts = read_texts(io.BytesIO(data), value, (0, value.count - 1, value.count))
+            assert value.kind != "text" or texts.keys() == {0, value.count - 1} & set(range(value.count))
+    try:
+        memory = engine_memory(ModelShape.of(header), Work(64, 2))
+    except SizingError:
+        return
+    assert memory.total > memory.resident > header.size
 
 
 def seeds() -> list[bytes]:
@@ -31,4 +43,4 @@ def seeds() -> list[bytes]:
         [("a", 0, (3, 2), bytes(24)), ("b", 2, (64,), bytes(36)), ("c", 12, (256, 1, 1, 2), bytes(288))],
         alignment=64,
     )
-    return [Gguf().encode(), Gguf(version=2).encode(), texts.encode(), tensors.encode()]
+    return [Gguf().encode(), Gguf(version=2).encode(), texts.encode(), tensors.encode(), tiny_model().encode()]

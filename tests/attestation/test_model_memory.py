@@ -267,6 +267,17 @@ def test_what_a_model_does_not_say_is_an_error(file: Gguf) -> None:
     assert caught.value.exit_code == 2
 
 
+def test_what_a_file_says_of_itself_is_repeated_short_and_plain() -> None:
+    name = "\x1b[2J" + "x" * 1000
+    with pytest.raises(SizingError) as caught:
+        shape_of(with_entry(grouped(), "general.architecture", TEXT, name))
+    assert caught.value.message == f"the model does not say \\x1b[2J{'x' * 76}"
+    file = with_entry(grouped(), "llama.block_count", U32, 3)
+    with pytest.raises(SizingError) as caught:
+        shape_of(file)
+    assert (caught.value.got, caught.value.message[:7]) == ("architecture llama", "layer 2")
+
+
 def test_a_model_without_merges_has_only_tokens() -> None:
     assert shape_of(without(grouped(), "tokenizer.ggml.merges")).entries == 262
 
