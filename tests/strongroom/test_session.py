@@ -9,6 +9,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,9 @@ from tests import kms_clients
 from tests.house import SETTINGS, Forged, House, ask, house, prompt, served
 from tests.key_facts import KEYS, all_facts, facts, with_keys
 from tests.key_policies import MODEL, PROMPT, allow
+from vsockrpc.chat import CompletionRequest
 from vsockrpc.http import EVIDENCE_PATH, EVIDENCE_TYPE, SEALED_PATH
-from vsockrpc.messages import Delta, Done, Start, Usage, encode_message
+from vsockrpc.messages import Counted, Delta, Description, Done, Start, Usage, encode_message
 from vsockrpc.sealed import ANSWER_SALT_SIZE, HEADER_SIZE, TAG_SIZE, SealedError
 
 RECORD = 512 + HEADER_SIZE + TAG_SIZE
@@ -735,6 +737,7 @@ async def test_an_enclave_that_dies_in_mid_answer_is_said_and_the_next_request_w
     [
         (ContextExceeded("the prompt is longer than the context", expected="<= 255", got=300), 2),
         (Overloaded(expected="<= 64 waiting", got=65), 4),
+        (Overloaded(expected="<= 64 waiting", got=65, retry_seconds=7), 4),
         (EngineFailed("the engine process ended"), 4),
     ],
 )
@@ -751,6 +754,7 @@ async def test_the_enclaves_own_failure_comes_whole(
         error.expected,
         error.got,
     )
+    assert failure.retry_seconds == getattr(error, "retry_seconds", None)
     assert failure.exit_code == exit_code
 
 
@@ -802,7 +806,9 @@ DONE = Done("stop", Usage(1, 1)).encode()
         [START, DELTA],
         [START, DONE, DELTA],
         [START, DONE, DONE],
-        [START, encode_message({"model": {"name": "m", "context": 1, "manifest": bytes(48)}})],
+        [START, Description("m", 1, bytes(48)).encode()],
+        [START, Counted(5).encode()],
+        [Counted(5).encode()],
         [START, encode_message({"delta": 5}), DONE],
         [START, encode_message({"unheard of": 1}), DONE],
         [START, b"\x00\x00\x00\x01\xff", DONE],
@@ -824,21 +830,55 @@ async def test_messages_out_of_order_or_form_are_a_broken_channel(
     assert caught.value.code == "malformed"
 
 
-async def test_a_description_is_what_was_asked_for(
-    monkeypatch: pytest.MonkeyPatch, home: House, session: Session
-) -> None:
+DESCRIPTION, COUNTED = Description("m", 1, bytes(48)).encode(), Counted(5).encode()
+
+
+async def test_a_description_is_what_was_asked_for(home: House, session: Session) -> None:
     description = await session.describe()
     assert (description.name, description.context) == ("tiny", 256)
     assert description.manifest == home.behind.manifest.digest()
 
+
+async def test_a_count_is_what_was_asked_for(session: Session) -> None:
+    _, done = await ask(session, "hello there")
+    assert await session.count(prompt("hello there")) == done.usage.prompt_tokens
+
+
+async def test_a_text_is_gone_on_with(home: House, session: Session) -> None:
+    request = CompletionRequest(prompt="once upon", max_tokens=20, seed=5)
+    answers = [answer async for answer in session.complete(request)]
+    assert answers[0] == Start("tiny")
+    assert "".join(answer.content for answer in answers if isinstance(answer, Delta)) == "once upon"
+    assert isinstance(answers[-1], Done)
+    assert home.engine.requests == [request]
+
+
+@pytest.mark.parametrize(
+    ("messages", "of_description", "of_count"),
+    [
+        ([DESCRIPTION], True, False),
+        ([COUNTED], False, True),
+        ([START, DONE], False, False),
+        ([], False, False),
+        ([DESCRIPTION, DESCRIPTION], False, False),
+        ([COUNTED, DONE], False, False),
+    ],
+)
+async def test_an_answer_to_another_question_is_a_broken_channel(
+    monkeypatch: pytest.MonkeyPatch, session: Session, messages: list[bytes], of_description: bool, of_count: bool
+) -> None:
     async def misbehave(server: object, request: object, answer: object) -> None:
-        for message in (START, DONE):
+        for message in messages:
             await answer.write(message)  # type: ignore[attr-defined]
 
     monkeypatch.setattr("enclave.server.Server._work", misbehave)
-    with pytest.raises(SealedError) as caught:
-        await session.describe()
-    assert caught.value.code == "malformed"
+    for question, is_answered in ((session.describe, of_description), (partial(session.count, prompt("x")), of_count)):
+        if is_answered:
+            assert await question() in (Description("m", 1, bytes(48)), 5)
+            continue
+        with pytest.raises(SealedError) as caught:
+            await question()
+        assert caught.value.code == "malformed"
 
 
 # --- Clocks --------------------------------------------------------------------------------------------------------
