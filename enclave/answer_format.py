@@ -58,6 +58,8 @@ def _constraint(request: ChatRequest, family: ModelFamily) -> tuple[str | None, 
                 expected="tool_choice none, or no response_format",
                 got="tool_choice auto",
             )
+        if request.stop:
+            raise InvalidRequest("a stop string could end an answer before its JSON is whole", got="stop")
         return json_grammar(request.response_format.schema), None, frozenset()
     if not calls_tools:
         return None, None, frozenset()

@@ -132,8 +132,15 @@ def test_calls_a_model_makes_by_itself_are_read_where_it_is_known_how() -> None:
     }  # fmt: skip
     with pytest.raises(InvalidRequest, match="by itself is not known"):
         answer_format(ChatRequest(HI, tools=(CLOCK,)), PLAIN, Prompt(()))
-    with pytest.raises(InvalidRequest, match="response_format"):
-        answer_format(ChatRequest(HI, tools=(CLOCK,), response_format=JsonFormat()), CALLER, Prompt(()))
+
+
+def test_what_contradicts_itself_is_refused() -> None:
+    for request, match in (
+        (ChatRequest(HI, tools=(CLOCK,), response_format=JsonFormat()), "response_format"),
+        (ChatRequest(HI, stop=("}",), response_format=JsonFormat()), "before its JSON is whole"),
+    ):
+        with pytest.raises(InvalidRequest, match=match):
+            answer_format(request, CALLER, Prompt(()))
 
 
 def test_the_marks_of_calls_are_all_that_may_be_tokens() -> None:
