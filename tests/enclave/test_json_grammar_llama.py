@@ -169,20 +169,13 @@ ASKED: dict[str, tuple[str, Any]] = {
             ]
         },
     ),
-    "list": (
-        "Write a linked list of words as JSON.",
-        {
-            "type": "object",
-            "properties": {
-                "word": {"type": "string", "pattern": "^[a-z]{1,8}$"},
-                "next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]},
-            },
-            "required": ["word", "next"],
-        },
+    "words": (
+        "List words as JSON.",
+        {"type": "array", "items": {"type": "string", "pattern": "^[a-z]{1,8}$"}, "minItems": 2, "maxItems": 4},
     ),
     "object": ("Write a short JSON object about a cat.", {"type": "object"}),
 }
-TOKENS = 220
+TOKENS = 160
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +189,7 @@ def test_a_model_s_answers_are_valid_wherever_they_end(llama: Llama, name: str) 
     question, schema = ASKED[name]
     grammar = json_grammar(None if name == "object" else json.dumps(schema))
     ends = 0
-    for seed in range(4):
+    for seed in range(2):
         text = _answer(llama, f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n", grammar, seed)
         if text is not None:
             ends += 1
