@@ -190,8 +190,12 @@ def _chat(fields: Fields) -> Fields:
         body["messages"] = _messages(fields["messages"])
     if "truncation" in fields:
         body["truncation"] = fields["truncation"]
-    if "response_format" in fields:
-        body |= _response_format(fields["response_format"])
+    if "response_format" in fields and (form := _response_format(fields["response_format"])) is not None:
+        body["response_format"] = form
+        if body.get("tool_choice", "none") != "none":
+            raise MessageError("an answer is JSON or a call", param="response_format", expected='"tool_choice": "none"')
+        if body.get("stop"):
+            raise MessageError("a stop string could end JSON before it is whole", param="stop", expected="none")
     if (limit := _one_of(fields, "max_tokens", "max_completion_tokens")) is not None:
         body["max_tokens"] = integer_of(fields[limit], limit, 1, MAX_COMPLETION_TOKENS)
     if (budget := _one_of(fields, "reasoning_effort", "thinking_token_budget")) is not None:
@@ -253,21 +257,22 @@ def _reasoning_tokens(value: object, name: str) -> int:
     return integer_of(value, name, 0, MAX_COMPLETION_TOKENS)
 
 
-def _response_format(value: object) -> Fields:
+def _response_format(value: object) -> Fields | None:
+    """None for text."""
     kind = value.get("type") if isinstance(value, dict) else value
     kind = choice_of(kind, "response_format.type", ("text", "json_object", "json_schema"))
     wanted = _map_of(
         value, "response_format", required={"type"} | ({"json_schema"} if kind == "json_schema" else set())
     )
     if kind == "text":
-        return {}
+        return None
     if kind == "json_object":
-        return {"response_format": {}}
+        return {}
     param = "response_format.json_schema"
     schema = _map_of(wanted["json_schema"], param, required={"name", "schema"}, optional={"strict", "description"})
     text_of(schema["name"], f"{param}.name", MAX_NAME_CHARACTERS)
     flag_of(schema.get("strict", False), f"{param}.strict")  # a schema is held to either way
-    return {"response_format": {"schema": _json_text(schema["schema"], f"{param}.schema")}}
+    return {"schema": _json_text(schema["schema"], f"{param}.schema")}
 
 
 # --- Tools and messages --------------------------------------------------------------------------------------------

@@ -116,6 +116,12 @@ def test_parameters_of_both_endpoints(fields: dict[str, object], expected: dict[
         ({"logprobs": True, "top_logprobs": 20}, {"top_logprobs": 20}),
         ({"response_format": {"type": "text"}}, {}),
         ({"response_format": {"type": "json_object"}}, {"response_format": JsonFormat()}),
+        ({"response_format": {"type": "json_object"}, "stop": []}, {"response_format": JsonFormat()}),
+        ({"response_format": {"type": "text"}, "stop": "."}, {"stop": (".",)}),
+        (
+            {"response_format": {"type": "json_object"}, "tools": [BARE], "tool_choice": "none"},
+            {"response_format": JsonFormat(), "tools": (Tool("wait"),), "tool_choice": "none"},
+        ),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}},
             {"response_format": JsonFormat(SCHEMA_TEXT)},
@@ -337,11 +343,9 @@ REFUSED_CHATS: list[tuple[dict[str, object], str | None, str]] = [
     ),
     ({"parallel_tool_calls": True}, None, "parallel_tool_calls"),
     ({"tools": [BARE], "parallel_tool_calls": 1}, None, "parallel_tool_calls"),
-    (
-        {"tools": [BARE], "tool_choice": "required", "response_format": {"type": "json_object"}},
-        None,
-        "response_format",
-    ),
+    ({"tools": [BARE], "response_format": {"type": "json_object"}}, None, "response_format"),
+    ({"tools": [BARE], "tool_choice": "required", **schema_format()}, None, "response_format"),
+    ({"stop": "}", **schema_format()}, None, "stop"),
     ({"reasoning_effort": "xhigh"}, None, "reasoning_effort"),
     ({"reasoning_effort": 5}, None, "reasoning_effort"),
     ({"thinking_token_budget": -1}, None, "thinking_token_budget"),
