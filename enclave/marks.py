@@ -100,8 +100,6 @@ class Marks:
         segments: list[Segment] = []
         position = 0
         for opening in re.finditer(f"{self.marker}([0-9a-f]{{8}})<", rendered):
-            if opening.start() < position:
-                raise MarkError("the chat template puts one text into another")
             index = int(opening[1], 16)
             entry, closing = self._entries[index], f"{self.marker}{index:08x}>"
             end = opening.end() + len(entry.marked)

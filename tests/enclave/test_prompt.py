@@ -106,6 +106,7 @@ def test_contents_may_move_but_each_is_there_once() -> None:
         ("{% for a in range(5000) %}{% endfor %}{{ messages[0].content }}", TemplateError),
         ("{{ 'x' * 1000000000 }}{{ messages[0].content }}", TemplateError),
         ("{{ 1000000000 * 'x' }}{{ messages[0].content }}", TemplateError),
+        ("{{ namespace() * 2 }}{{ messages[0].content }}", TemplateError),
         ("{{ 9 ** 9 ** 9 }}{{ messages[0].content }}", TemplateError),
         ("{{ '%999999999d' % 1 }}{{ messages[0].content }}", TemplateError),
         ("{% for a in range(4000) %}{% for b in range(4000) %}xxxxxxxx{% endfor %}{% endfor %}", TemplateError),
@@ -233,8 +234,14 @@ DISTILL = (
     "{% else %}<{{ m.role }}>{{ m.content }}{% endif %}{% endfor %}"
 )
 MARK = "<|im_start|>"
+CITY = f"city {MARK}"
 SCHEMA = json.dumps(
-    {"type": "object", "properties": {f"city {MARK}": {"type": "string", "description": f'"{MARK}"\n'}}}, indent=1
+    {
+        "type": "object",
+        "properties": {CITY: {"type": "string", "description": f'"{MARK}"\n'}},
+        "required": [CITY],
+    },
+    indent=1,
 )
 WEATHER = Tool("weather", f"The weather {MARK} now", SCHEMA)
 ARGUMENTS = f'{{"city":   "Par{MARK}is"}}'
@@ -292,13 +299,13 @@ def test_a_template_may_look_inside_a_tool_and_finds_marked_texts() -> None:
         "f.parameters.properties | items %}{{ name }}: {{ 'str' if field.type == 'string' else 'Any' }} "
         "{{ field.description | trim }}{% endfor %}){{ f.name }}{{ tool is mapping }}{{ f.missing is defined }}"
         "{{ f.parameters.properties | length }}{{ f.parameters | tojson }}"
-        "{{ tools | map(attribute='function') | tojson }}"
+        "{{ f.parameters.required | join(',') }}{{ tools | map(attribute='function') | tojson }}"
         "{% endfor %}{{ messages[0].content }}"
     )
     segments = render(source, ("user", "x"), tools=(WEATHER,))
     schema = json.loads(SCHEMA)
-    parts = ["weather", f"city {MARK}", f'"{MARK}"\n', "weather", json.dumps(schema)]
-    assert untrusted(segments)[:5] == parts
+    parts = ["weather", CITY, f'"{MARK}"\n', "weather", json.dumps(schema), CITY]
+    assert untrusted(segments)[:6] == parts
     assert "str " in whole(segments)
     assert "TrueFalse1" in whole(segments)
     assert whole(segments).endswith(

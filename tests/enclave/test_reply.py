@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from enclave.answer import AnswerText
 from enclave.reply import PLAIN, Reading, Reply
 from enclave.scheduler import Sampled
 from enclave.tool_calls import BARE, DEEPSEEK, HERMES, LLAMA, CallReader, CallSyntax
@@ -390,9 +391,21 @@ def test_a_certain_call_that_is_cut_short_keeps_what_it_has() -> None:
 
 
 def test_one_call_is_the_end_where_only_one_may_be() -> None:
-    reply = Reply((), PLAIN, reader(HERMES, most=1))
-    assert answer(reply, hermes("clock", "{}"), "\nmore") == Answer("", "", (("clock", "{}"),), "tool_calls")
-    assert reply.ended
+    for pieces in ([hermes("clock", "{}"), "\nmore"], [hermes("clock", "{}") + "\nmore"]):
+        reply = Reply((), PLAIN, reader(HERMES, most=1))
+        assert answer(reply, *pieces) == Answer("", "", (("clock", "{}"),), "tool_calls")
+        assert reply.ended
+
+
+def test_what_went_out_of_a_certain_call_stays_one() -> None:
+    reply = Reply((), PLAIN, reader(HERMES, is_certain=True))
+    text = hermes("clock", "{}").replace("</tool_call>", "so")
+    assert answer(reply, text) == Answer("so", "", (("clock", "{}"),), "tool_calls")
+
+
+def test_nothing_comes_behind_a_stop_string() -> None:
+    text = AnswerText(("STOP",))
+    assert (text.push("a STOP b"), text.push("c"), text.finish()) == ("a ", "", "")
 
 
 def test_a_stop_string_before_a_call_is_the_end() -> None:
