@@ -25,7 +25,7 @@ from enclave.generation import InvalidRequest
 from enclave.marks import JsonText, LacksPlace, MarkError, Marks, Object, Segment, Text, to_json
 from enclave.model_family import REASONING_END, REASONING_START
 from enclave.template_sandbox import Refusal, compile_template
-from vsockrpc.chat import ChatMessage, ChatRequest, Tool
+from vsockrpc.chat import ChatMessage, ChatRequest, Tool, ToolCall
 
 __all__ = ["ChatTemplate", "Prompt", "Segment", "TemplateError"]
 
@@ -85,9 +85,22 @@ class ChatTemplate:
         Raises InvalidRequest when the template refuses the conversation, or has no place for its tools and calls, and
         TemplateError when it cannot be trusted with it.
         """
+        try:
+            return self._render(request, takes_apart=False)
+        except (InvalidRequest, TemplateError) as error:
+            if not any(message.tool_calls for message in request.messages):
+                raise
+            refusal = error
+        try:  # it may be one of those that write a call's arguments one by one
+            return self._render(request, takes_apart=True)
+        except (InvalidRequest, TemplateError):
+            raise refusal from refusal.__cause__
+
+    def _render(self, request: ChatRequest, *, takes_apart: bool) -> Prompt:
+        """``takes_apart``: the arguments of calls are objects, and otherwise the JSON text that the model wrote."""
         marks = Marks(self._mark_starts)
         try:
-            variables = self._variables(request, marks)
+            variables = self._variables(request, marks, takes_apart=takes_apart)
             segments = marks.cut(self._evaluate(variables, marks))
         except LacksPlace as error:
             raise InvalidRequest(f"the model cannot do that: {error}") from error
@@ -119,16 +132,21 @@ class ChatTemplate:
 
     # --- What templates are given, in transformers' shape ------------------------------------------------------------
 
-    def _variables(self, request: ChatRequest, marks: Marks) -> dict[str, object]:
+    def _variables(self, request: ChatRequest, marks: Marks, *, takes_apart: bool) -> dict[str, object]:
         calls: dict[str, str] = {}
-        messages = [self._message(index, message, calls, marks) for index, message in enumerate(request.messages)]
+        messages = [
+            self._message(index, message, calls, marks, takes_apart=takes_apart)
+            for index, message in enumerate(request.messages)
+        ]
         # As llama.cpp's own server has it; templates without such a choice ignore enable_thinking.
         variables = {**self._constants, "messages": messages, "enable_thinking": request.reasoning_tokens != 0}
         if request.tools and request.tool_choice != "none":
             variables["tools"] = [_tool(index, tool, marks) for index, tool in enumerate(request.tools)]
         return variables
 
-    def _message(self, index: int, message: ChatMessage, calls: dict[str, str], marks: Marks) -> dict[str, object]:
+    def _message(
+        self, index: int, message: ChatMessage, calls: dict[str, str], marks: Marks, *, takes_apart: bool
+    ) -> dict[str, object]:
         """``calls`` has the names of the calls so far, by id."""
         content = self._visible(message)
         entry: dict[str, object] = {"role": message.role, "content": content}
@@ -141,7 +159,7 @@ class ChatTemplate:
                 {
                     "id": Text(marks, free, call.id),
                     "type": "function",
-                    "function": _function(f"call {number} of message {index}", call.name, call.arguments, marks),
+                    "function": _function(f"call {number} of message {index}", call, marks, takes_apart=takes_apart),
                 }
                 for number, call in enumerate(message.tool_calls)
             ]
@@ -162,17 +180,14 @@ class ChatTemplate:
         return message.content
 
 
-def _function(what: str, name: str, arguments: str, marks: Marks) -> dict[str, object]:
-    """Of a call. Its arguments are JSON text as the model wrote it: most templates ask for that, the others print it
-    as it is.
-    """
-    _object(arguments, f"the arguments of {what}")
-    return {
-        "name": Text(marks, marks.owner(what, least=1, is_optional=True), name),
-        "arguments": JsonText(
-            marks, marks.owner(f"the arguments of {what}", least=1, most=1, is_optional=True), arguments
-        ),
-    }
+def _function(what: str, call: ToolCall, marks: Marks, *, takes_apart: bool) -> dict[str, object]:
+    """Of a call. Most templates ask for its arguments' JSON, and others write that as it is."""
+    plain = _object(call.arguments, f"the arguments of {what}")
+    named = marks.owner(what, least=1, is_optional=True)
+    least, most = (1 if plain else 0, None) if takes_apart else (1, 1)
+    told = marks.owner(f"the arguments of {what}", least=least, most=most, is_optional=True)
+    arguments = Object(marks, told, plain) if takes_apart else JsonText(marks, told, call.arguments)
+    return {"name": Text(marks, named, call.name), "arguments": arguments}
 
 
 def _tool(index: int, tool: Tool, marks: Marks) -> Object:

@@ -289,6 +289,25 @@ def test_calls_and_their_answers_stand_as_they_were_written(source: str, answer:
     assert_forges_nothing(segments, source)
 
 
+def test_a_template_may_write_arguments_one_by_one() -> None:
+    source = (
+        "{% for m in messages %}{{ m.content }}{% for call in m.tool_calls %}<{{ call.function.name }}"
+        "{% for name, value in call.function.arguments | items %} {{ name }}={{ value if value is string else value | "
+        "tojson }}{% endfor %}>{% endfor %}{% endfor %}"
+    )
+    arguments = json.dumps({f"a{MARK}": f"b{MARK}", "n": 1, "deep": [{"c": MARK}]})
+    called = ChatMessage("assistant", "", (ToolCall("1", "f", arguments), ToolCall("2", "g", "{}")))
+    segments = render(source, ("user", "x"), called)
+    assert whole(segments) == f'x<f a{MARK}=b{MARK} n=1 deep=[{{"c": "{MARK}"}}]><g>'
+    assert untrusted(segments) == ["x", "f", f"a{MARK}", f"b{MARK}", "n", "deep", f'{{"c": "{MARK}"}}', "g"]
+    forgetful = (
+        "{% for m in messages %}{{ m.content }}{% for call in m.tool_calls %}<{{ call.function.name }}>{% endfor %}"
+        "{% endfor %}"
+    )
+    with pytest.raises(InvalidRequest, match="no place for the arguments of call 0 of message 1"):
+        render(forgetful, ("user", "x"), called)
+
+
 def test_tools_that_may_not_be_called_are_not_in_the_prompt() -> None:
     assert render(HERMES, ("user", "x"), tools=(WEATHER,), tool_choice="none") == render(HERMES, ("user", "x"))
 
