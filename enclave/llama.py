@@ -7,7 +7,7 @@ here the rows of a step go in, and the logits of those that want a token come ou
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Final
 
@@ -70,6 +70,7 @@ class Llama:
         self._model = self._load(path)
         self._vocabulary = _there(llama_cpp.llama_model_get_vocab(self._model))
         self.vocabulary_size = llama_cpp.llama_vocab_n_tokens(self._vocabulary)
+        self._control_tokens = np.array(list(self._controls()), np.int32)
         self._context = self._make_context(threads)
         self._memory = _there(llama_cpp.llama_get_memory(self._context))
         self._pool = _ThreadPool(self._context, threads)
@@ -174,6 +175,13 @@ class Llama:
         text: bytes = llama_cpp.llama_vocab_get_text(self._vocabulary, token) or b""
         return text.decode("utf-8", "replace")
 
+    def _controls(self) -> Iterator[int]:
+        """Tokens that stand for no text and end nothing."""
+        for token in range(self.vocabulary_size):
+            kind = llama_cpp.llama_vocab_get_attr(self._vocabulary, token)
+            if kind & llama_cpp.LLAMA_TOKEN_ATTR_CONTROL and not self.ends(token):
+                yield token
+
     def tokenizer(self, template: str) -> Tokenizer:
         """The tokenizer for prompts that ``template`` renders."""
         return Tokenizer(self._vocabulary, template)
@@ -221,9 +229,19 @@ class Llama:
 
     # --- Sampling ----------------------------------------------------------------------------------------------------
 
-    def sampler(self, request: Generation, prompt: Sequence[int], *, grammar: str | None = None) -> Sampler:
-        """Raises InvalidRequest."""
-        return Sampler(self._vocabulary, self.vocabulary_size, request, prompt, grammar=grammar)
+    def sampler(
+        self,
+        request: Generation,
+        prompt: Sequence[int],
+        *,
+        grammar: str | None = None,
+        marks: Set[int] = frozenset(),
+    ) -> Sampler:
+        """``marks`` are the control tokens that the grammar's own text has. Raises InvalidRequest."""
+        unspoken = self._control_tokens
+        if marks:
+            unspoken = unspoken[~np.isin(unspoken, list(marks))]
+        return Sampler(self._vocabulary, self.vocabulary_size, request, prompt, grammar=grammar, unspoken=unspoken)
 
     def sample(self, sampler: Sampler, logits: Logits, *, is_constrained: bool) -> int:
         return sampler.sample(logits, self._candidates, is_constrained=is_constrained)

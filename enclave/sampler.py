@@ -20,6 +20,7 @@ from enclave.generation import InvalidRequest
 from vsockrpc.chat import Generation
 
 Logits = npt.NDArray[np.float32]
+Tokens = npt.NDArray[np.int32]
 
 _CANDIDATE: Final = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 """``llama_token_data``."""
@@ -33,9 +34,18 @@ class Sampler:
     """One request's way from logits to tokens. Its parameters are within the bounds of ``Generation``'s decoding."""
 
     def __init__(
-        self, vocabulary: Any, size: int, request: Generation, prompt: Sequence[int], *, grammar: str | None = None
+        self,
+        vocabulary: Any,
+        size: int,
+        request: Generation,
+        prompt: Sequence[int],
+        *,
+        grammar: str | None = None,
+        unspoken: Tokens | None = None,
     ) -> None:
-        """``size`` is the vocabulary's, in tokens. ``grammar`` is GBNF with the rule ``root``.
+        """``size`` is the vocabulary's, in tokens. ``grammar`` is GBNF with the rule ``root``. ``unspoken`` are tokens
+        that stand for no text and end nothing: llama.cpp's grammar takes them for their names, so none may come where
+        it has its say.
 
         Raises InvalidRequest for a bias of a token that there is not, and GrammarRefused.
         """
@@ -44,6 +54,7 @@ class Sampler:
             raise InvalidRequest("logit_bias names a token that there is not", expected=f"< {size}", got=unknown[0])
         self._top_logprobs = request.top_logprobs
         self._vocabulary = vocabulary
+        self._unspoken = np.empty(0, np.int32) if unspoken is None else unspoken
         self._grammar = None if grammar is None else self._make_grammar(grammar)
         self._chain: Any = None
         if not _takes_the_likeliest(request):
@@ -107,7 +118,7 @@ class Sampler:
         """
         token = self._choose(logits, candidates, grammar=None)
         if self._grammar is not None and is_constrained:
-            if not candidates.allows(self._grammar, token):
+            if token in self._unspoken or not candidates.allows(self._grammar, token):
                 token = self._choose(logits, candidates, grammar=self._grammar)
             llama_cpp.llama_sampler_accept(self._grammar, token)
         if self._chain is not None:
@@ -119,6 +130,7 @@ class Sampler:
             return int(logits.argmax())
         candidates.fill(logits)
         if grammar is not None:
+            candidates.exclude(self._unspoken)
             candidates.apply(grammar)
         return candidates.likeliest() if self._chain is None else candidates.choose(self._chain)
 
@@ -170,6 +182,9 @@ class Candidates:
         self._data["id"] = self._ids
         self._data["logit"] = logits
         self._point(self._array, self._data)
+
+    def exclude(self, tokens: Tokens) -> None:
+        self._data["logit"][tokens] = -np.inf
 
     def apply(self, sampler: Any) -> None:
         llama_cpp.llama_sampler_apply(sampler, ctypes.byref(self._array))

@@ -299,6 +299,16 @@ def test_a_grammar_goes_together_with_everything_else(samplers: Samplers) -> Non
         assert sampler.choose(logits(a=4, c=3)) == A
 
 
+def test_a_token_that_stands_for_no_text_never_comes_under_a_grammar(vocabulary: Any) -> None:
+    """llama.cpp's grammar takes a control token for its name."""
+    request = CompletionRequest(prompt="", temperature=0)
+    grammar, unspoken = "root ::= [a-d]+", np.array([A, B], np.int32)
+    with closing(Sampler(vocabulary, SIZE, request, (), grammar=grammar, unspoken=unspoken)) as sampler:
+        favoured = logits(a=9, b=8, c=7)
+        assert sampler.sample(favoured, CANDIDATES, is_constrained=True) == C
+        assert sampler.sample(favoured, CANDIDATES, is_constrained=False) == A
+
+
 def test_top_k_leaves_what_the_grammar_allows(samplers: Samplers) -> None:
     """The grammar goes first: else one token of many might be left, and that one forbidden."""
     with samplers.of(grammar=WORD, top_k=1, top_p=0.01, min_p=0.9, seed=1) as sampler:
