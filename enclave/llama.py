@@ -135,12 +135,14 @@ class Llama:
         )
         context = llama_cpp.llama_init_from_model(self._model, parameters)
         if not context or llama_cpp.llama_n_ctx_seq(context) < settings.context:
-            raise LlamaRefused("model_refused", "llama.cpp cannot make a context of this size", got=settings.cells)
+            got = f"{settings.cells} cells of {settings.kv_type}"
+            expected = "fewer, or f16 where heads are no whole blocks of another type"
+            raise LlamaRefused("model_refused", "llama.cpp cannot make such a context", expected=expected, got=got)
         return context
 
     def warm_up(self) -> None:
-        """Touches every weight and every buffer once, so that the first request does not pay for it. Raises
-        DecodeFailed.
+        """Touches every weight and every buffer once, so that the first request does not pay for it: before that one,
+        since it empties the memory. Raises DecodeFailed.
         """
         token = max(0, llama_cpp.llama_vocab_bos(self._vocabulary))
         many = self._settings.batch // self._settings.parallel

@@ -15,7 +15,7 @@ from enclave.answer import AnswerText, beginning_of
 from enclave.model_family import REASONING_END, REASONING_START
 from enclave.scheduler import Sampled
 from enclave.tool_calls import CallReader
-from vsockrpc.messages import Alternative, Delta, FinishReason, TokenLogprob, ToolCallDelta
+from vsockrpc.messages import MAX_TOKEN_SIZE, Alternative, Delta, FinishReason, TokenLogprob, ToolCallDelta
 
 _BEGIN_REASONING: Final = f"{REASONING_START}\n"
 _END_REASONING: Final = f"\n{REASONING_END}\n\n"
@@ -103,8 +103,8 @@ class Reply:
     def push(self, sampled: Sampled) -> Delta | None:
         if sampled.logprobs is not None:
             logprob, top = sampled.logprobs
-            alternatives = tuple(Alternative(piece, each) for piece, each in top)
-            self._logprobs.append(TokenLogprob(sampled.piece, logprob, alternatives))
+            alternatives = tuple(Alternative(piece[:MAX_TOKEN_SIZE], each) for piece, each in top)
+            self._logprobs.append(TokenLogprob(sampled.piece[:MAX_TOKEN_SIZE], logprob, alternatives))
         before = self._stage
         reasoning, answer = self._split(self._decoder.decode(sampled.piece))
         is_thought = self._stage is _Stage.REASONING

@@ -114,7 +114,8 @@ class Sampler:
         for it.
 
         The choice is made without the grammar first, and again with it only if it was none that the grammar allows: a
-        pass of the grammar over a whole vocabulary costs as much as the decoding.
+        pass of the grammar over a whole vocabulary costs as much as the decoding. Raises GrammarRefused where no token
+        can come.
         """
         token = self._choose(logits, candidates, grammar=None)
         if self._grammar is not None and is_constrained:
@@ -132,6 +133,8 @@ class Sampler:
         if grammar is not None:
             candidates.exclude(self._unspoken)
             candidates.apply(grammar)
+            if not candidates.are_any:
+                raise GrammarRefused("the model's vocabulary has no token with which the requested format could go on")
         return candidates.likeliest() if self._chain is None else candidates.choose(self._chain)
 
     def logprobs(self, logits: Logits, token: int) -> tuple[float, list[tuple[int, float]]] | None:
@@ -196,6 +199,11 @@ class Candidates:
         if not 0 <= selected < self._array.size:
             raise RuntimeError("the samplers selected no token")
         return int(self._array.data[selected].id)
+
+    @property
+    def are_any(self) -> bool:
+        """One at least is not ruled out."""
+        return bool(self._data["logit"].max() > -np.inf)
 
     def likeliest(self) -> int:
         return int(self._data["id"][self._data["logit"].argmax()])

@@ -71,6 +71,12 @@ each goes alone (``bench.path``).
 """
 
 
+MAX_SAMPLING_SECONDS = 60.0
+"""For the choice of all tokens of one answer, which everybody beside it waits for: llama.cpp follows a grammar over a
+whole vocabulary, and what that takes is the grammar's to say. Without one a token takes some 0.00005 s.
+"""
+
+
 class Gone(Exception):
     """The server closed the pipe."""
 
@@ -118,6 +124,10 @@ class _Request:
     held: list[Delta] = field(default_factory=list)
     """What waits for the interval to pass."""
     due: float = 0.0
+    sampling: float = 0.0
+    """Seconds that the choice of its tokens has taken."""
+    failure: EngineError | None = None
+    """Why it has no answer."""
 
 
 class Loop:
@@ -208,7 +218,8 @@ class Loop:
 
     def _begin(self, number: int, request: GenerationRequest, prompt: Prompt, tokens: list[int]) -> None:
         form = answer_format(request, self._family, prompt)
-        sampler = self._llama.sampler(request, tokens, grammar=form.grammar)
+        pieces = self._pieces_of(form.marks)
+        sampler = self._llama.sampler(request, tokens, grammar=form.grammar, marks=pieces.keys())
         admission = Admission(
             number,
             tokens,
@@ -222,7 +233,7 @@ class Loop:
         except BaseException:
             sampler.close()
             raise
-        self._requests[number] = _Request(form.reply, sampler, self._pieces_of(form.marks))
+        self._requests[number] = _Request(form.reply, sampler, pieces)
 
     def _pieces_of(self, marks: frozenset[str]) -> dict[int, bytes]:
         """The marks that are tokens: llama.cpp writes nothing for those that are control tokens."""
@@ -235,6 +246,8 @@ class Loop:
         messages, now = list[ToServer](), self._clock()
         for number, output in self._scheduler.apply(step, sampled):
             request = self._requests[number]
+            if request.failure is not None:
+                continue
             match output:
                 case Delta():
                     request.held.append(output)
@@ -245,11 +258,29 @@ class Loop:
                     del self._requests[number]
                     request.sampler.close()
                     messages += [*_pieces(number, request.held), End(number, output)]
+        messages += [self._give_up(number) for number in sampled if self._has_failed(number)]
         if not messages and now - self._spoke >= COALESCE_SECONDS:
             messages.append(Alive())  # the server takes a long silence for a death
         if messages:
             self._pipe.send(*messages)
             self._spoke = now
+
+    def _has_failed(self, number: int) -> bool:
+        """Whoever asks for a format that takes for ever to follow has no answer, and the others theirs in time."""
+        request = self._requests.get(number)
+        if request is None:
+            return False
+        if request.failure is None and request.sampling > MAX_SAMPLING_SECONDS:
+            limit = f"<= {MAX_SAMPLING_SECONDS:g} s for all tokens"
+            request.failure = InvalidRequest("the tokens of this format take too long to choose", expected=limit)
+        return request.failure is not None
+
+    def _give_up(self, number: int) -> Failed:
+        request = self._requests.pop(number)
+        assert request.failure is not None, "it has failed"
+        self._scheduler.cancel(number)
+        request.sampler.close()
+        return Failed(number, request.failure)
 
     def _sample(self, request: _Request, logits: Logits) -> Sampled:
         llama, reply = self._llama, request.reply
@@ -257,7 +288,13 @@ class Loop:
             self._force(request, reply.forced)
         if request.forced:
             return self._forced(request)
-        token = llama.sample(request.sampler, logits, is_constrained=reply.is_constrained)
+        begun = self._clock()
+        try:
+            token = llama.sample(request.sampler, logits, is_constrained=reply.is_constrained)
+        except InvalidRequest as error:
+            request.failure = error
+            return Sampled(0, b"", ends=True)  # nothing of it is sent
+        request.sampling += self._clock() - begun
         ends = llama.ends(token) or token in self._ends
         if ends and reply.forced_at_end is not None:
             self._force(request, reply.forced_at_end)

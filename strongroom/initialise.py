@@ -73,6 +73,7 @@ def init(
     target: str,
     weights_inside: bool,
     context: int,
+    parallel: int,
     threads: int,
     tick_ms: int,
     kms_endpoint: str | None,
@@ -106,7 +107,13 @@ def init(
     authority = None if kms_root is None else read_certificate(kms_root)
     kms = None if keys is None else KmsSettings(keys, kms_endpoint, authority)
     settings = Settings(
-        context=context, threads=threads, tick_ms=tick_ms, kms=kms, target=runs_in, weights_inside=weights_inside
+        context=context,
+        parallel=parallel,
+        threads=threads,
+        tick_ms=tick_ms,
+        kms=kms,
+        target=runs_in,
+        weights_inside=weights_inside,
     )
     with hashing_bar(err, "model") as hashing:
         prepared = prepare(model_or_installed(model), directory, settings, progress=err.print, hashing=hashing)

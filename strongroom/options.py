@@ -127,7 +127,7 @@ def _state_directory() -> Path:
 
 
 def engine_options(command: F) -> F:
-    """``--context`` and ``--threads``, for every command that writes an ``enclave.toml``."""
+    """``--context``, ``--parallel`` and ``--threads``, for every command that writes an ``enclave.toml``."""
     threads = click.option(
         "--threads",
         type=click.IntRange(0, 256),
@@ -142,4 +142,11 @@ def engine_options(command: F) -> F:
         show_default=True,
         help="Tokens, prompt and answer together.",
     )
-    return context(threads(command))
+    parallel = click.option(
+        "--parallel",
+        type=click.IntRange(1, 64),
+        default=4,
+        show_default=True,
+        help="Answers at once, each with a context of its own.",
+    )
+    return context(parallel(threads(command)))

@@ -96,6 +96,7 @@ class Settings:
     """
 
     context: int = 2048
+    parallel: int = 4
     threads: int = 0
     tick_ms: int = 50
     kms: KmsSettings | None = None
@@ -254,6 +255,7 @@ manifest = "{digest}"   # {_comment(manifest.name)}
 
 [engine]
 context = {settings.context}                  # tokens, prompt and answer together
+parallel = {settings.parallel}                    # answers at once
 threads = {settings.threads}                     # 0: every CPU that the enclave has
 
 [channel]

@@ -51,6 +51,7 @@ def run(
     temperature: float,
     seed: int | None,
     context: int,
+    parallel: int,
     threads: int,
     as_json: bool,
 ) -> None:
@@ -74,7 +75,7 @@ def run(
         title = f"Reference values for {model.name}, from the files on this disk, before any enclave runs"
         err.print(title, style="bold")
         with hashing_bar(err, "model") as hashing:
-            settings = Settings(context=context, threads=threads)
+            settings = Settings(context=context, parallel=parallel, threads=threads)
             prepared = prepare(model, folder, settings, progress=_tell, hashing=hashing)
         err.print("Enclave", style="bold")
         with _enclave(prepared, model) as name, _proxy(name) as url:

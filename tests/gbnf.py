@@ -45,7 +45,7 @@ class Reader:
             {
                 stack[:-1]
                 for stack in stacks
-                if stack and any(low <= point <= high for low, high in stack[-1])  # type: ignore[misc]
+                if stack and not isinstance(stack[-1], str) and any(low <= point <= high for low, high in stack[-1])
             }
         )
 

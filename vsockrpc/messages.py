@@ -45,8 +45,8 @@ MAX_FAILURE_CHARACTERS: Final = 4096
 """Of a failure's message, and of what was expected and got."""
 MAX_RETRY_SECONDS: Final = 3600
 MAX_DELTA_LOGPROBS: Final = 1024
-MAX_TOKEN_SIZE: Final = 1024
-"""Bytes that one token stands for."""
+MAX_TOKEN_SIZE: Final = 128
+"""Bytes of what a token stands for that are told with its log probability: of a longer one its beginning."""
 MANIFEST_SIZE: Final = 48
 _LENGTH_SIZE = 4
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 import itertools
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -35,7 +36,7 @@ from enclave.pipe import (
     read_to_server,
 )
 from enclave.prompt import ChatTemplate, Segment
-from enclave.sampler import Logits
+from enclave.sampler import GrammarRefused, Logits
 from enclave.scheduler import Row
 from enclave.tokenizer import Tokenizer
 from enclave.worker import Gone, Loop, Pipe
@@ -50,6 +51,7 @@ ALICE, BOB = bytes(32), bytes(range(32))
 class CountingSampler:
     def __init__(self, request: Generation) -> None:
         self.closed = 0
+        self.is_stuck = request.seed == 405
         self._request = request
 
     def logprobs(self, logits: Logits, token: int) -> tuple[float, list[tuple[int, float]]] | None:
@@ -84,7 +86,9 @@ class CountingLlama:
         self.may_go.acquire()
         return {row.request: np.zeros(self.vocabulary_size, np.float32) for row in rows if row.samples}
 
-    def sampler(self, request: Generation, prompt: Sequence[int], *, grammar: str | None = None) -> CountingSampler:
+    def sampler(
+        self, request: Generation, prompt: Sequence[int], *, grammar: str | None, marks: Set[int]
+    ) -> CountingSampler:
         if request.seed == 404:
             raise InvalidRequest("no such seed")
         self.samplers.append(CountingSampler(request))
@@ -92,6 +96,8 @@ class CountingLlama:
 
     def sample(self, sampler: CountingSampler, logits: Logits, *, is_constrained: bool) -> int:
         assert not sampler.closed
+        if sampler.is_stuck:
+            raise GrammarRefused("no token can come")
         self.ends_after -= 1
         return 97
 
@@ -191,9 +197,9 @@ def make_bench() -> Iterator[MakeBench]:
     """A step takes a second there: nothing is held back."""
     made: list[Bench] = []
 
-    def make(**changes: Any) -> Bench:
+    def make(second: float = 1.0, **changes: Any) -> Bench:
         seconds = itertools.count()
-        made.append(Bench(lambda: float(next(seconds)), **changes))
+        made.append(Bench(lambda: second * next(seconds), **changes))
         return made[-1]
 
     yield make
@@ -322,6 +328,36 @@ def test_a_count_needs_no_place(make_bench: MakeBench) -> None:
     said = [bench.receive() for _ in range(4)]
     assert Counted(2, 50) in said
     assert {type(each) for each in said} == {Piece, Counted}
+
+
+# --- What cannot go on ---------------------------------------------------------------------------------------------
+
+
+def test_a_format_that_cannot_go_on_costs_its_own_request(bench: Bench) -> None:
+    bench.send(ask(0, "x", 4))
+    bench.llama.begun.acquire()
+    bench.send(Generate(1, replace(ask(1, "y").request, seed=405)))
+    bench.go()
+    said = [bench.receive() for _ in range(6)]
+    [failed] = [each for each in said if isinstance(each, Failed)]
+    assert (failed.id, type(failed.error)) == (1, InvalidRequest)
+    assert end(0, 1, 4) in said
+    assert not any(isinstance(each, Piece | End) and each.id == 1 for each in said)
+    assert [sampler.closed for sampler in bench.llama.samplers] == [1, 1]
+    bench.send(ask(2, "z", 1))
+    assert bench.done(2) == Done("length", Usage(1, 1))
+
+
+def test_a_format_that_takes_for_ever_to_follow_has_an_end(bench: Bench) -> None:
+    """The choice of a token takes a second here."""
+    bench.go()
+    bench.send(ask(0, "x", 63))
+    while isinstance(message := bench.receive(), Piece):
+        pass
+    assert isinstance(message, Failed)
+    assert (message.id, message.error.expected) == (0, "<= 60 s for all tokens")
+    bench.send(ask(1, "y", 1))
+    assert bench.done(1) == Done("length", Usage(1, 1))
 
 
 # --- Who is gone -----------------------------------------------------------------------------------------------------
@@ -486,7 +522,7 @@ def test_log_probabilities_come_with_their_text(bench: Bench) -> None:
 @pytest.mark.parametrize("said", [b"a", b""], ids=["held back for a stop string", "tokens of no text"])
 def test_many_log_probabilities_at_once_go_out_in_pieces(make_bench: MakeBench, said: bytes) -> None:
     """A client chooses a stop string, and by a bias also the tokens: what becomes certain late may be a lot."""
-    bench = make_bench(context=512)
+    bench = make_bench(0.05, context=512)
     bench.llama.says = said
     bench.go()
     bench.send(ask(0, "x", 300, top_logprobs=20, stop=("a" * 255 + "b",)))

@@ -5,7 +5,7 @@ constrained, which tokens end an answer, and what marks stand for.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any, Final, cast
 
 import numpy as np
@@ -72,7 +72,9 @@ class ScriptedLlama:
         self.decoded += [token for row in rows for token in row.tokens]
         return {row.request: np.zeros(1, np.float32) for row in rows if row.samples}
 
-    def sampler(self, request: GenerationRequest, prompt: Sequence[int], *, grammar: str | None) -> ScriptedSampler:
+    def sampler(
+        self, request: GenerationRequest, prompt: Sequence[int], *, grammar: str | None, marks: Set[int]
+    ) -> ScriptedSampler:
         self.grammars.append(grammar)
         return ScriptedSampler()
 
