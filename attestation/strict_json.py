@@ -99,8 +99,7 @@ def _require_each(value: object, require: Callable[[object], None]) -> None:
     """Every value, and every key, holds to ``require``; a text can be written again."""
     match value:
         case str():
-            if not value.isascii() and any("\ud800" <= each <= "\udfff" for each in value):
-                raise ValueError("a text with half a character")
+            _require_whole_characters(value)
         case list():
             for each in value:
                 _require_each(each, require)
@@ -110,6 +109,11 @@ def _require_each(value: object, require: Callable[[object], None]) -> None:
                 _require_each(each, require)
         case _:
             require(value)
+
+
+def _require_whole_characters(text: str) -> None:
+    if not text.isascii() and any("\ud800" <= each <= "\udfff" for each in text):
+        raise ValueError("a text with half a character")
 
 
 def _require_whole(value: object) -> None:
