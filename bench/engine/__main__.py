@@ -148,10 +148,8 @@ def markdown(bench: Bench, rows: list[Row], when: str) -> str:
         cells = (row.what, row.ours, row.peer, row.compared, row.bar, verdict(row))
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
     lines += ["", "Builds of llama.cpp:", ""]
-    features = {used.build: used.features for used in bench.used}
     for name, build in made_builds(bench).items():
-        said = features.get(name, build.features)
-        lines.append(f"- `{name}`: {build.version}; CMake `{build.flags}`; it says of itself: `{said.strip(' |')}`")
+        lines.append(f"- `{name}`: {build.version}; CMake `{build.flags}`; it says of itself: `{build.features}`")
     lines += ["", "Servers, by part:", ""]
     for used in bench.used:
         lines.append(

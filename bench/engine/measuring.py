@@ -33,7 +33,6 @@ class Used:
     part: str
     side: str
     build: str
-    features: str
     commands: tuple[str, ...]
 
 
@@ -102,7 +101,7 @@ class Bench:
         has the number -1.
         """
         for side in sides:
-            used = Used(self.part, side.name, side.build.name, side.features, side.commands)
+            used = Used(self.part, side.name, side.build.name, side.commands)
             if used not in self.used:
                 self.used.append(used)
         return asyncio.run(alternate(sides, play, self.runs if runs is None else runs))

