@@ -43,7 +43,7 @@ COLUMNS: Final = ("what", "ours", "peer", "compared", "bar", "holds")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0 when every bar holds, 1 when one does not, 2 when something could not be measured."""
+    """0 when every bar holds, 1 when one does not, 2 when something could not be measured, 130 when interrupted."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.engine",
         description=(__doc__ or "").split("\n\n")[0],
@@ -63,7 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--peers", action="store_true", help="make the peers' environments and the models, and end")
     parser.add_argument("--out", type=Path, default=WORK, help="folder for engine.json and engine.md (build/bench)")
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # servers are stopped on the way out
+    # As Ctrl-C, which asyncio takes at a place where servers can still be stopped.
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
     bench = Bench(
         runs=options.runs,
         tokens=options.tokens,
@@ -85,6 +86,9 @@ def main(arguments: list[str] | None = None) -> int:
             failures.append(f"{part}: {error!r}")
             rows.append(Row(part, "not measured to its end", str(error), bar="for the record"))
             say(failures[-1])
+        except KeyboardInterrupt:
+            say(f"{part} was interrupted")
+            return 130
         say(f"{part} took {time.monotonic() - started:.0f} s")
         # After each part: a run of hours that is broken off has shown what it had.
         write(options.out, bench, rows, f"{begun}, load average at the beginning {load:.1f}")
