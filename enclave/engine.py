@@ -35,7 +35,7 @@ from vsockrpc.chat import ChatRequest, CompletionRequest, GenerationRequest
 
 START_SECONDS: Final = 600.0
 """For a process to load the model; the largest take minutes."""
-STALL_SECONDS: Final = 60.0
+STALL_SECONDS: Final = 120.0
 """A process that works on something and says nothing for so long has hung: it speaks after every chunk of a prompt
 and every token.
 """

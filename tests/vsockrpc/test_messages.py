@@ -12,6 +12,7 @@ from tests.wire import ANSWERS, CHATS, GENERATIONS
 from vsockrpc.chat import MAX_CONTENT_CHARACTERS, ChatRequest
 from vsockrpc.fields import MessageError
 from vsockrpc.messages import (
+    MAX_TOKEN_SIZE,
     Answer,
     CountRequest,
     Delta,
@@ -121,7 +122,7 @@ def test_a_count_asks_for_what_a_conversation_is() -> None:
         {"content": "x" * MAX_CONTENT_CHARACTERS},
         {"reasoning": "x" * MAX_CONTENT_CHARACTERS},
         {"tool_calls": [{"index": 127, "arguments": "", "id": "i" * 64, "name": "n" * 64}] * 128},
-        {"logprobs": [[b"x" * 1024, float("-inf"), [[b"", 0.0]] * 20]]},
+        {"logprobs": [[b"x" * MAX_TOKEN_SIZE, float("-inf"), [[b"", 0.0]] * 20]]},
         {"logprobs": [[b"", -1.5, []]] * 1024},
     ],
 )
@@ -169,7 +170,7 @@ ERROR = {"code": "x", "message": "y", "expected": None, "got": None, "retry_seco
         ({"delta": {"logprobs": [[b"", 0.0, []]] * 1025}}, "logprobs"),
         ({"delta": {"logprobs": [[b"", 0.0]]}}, "logprobs"),
         ({"delta": {"logprobs": [["x", 0.0, []]]}}, "logprobs"),
-        ({"delta": {"logprobs": [[b"x" * 1025, 0.0, []]]}}, "logprobs"),
+        ({"delta": {"logprobs": [[b"x" * (MAX_TOKEN_SIZE + 1), 0.0, []]]}}, "logprobs"),
         ({"delta": {"logprobs": [[b"", 0.5, []]]}}, "logprobs"),
         ({"delta": {"logprobs": [[b"", float("nan"), []]]}}, "logprobs"),
         ({"delta": {"logprobs": [[b"", None, []]]}}, "logprobs"),
