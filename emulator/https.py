@@ -149,6 +149,7 @@ class _Connection(BaseHTTPRequestHandler):
     request: Any
 
     def setup(self) -> None:
+        self.request.getpeername()  # of a peer that reset it already, Python's ssl leaves an unclosed socket behind
         self.request = self.server.context.wrap_socket(self.request, server_side=True, do_handshake_on_connect=False)
         self.server.opened(self.request)
         try:
