@@ -9,6 +9,8 @@ lock --upgrade all.in -o all.txt
 lock --upgrade parent.in -o parent.txt
 lock enclave.in -o enclave.txt
 lock --upgrade bench.in -o bench.txt
+lock --upgrade bench-engine.in -o bench-engine.txt
+lock --upgrade bench-engine-python.in -o bench-engine-python.txt
 lock --upgrade mutants.in -o mutants.txt
 lock --upgrade meson.in -o meson.txt
 lock --upgrade --no-deps model.in -o model.txt
