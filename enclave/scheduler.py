@@ -341,14 +341,17 @@ class Scheduler:
 
     def _counts(self) -> list[int]:
         """Tokens of each that is at work. Of the prompts the oldest has half of what there is, and the others the rest,
-        the shortest first: nobody starves, and a short one does not wait for a long one.
+        the shortest first: nobody starves, and a short one does not wait for a long one. Where more wait for their
+        first token than for their next one, the many go first, and a step is as large as it may be.
         """
         readers = [index for index, each in enumerate(self._active) if each.pending > 1]
         counts = [1] * len(self._active)
         if not readers:
             return counts
         others = len(self._active) - len(readers)
-        left = min(self._beside, self._step - others) if others else self._step
+        left = self._step - others
+        if others >= len(readers):
+            left = min(self._beside, left)
         oldest, *rest = readers
         pending = [each.pending for each in self._active]
         spared = left - sum(pending[index] for index in rest)
