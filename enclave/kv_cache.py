@@ -67,8 +67,8 @@ class KvCache:
         return sum(len(slot.tokens) for slot in self._slots if not slot.is_taken)
 
     @property
-    def has_slot(self) -> bool:
-        return not all(slot.is_taken for slot in self._slots)
+    def free_slots(self) -> int:
+        return sum(not slot.is_taken for slot in self._slots)
 
     def slots(self) -> Sequence[Slot]:
         """For whoever looks; nobody else changes them."""
@@ -82,7 +82,7 @@ class KvCache:
         """A slot for a sequence that begins with ``tokens``. It holds as many of them already as it can, but never the
         last: somebody has to decode that one.
 
-        Somebody has made sure that there is a slot (:attr:`has_slot`).
+        Somebody has made sure that there is a slot (:attr:`free_slots`).
         """
         self._clock += 1
         source, length = self._longest(tokens, namespace)

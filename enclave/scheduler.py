@@ -213,11 +213,11 @@ class Scheduler:
         self._arrived += 1
         budget = min(admission.max_tokens or room, room)
         sequence = _Sequence(admission, self._arrived, budget, list(prompt))
-        at_once = not self._waiting and self._cache.has_slot
-        if not at_once and len(self._waiting) >= self._queue:
-            raise Overloaded(expected=f"<= {self._queue} waiting", got=len(self._waiting) + 1)
+        begin = self._cache.free_slots  # so many of those who wait do so for the next step alone
+        if len(self._waiting) >= self._queue + begin:
+            raise Overloaded(expected=f"<= {self._queue} waiting", got=len(self._waiting) - begin + 1)
         share = max(1, self._queue // 2)
-        if self._waiting.of(sequence.client) >= share:
+        if self._waiting.of(sequence.client) >= share + begin:
             raise Overloaded(expected=f"<= {share} waiting of one client", got=share + 1)
         self._waiting.add(sequence)
 
@@ -298,7 +298,7 @@ class Scheduler:
 
     def _begin_waiting(self) -> None:
         """Those who wait get the free slots, if the prompt of each has room beside those at work."""
-        while self._cache.has_slot and (sequence := self._waiting.first()) is not None:
+        while self._cache.free_slots and (sequence := self._waiting.first()) is not None:
             if self._active and not self._has_room(sequence):
                 return
             self._waiting.take_first()

@@ -71,6 +71,10 @@ each goes alone (``bench.path``).
 """
 
 
+ADMIT_SECONDS = 0.01
+"""Between two steps so many of those who arrived are taken in, one at least, as have their prompts rendered and cut
+into tokens in this time: nobody in work is held up for longer, and a crowd is read together.
+"""
 MAX_SAMPLING_SECONDS = 60.0
 """For the choice of all tokens of one answer, which everybody beside it waits for: llama.cpp follows a grammar over a
 whole vocabulary, and what that takes is the grammar's to say. Without one a token takes some 0.00005 s.
@@ -170,8 +174,11 @@ class Loop:
         """Until the server goes. Raises Gone, PipeError and DecodeFailed."""
         while True:
             self._receive()
-            if self._arrived:  # one between two steps, so that those who arrive do not hold up the ones in work
+            begun = self._clock()
+            while self._arrived:
                 self._admit(self._arrived.popleft())
+                if self._clock() - begun >= ADMIT_SECONDS:
+                    break
             step = self._scheduler.plan()
             if step is not None:
                 self._work(step)

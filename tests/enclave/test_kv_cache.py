@@ -117,11 +117,11 @@ def test_a_memory_that_cannot_be_cut_is_not_reused() -> None:
 
 def test_slots_and_cells_are_counted() -> None:
     cache = KvCache(slots=2, cells=30)
-    assert (cache.free, cache.reclaimable, cache.has_slot) == (30, 0, True)
+    assert (cache.free, cache.reclaimable, cache.free_slots) == (30, 0, 2)
     one = cache.take([1, 2, 3], A)
     one.tokens += [1, 2]
     two = cache.take([5], A)
-    assert (cache.free, cache.reclaimable, cache.has_slot) == (28, 0, False)
+    assert (cache.free, cache.reclaimable, cache.free_slots) == (28, 0, 0)
     cache.put_back(one)
     cache.put_back(two)
-    assert (cache.free, cache.reclaimable, cache.has_slot) == (28, 2, True)
+    assert (cache.free, cache.reclaimable, cache.free_slots) == (28, 2, 2)

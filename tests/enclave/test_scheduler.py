@@ -214,6 +214,17 @@ def test_one_client_cannot_have_the_whole_queue() -> None:
     assert (caught.value.expected, caught.value.got) == ("<= 4 waiting", "5")
 
 
+def test_a_crowd_that_arrives_at_once_has_the_free_slots_and_the_queue() -> None:
+    machine = Machine(scheduler(slots=2, queue=1), slots=2)
+    for request in range(3):
+        machine.admit(asks(request, [1], budget=1))
+    with pytest.raises(Overloaded) as caught:
+        machine.admit(asks(3, [1], budget=1))
+    assert (caught.value.expected, caught.value.got) == ("<= 1 waiting", "2")
+    machine.run()
+    assert machine.done.keys() == {0, 1, 2}
+
+
 def test_a_prompt_that_leaves_no_room_is_refused_with_both_numbers() -> None:
     machine = scheduler(context=64)
     with pytest.raises(ContextExceeded) as caught:
