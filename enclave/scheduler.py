@@ -329,7 +329,9 @@ class Scheduler:
             self._waiting.resumed.appendleft(youngest)
             self.preempted += 1
             counts = self._counts()
-        return tuple(self._row(each, count) for each, count in zip(self._active, counts, strict=True) if count)
+        rows = [self._row(each, count) for each, count in zip(self._active, counts, strict=True) if count]
+        # llama.cpp computes sequences with cells of their own together only where their numbers follow each other.
+        return tuple(sorted(rows, key=lambda row: row.slot))
 
     def _row(self, sequence: _Sequence, count: int) -> Row:
         assert sequence.slot is not None, "it is at work"

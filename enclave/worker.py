@@ -71,6 +71,10 @@ each goes alone (``bench.path``).
 """
 
 
+MESSAGE_SECONDS = 0.01
+"""Of all answers together one message goes to the server so often, about: whoever wakes while a step is decoded has all
+of its threads wait.
+"""
 ADMIT_SECONDS = 0.01
 """Between two steps so many of those who arrived are taken in, one at least, as have their prompts rendered and cut
 into tokens in this time: nobody in work is held up for longer, and a crowd is read together.
@@ -259,7 +263,7 @@ class Loop:
                 case Delta():
                     request.held.append(output)
                     if now >= request.due:
-                        request.due = now + COALESCE_SECONDS
+                        request.due = now + max(COALESCE_SECONDS, MESSAGE_SECONDS * len(self._requests))
                         messages += _pieces(number, request.held)
                 case Done():
                     del self._requests[number]
