@@ -90,7 +90,7 @@ class KvCache:
         if source is not None and not source.is_taken and (2 * length >= len(source.tokens) or free == [source]):
             slot = source
         else:  # what another conversation goes on with stays where it is
-            slot = min((slot for slot in free if slot is not source), key=lambda slot: slot.last_used)
+            slot = min((slot for slot in free if slot is not source), key=_worth)
             self._truncate(slot, 0)
             if source is not None and self.make_room(len(source.tokens), spare=source):
                 self._edits.append(Copy(source.index, slot.index))
@@ -133,6 +133,11 @@ class KvCache:
         if length < len(slot.tokens):
             del slot.tokens[length:]
             self._edits.append(Truncate(slot.index, length))
+
+
+def _worth(slot: Slot) -> tuple[int, int]:
+    """Of a slot that nobody works in: empty ones go first, the foremost at that, so that those at work lie together."""
+    return (slot.last_used, 0) if slot.tokens else (0, slot.index)
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -65,15 +65,13 @@ NICENESS = 5
 to the client waits for a slice of a decoding thread, 2 ms each (``bench.path``).
 """
 COALESCE_SECONDS = 0.03
-"""Text of one answer goes to the server at most so often; its first token at once, its last with its end. Each message
-wakes the server, the proxy and the client, which take a core from decoding: measured on 2 cores, 1.2 ms a token when
-each goes alone (``bench.path``).
+"""Text of one answer goes to the server at most so often, all tokens' that there are by then; its first at once, its
+last with its end. Each time wakes the server, the proxy and the client, which take a core from decoding: measured on 2
+cores, 1.2 ms a token when each goes alone (``bench.path``).
 """
-
-
 MESSAGE_SECONDS = 0.01
-"""Of all answers together one message goes to the server so often, about: whoever wakes while a step is decoded has all
-of its threads wait.
+"""Text of some answer goes to the server so often, about, where many answer: whoever wakes while a step is decoded has
+all of its threads wait.
 """
 ADMIT_SECONDS = 0.01
 """Between two steps so many of those who arrived are taken in, one at least, as have their prompts rendered and cut
@@ -327,25 +325,11 @@ class Loop:
         return Sampled(token, request.pieces.get(token) or self._llama.piece(token), ends=False)
 
 
-def _pieces(request: int, held: list[Delta]) -> Iterator[Piece]:
-    """What was held back, as few messages as it fits into: usually one."""
-    while held:
-        delta = held.pop(0)
-        while held and (joined := _joined(delta, held[0])) is not None:
-            delta = joined
-            del held[0]
-        yield from (Piece(request, part) for part in _parts(delta))
-
-
-def _joined(one: Delta, other: Delta) -> Delta | None:
-    """Both as one, where their order is kept and a message has room."""
-    if bool(one.reasoning) != bool(other.reasoning) or one.tool_calls or other.tool_calls:
-        return None
-    text, reasoning = one.content + other.content, one.reasoning + other.reasoning
-    logprobs = one.logprobs + other.logprobs
-    if max(len(text), len(reasoning)) > MAX_DELTA_CHARACTERS or len(logprobs) > MAX_DELTA_TOKENS:
-        return None
-    return Delta(text, reasoning, logprobs=logprobs)
+def _pieces(request: int, held: list[Delta]) -> list[Piece]:
+    """What was held back: each token's text stays by itself, for a client that wants it so."""
+    pieces = [Piece(request, part) for delta in held for part in _parts(delta)]
+    held.clear()
+    return pieces
 
 
 def _parts(delta: Delta) -> Iterator[Delta]:

@@ -98,6 +98,16 @@ def test_the_least_recently_used_goes_first() -> None:
     assert (one.tokens, three.tokens) == ([1, 2], [])
 
 
+def test_nothing_goes_while_there_is_an_empty_slot_and_of_these_the_foremost_is_taken() -> None:
+    cache = KvCache(slots=4, cells=30)
+    kept = filled(cache, [1, 2], A)
+    for slot in [cache.take([3], None) for _ in range(3)]:
+        cache.put_back(slot)  # empty, and used later than what is kept
+    assert [cache.take([9], B).index for _ in range(3)] == [1, 2, 3]
+    assert kept.tokens == [1, 2]
+    assert cache.take([9], B) is kept
+
+
 def test_what_is_at_work_does_not_go() -> None:
     cache = KvCache(slots=2, cells=10)
     busy = cache.take([1, 2, 3], A)
