@@ -50,6 +50,11 @@ class Bench:
         self.figures: list[dict[str, object]] = []
         self.part = ""
 
+    @property
+    def builds(self) -> list[Build]:
+        """Those that have been used."""
+        return [value for value in vars(self).values() if isinstance(value, Build)]
+
     # --- What there is -----------------------------------------------------------------------------------------------
 
     @cached_property

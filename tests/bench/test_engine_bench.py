@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from bench.engine import peers
 from bench.engine.house import configured
 from bench.engine.measuring import Bench, Used
 from bench.engine.peers import FLAGS, REQUIREMENTS, Build, PeerError, split_lock
+from bench.engine.report import Report, Watch, write_page
 from enclave.config import EnclaveConfiguration
 from strongroom.prepare import Settings, enclave_toml
 from tests.gguf_files import tiny_model
@@ -98,17 +98,27 @@ def bench() -> Bench:
 
 def test_a_report_has_the_rows_and_what_they_belong_to(bench: Bench, tmp_path: Path) -> None:
     row = Row("a | b", "1 ms", "2 ms", "0.500", "<= 1", True)
-    command.write(tmp_path / "out", bench, [row], "now")
-    page = (tmp_path / "out" / "engine.md").read_text()
-    assert "| a \\| b | 1 ms | 2 ms | 0.500 | <= 1 | yes |" in page
+    report = Watch().report(bench, [row])
+    assert Report.read(report.save(tmp_path)) == report
+    page = write_page(tmp_path, ["streams", "mixed"]).read_text()
+    assert page.count("| a \\| b | 1 ms | 2 ms | 0.500 | <= 1 | yes |") == 2  # among the bars, and in its part
+    assert "Bars: 1 of 1 hold" in page
     assert "- `native`: llama-cpp-python 1; CMake `-DX=1`; it says of itself: `AVX2 = 1`" in page
-    assert "- streams, Strongroom, on `native`: `strongroom start`; `strongroom serve`" in page
-    report = json.loads((tmp_path / "out" / "engine.json").read_text())
-    assert report["figures"] == [
+    assert "- Strongroom, on `native`: `strongroom start`; `strongroom serve`" in page
+    assert report.figures == [
         {"part": "streams", "what": "what", "side": "Strongroom", "unit": "ms", "values": [1.0, 2.5]}
     ]
-    assert report["builds"]["native"]["flags"] == "-DX=1"
-    assert report["rows"][0]["holds"] is True
+
+
+def test_another_part_s_report_is_kept(bench: Bench, tmp_path: Path) -> None:
+    Watch().report(bench, [Row("first", "1", "2")]).save(tmp_path)
+    bench.part = "mixed"
+    later = Watch().report(bench, [Row("second", "3", "4")])
+    later.save(tmp_path)
+    page = write_page(tmp_path, ["streams", "mixed"]).read_text()
+    assert page.index("| first | 1 | 2 |") < page.index("| second | 3 | 4 |")
+    assert "Bars" not in page
+    assert (later.servers, later.builds, later.figures) == ([], {}, [])
 
 
 @pytest.mark.parametrize(("holds", "code"), [(True, 0), (None, 0), (False, 1)])

@@ -1,0 +1,142 @@
+"""What a part of the benchmark came to: kept as one JSON file for each part, so that hours of measuring can be had in
+pieces, and shown together as one page.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from bench import Row
+from bench.__main__ import machine, verdict
+from bench.engine.measuring import Bench, Used
+from bench.engine.peers import Build
+
+COLUMNS: Final = ("what", "ours", "peer", "compared", "bar", "holds")
+PAGE: Final = "engine.md"
+_FOREWORD: Final = """\
+# The engine against llama.cpp's own servers
+
+Written by `make bench-engine` (`python -m bench.engine`, one part at a time with `--part`). Ours is the whole attested
+path: streaming client of the OpenAI endpoint, gateway (`strongroom serve`), proxy, RPC, sealed channel, engine process.
+Peers are their own endpoints; one load generator (`bench/engine/load.py`) drives all of them as streaming clients with
+the same distinct prompts, greedy, to the same number of tokens. Where a row says nothing else no prompt is kept on
+either side. Medians of the runs of each side, A-B-B-A after one round that warms up, least and greatest in brackets; a
+ratio is the median of the runs' own.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One part, measured."""
+
+    part: str
+    machine: str
+    when: str
+    load: tuple[float, float]
+    """The machine's load average before and after."""
+    seconds: float
+    runs: int
+    tokens: int
+    builds: Mapping[str, Build]
+    servers: Sequence[Used]
+    rows: Sequence[Row]
+    figures: Sequence[Mapping[str, object]]
+    """Of every run."""
+
+    def save(self, folder: Path) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.part}.json"
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        return path
+
+    @classmethod
+    def read(cls, path: Path) -> Report:
+        """Raises OSError, and ValueError, KeyError or TypeError for what :meth:`save` has not written."""
+        fields: dict[str, Any] = json.loads(path.read_text())
+        fields |= {
+            "load": tuple(fields["load"]),
+            "builds": {
+                name: Build(**build | {"program": tuple(build["program"])}) for name, build in fields["builds"].items()
+            },
+            "servers": [Used(**used | {"commands": tuple(used["commands"])}) for used in fields["servers"]],
+            "rows": [Row(**row) for row in fields["rows"]],
+        }
+        return cls(**fields)
+
+
+class Watch:
+    """From here to :meth:`report` is a part's time."""
+
+    def __init__(self) -> None:
+        self._when = time.strftime("%Y-%m-%d %H:%M")
+        self._load = os.getloadavg()[0]
+        self._begun = time.monotonic()
+
+    def report(self, bench: Bench, rows: Sequence[Row]) -> Report:
+        servers = [used for used in bench.used if used.part == bench.part]
+        names = {used.build for used in servers}
+        return Report(
+            bench.part,
+            machine(),
+            self._when,
+            (self._load, os.getloadavg()[0]),
+            time.monotonic() - self._begun,
+            bench.runs,
+            bench.tokens,
+            {build.name: build for build in bench.builds if build.name in names},
+            servers,
+            rows,
+            [figure for figure in bench.figures if figure["part"] == bench.part],
+        )
+
+
+def write_page(folder: Path, parts: Iterable[str]) -> Path:
+    """``engine.md``, of those of ``parts`` that have a report in the folder."""
+    reports = [Report.read(path) for part in parts if (path := folder / f"{part}.json").is_file()]
+    page = folder / PAGE
+    page.write_text("\n".join(_page(reports)))
+    return page
+
+
+def _page(reports: Sequence[Report]) -> Iterator[str]:
+    yield _FOREWORD
+    barred = [row for report in reports for row in report.rows if row.holds is not None]
+    if barred:
+        held = sum(row.holds is True for row in barred)
+        yield f"## Bars: {held} of {len(barred)} hold\n"
+        yield from _table(barred)
+    builds: dict[str, Build] = {}
+    for report in reports:
+        builds |= report.builds
+        yield f"## {report.part}\n"
+        yield (
+            f"{report.when}, {report.seconds / 60:.0f} minutes, {report.runs} runs of each side, answers of "
+            f"{report.tokens} tokens where a row says nothing else. {report.machine}; load average "
+            f"{report.load[0]:.1f} before.\n"
+        )
+        yield from _table(report.rows)
+        yield from (f"- {used.side}, on `{used.build}`: {_commands(used)}" for used in report.servers)
+        yield ""
+    yield "## Builds of llama.cpp\n"
+    for name, build in builds.items():
+        yield f"- `{name}`: {build.version}; CMake `{build.flags}`; it says of itself: `{build.features}`"
+    yield ""
+
+
+def _table(rows: Iterable[Row]) -> Iterator[str]:
+    yield "| " + " | ".join(COLUMNS) + " |"
+    yield "|" + "---|" * len(COLUMNS)
+    for row in rows:
+        cells = (row.what, row.ours, row.peer, row.compared, row.bar, verdict(row))
+        yield "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+    yield ""
+
+
+def _commands(used: Used) -> str:
+    return "; ".join(f"`{each}`" for each in used.commands)
