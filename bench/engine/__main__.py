@@ -52,7 +52,12 @@ def main(arguments: list[str] | None = None) -> int:
         "--part", action="append", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}; repeatable; default all"
     )
     parser.add_argument("--runs", type=int, default=7, help="of each side, alternating (default: 7)")
-    parser.add_argument("--tokens", type=int, default=96, help="of each answer (default: 96)")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=96,
+        help="of each answer; half as many of a model other than smollm2 (default: 96)",
+    )
     parser.add_argument(
         "--models", nargs="+", default=[SMOLLM2, "1.5b"], choices=[SMOLLM2, *SHAPES], help="default: smollm2 1.5b"
     )

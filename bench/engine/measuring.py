@@ -40,7 +40,9 @@ class Bench:
     """One run of the benchmarks: its options, and everything that it finds."""
 
     def __init__(self, *, runs: int, tokens: int, models: Sequence[str], longest: int, openmp: bool) -> None:
-        """``tokens`` is the length of answers, ``longest`` that of contexts."""
+        """``tokens`` is the length of answers, half of that where the model is a large one; ``longest`` that of
+        contexts.
+        """
         self.runs = runs
         self.tokens = tokens
         self.models = tuple(models)
@@ -96,6 +98,10 @@ class Bench:
                 progress=Narrator(),
             )
         return path
+
+    def answer(self, model: str) -> int:
+        """Tokens of an answer."""
+        return self.tokens if model == SMOLLM2 else max(1, self.tokens // 2)
 
     # --- Turns -------------------------------------------------------------------------------------------------------
 

@@ -116,9 +116,8 @@ def _page(reports: Sequence[Report]) -> Iterator[str]:
         builds |= report.builds
         yield f"## {report.part}\n"
         yield (
-            f"{report.when}, {report.seconds / 60:.0f} minutes, {report.runs} runs of each side, answers of "
-            f"{report.tokens} tokens where a row says nothing else. {report.machine}; load average "
-            f"{report.load[0]:.1f} before.\n"
+            f"{report.when}, {report.seconds / 60:.0f} minutes, {report.runs} runs of each side. {report.machine}; "
+            f"load average {report.load[0]:.1f} before.\n"
         )
         yield from _table(report.rows)
         yield from (f"- {used.side}, on `{used.build}`: {_commands(used)}" for used in report.servers)

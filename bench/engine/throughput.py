@@ -85,8 +85,10 @@ def streams(bench: Bench) -> Iterator[Row]:
 
 
 def _level(bench: Bench, model: str, sides: Sequence[Side], level: int) -> Iterator[Row]:
+    tokens = bench.answer(model)
+
     async def play(side: Side, clients: Clients, run: int) -> Round:
-        return await play_essays(side, clients, number_of(run, level), level, PROMPT, bench.tokens)
+        return await play_essays(side, clients, number_of(run, level), level, PROMPT, tokens)
 
     rounds = bench.alternate(sides, play)
     what = f"{model}, {streams_text(level)}"
@@ -104,17 +106,17 @@ def _level(bench: Bench, model: str, sides: Sequence[Side], level: int) -> Itera
         for name, of in rounds.items()
     }
     yield compare(f"{what}: tokens/s from first text to last, pacing off", between[OURS], between[PEER], PEER)
-    yield from _described(bench, what, rounds)
+    yield from _described(bench, what, rounds, tokens)
 
 
-def _described(bench: Bench, what: str, rounds: Mapping[str, Sequence[Round]]) -> Iterator[Row]:
+def _described(bench: Bench, what: str, rounds: Mapping[str, Sequence[Round]], tokens: int) -> Iterator[Row]:
     """What the figures were made of: lengths, delivered tokens, events, waits and CPU seconds."""
     for name, of in rounds.items():
         answers = [answer for each in of for answer in each.answers]
         firsts = bench.keep(f"{what}: time to first token", name, [1000 * answer.first for answer in answers], "ms")
         delivered = sum(answer.completion_tokens for answer in answers)
         events = sum(len(answer.events) for answer in answers)
-        short = sum(answer.completion_tokens < bench.tokens for answer in answers)
+        short = sum(answer.completion_tokens < tokens for answer in answers)
         gap = 1000 * max(answer.longest_gap for answer in answers)
         cpu = {process: sum(each.cpu[process] for each in of) / len(of) for process in of[0].cpu}
         lengths = sorted({answer.prompt_tokens for answer in answers})
@@ -123,7 +125,7 @@ def _described(bench: Bench, what: str, rounds: Mapping[str, Sequence[Round]]) -
             f"{what}: {name}",
             f"first token p50 {percentile(firsts, 50):.0f} ms, p95 {percentile(firsts, 95):.0f} ms; "
             f"longest gap {gap:.0f} ms",
-            f"prompt tokens {prompts}; {delivered} of {len(answers) * bench.tokens} tokens delivered, "
+            f"prompt tokens {prompts}; {delivered} of {len(answers) * tokens} tokens delivered, "
             f"{short} answers ended early; {events / max(1, delivered):.2f} events a token",
             "CPU s a round: " + ", ".join(f"{process} {seconds:.2f}" for process, seconds in cpu.items()),
             RECORD,
@@ -132,12 +134,13 @@ def _described(bench: Bench, what: str, rounds: Mapping[str, Sequence[Round]]) -
 
 def _session(bench: Bench, model: str, ours: Side) -> Iterator[Row]:
     """The same through a session of Python, without the gateway."""
+    tokens = bench.answer(model)
     for level in (1, 8):
 
         async def play(side: Side, clients: Clients, run: int, level: int = level) -> tuple[float, float]:
             number = number_of(run, 50 + level)
-            played = await play_essays(side, clients, number, level, PROMPT, bench.tokens)
-            asks = [essay(number + 50 + index, PROMPT, answer=bench.tokens) for index in range(level)]
+            played = await play_essays(side, clients, number, level, PROMPT, tokens)
+            asks = [essay(number + 50 + index, PROMPT, answer=tokens) for index in range(level)]
             return tokens_per_second(await through_session(side, asks)), played.rate
 
         pairs = bench.alternate([ours], play)[OURS]
@@ -170,8 +173,10 @@ def portable(bench: Bench) -> Iterator[Row]:
             ]
             for level in (1, 8):
 
-                async def play(side: Side, clients: Clients, run: int, level: int = level) -> Round:
-                    return await play_essays(side, clients, number_of(run, level), level, PROMPT, bench.tokens)
+                async def play(
+                    side: Side, clients: Clients, run: int, level: int = level, tokens: int = bench.answer(model)
+                ) -> Round:
+                    return await play_essays(side, clients, number_of(run, level), level, PROMPT, tokens)
 
                 rounds = bench.alternate(sides, play)
                 what = f"{model}, {streams_text(level)}, portable build"
@@ -234,17 +239,18 @@ def growth(bench: Bench) -> Iterator[Row]:
 
 
 def _contexts(bench: Bench, model: str) -> Iterator[Row]:
+    """Of one prompt for each length, which both sides keep: what is measured comes after it."""
     lengths = [length for length in CONTEXTS if length <= bench.longest]
     sizes = Sizes(model=bench.model(model), context=max(lengths), parallel=1)
     with ExitStack() as stack:
         sides = [
-            stack.enter_context(servers.ours(bench.native, sizes)),
-            stack.enter_context(servers.llama_server(bench.llama_server, sizes)),
+            stack.enter_context(servers.ours(bench.native, sizes, caches=True)),
+            stack.enter_context(servers.llama_server(bench.llama_server, sizes, caches=True)),
         ]
         for index, length in enumerate(lengths):
 
             async def play(side: Side, clients: Clients, run: int, index: int = index, length: int = length) -> Heard:
-                return await clients.listen(essay(number_of(run, index), length - TAIL - _TEMPLATE, answer=TAIL))
+                return await clients.listen(essay(number_of(0, index), length - TAIL - _TEMPLATE, answer=TAIL))
 
             answers = bench.alternate(sides, play)
             what = f"{model}, at the end of a context of {length} tokens: tokens/s"
