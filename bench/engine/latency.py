@@ -52,13 +52,11 @@ def first_token(bench: Bench) -> Iterator[Row]:
                 results = bench.alternate(sides, play)
                 load = f"beside {streams} streams" if streams else "without load"
                 what = f"{model}, time to first token, a prompt of about {PROBE_PROMPT} tokens, {load}"
-                firsts = {
-                    name: bench.keep(what, name, [1000 * each for run in runs for each in run], "ms")
-                    for name, runs in results.items()
-                }
+                for name, runs in results.items():
+                    bench.keep(what, name, [1000 * each for run in runs for each in run], "ms")
                 for name in (OURS, PACED):
                     for percent in (50, 95):
-                        yield _percentiles(f"{what}, p{percent}, {name}", firsts[name], firsts[PEER], percent)
+                        yield _percentiles(f"{what}, p{percent}, {name}", results[name], results[PEER], percent)
 
 
 async def _probes(clients: Clients, number: int) -> list[float]:
@@ -66,9 +64,10 @@ async def _probes(clients: Clients, number: int) -> list[float]:
     return [(await clients.listen(ask)).first for ask in asks]
 
 
-def _percentiles(what: str, ours: Sequence[float], peer: Sequence[float], percent: float) -> Row:
-    mine, theirs = percentile(ours, percent), percentile(peer, percent)
-    return Row(what, f"{mine:.0f} ms", f"{theirs:.0f} ms ({PEER})", f"{mine / theirs:.3f}", RECORD)
+def _percentiles(what: str, ours: Sequence[Sequence[float]], peer: Sequence[Sequence[float]], percent: float) -> Row:
+    """Each run's own percentile, of which there are as many as runs. ``ours`` and ``peer`` are seconds."""
+    mine, theirs = (Figure([1000 * percentile(run, percent) for run in runs], "ms", 0) for runs in (ours, peer))
+    return compare(what, mine, theirs, PEER)
 
 
 # --- A long prompt among short streams --------------------------------------------------------------------------------
@@ -78,7 +77,7 @@ LONG_PROMPT: Final = 2000
 LONG_ANSWER: Final = 32
 BEGUN: Final = 8
 """Events of each short stream, after which the long prompt comes."""
-BATCHES: Final = (64, 128, 256, 512)
+BATCHES: Final = (32, 64, 128, 256, 512)
 """llama-server's ``-b``, of which the one with the shortest gap counts as its best."""
 TRIALS: Final = 2
 """Runs that find it."""

@@ -25,6 +25,7 @@ from bench.engine.peers import ROOT, WORK, Build, PeerError
 
 START_SECONDS: Final = 600.0
 THREADS: Final = 2
+KV_TYPE: Final = "f16"
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
 
 
@@ -92,15 +93,7 @@ def ours(
     engine: Mapping[str, int | str | bool] | None = None,
 ) -> Iterator[Side]:
     """Client, gateway, proxy, RPC, sealed channel and engine process. ``engine`` is more of the table ``[engine]``."""
-    table: dict[str, int | str | bool] = {
-        "context": sizes.context,
-        "parallel": sizes.parallel,
-        "cells": sizes.cells or sizes.context * sizes.parallel,
-        "kv_type": "f16",
-        "repack": sizes.repack,
-        "threads": sizes.threads,
-        **(engine or {}),
-    }
+    table = {**engine_table(sizes), **(engine or {})}
     settings = HouseSettings(str(sizes.model), table, tick_ms, caches)
     command = [*build.program, *house.arguments(settings)]
     log = _log(name)
@@ -127,6 +120,18 @@ def ours(
         )
 
 
+def engine_table(sizes: Sizes) -> dict[str, int | str | bool]:
+    """``[engine]`` of ``enclave.toml``."""
+    return {
+        "context": sizes.context,
+        "parallel": sizes.parallel,
+        "cells": sizes.cells or sizes.context * sizes.parallel,
+        "kv_type": KV_TYPE,
+        "repack": sizes.repack,
+        "threads": sizes.threads,
+    }
+
+
 # --- Peers ------------------------------------------------------------------------------------------------------------
 
 
@@ -137,27 +142,34 @@ def llama_server(
     *,
     name: str = "llama-server",
     caches: bool = False,
+    niceness: int = 0,
     more: Sequence[str] = (),
 ) -> Iterator[Side]:
     """llama.cpp's server, as it is by itself but for sizes and threads; ``more`` are options of one row. Without
     ``caches`` no prompt is kept, here or there.
     """
+    options = [*llama_server_options(sizes, caches=caches), *more]
+    program = [*(["nice", "-n", str(niceness)] if niceness else []), *build.program]
+    with _served([*program, "--model", str(sizes.model)], options, name, "/health") as (url, pid):
+        extra = {} if caches else {"cache_prompt": False}
+        nice = f"nice -n {niceness} " if niceness else ""
+        typed = f"{nice}llama-server --model {sizes.model.name} {shlex.join(options)}"
+        yield Side(name, Target(url, "model", extra), build, (typed,), {"engine": pid})
+
+
+def llama_server_options(sizes: Sizes, *, caches: bool) -> list[str]:
+    """All that a row does not add, without model, host and port."""
     shared = sizes.cells is not None
-    options = [
+    return [
         *("--ctx-size", str(sizes.cells if sizes.cells is not None else sizes.context * sizes.parallel)),
         *("--parallel", str(sizes.parallel)),
         "--kv-unified" if shared else "--no-kv-unified",
         *("--threads", str(sizes.threads), "--threads-batch", str(sizes.threads)),
-        *("--cache-type-k", "f16", "--cache-type-v", "f16"),
+        *("--cache-type-k", KV_TYPE, "--cache-type-v", KV_TYPE),
         *([] if sizes.repack else ["--no-repack"]),
         *([] if caches else ["--no-cache-prompt", "--cache-ram", "0"]),
         *("--no-webui", "--offline"),
-        *more,
     ]
-    with _served([*build.program, "--model", str(sizes.model)], options, name, "/health") as (url, pid):
-        extra = {} if caches else {"cache_prompt": False}
-        typed = f"llama-server --model {sizes.model.name} {shlex.join(options)}"
-        yield Side(name, Target(url, "model", extra), build, (typed,), {"engine": pid})
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from bench.engine.measuring import RECORD, Bench, Figure, compare
 from bench.engine.prompts import essay
 from bench.engine.sides import Side, Sizes
 from bench.engine.throughput import OPENMP, OURS, PEER, PROMPT, number_of, play_essays, streams_text
+from enclave.worker import NICENESS
 
 # --- Neighbours -------------------------------------------------------------------------------------------------------
 
@@ -42,7 +43,9 @@ def busy(count: int) -> Iterator[None]:
 
 
 def neighbours(bench: Bench) -> Iterator[Row]:
-    """Both with as many threads as there are cores, and with one fewer."""
+    """Both with as many threads as there are cores, and with one fewer; llama-server also as nice as our engine process
+    makes itself, since a neighbour that is not takes more of a core from whoever is.
+    """
     model = bench.models[0]
     path = bench.model(model)
     with ExitStack() as stack:
@@ -52,6 +55,13 @@ def neighbours(bench: Bench) -> Iterator[Row]:
             suffix = f", {threads} {'threads' if threads > 1 else 'thread'}"
             ours.append(stack.enter_context(servers.ours(bench.native, sizes, name=OURS + suffix)))
             theirs.append(stack.enter_context(servers.llama_server(bench.llama_server, sizes, name=PEER + suffix)))
+            theirs.append(
+                stack.enter_context(
+                    servers.llama_server(
+                        bench.llama_server, sizes, name=f"{PEER}, nice {NICENESS}{suffix}", niceness=NICENESS
+                    )
+                )
+            )
             if bench.openmp:
                 build = bench.llama_server_openmp
                 openmp.append(stack.enter_context(servers.llama_server(build, sizes, name=OPENMP + suffix)))
@@ -72,11 +82,13 @@ def _beside(
     values = bench.alternate([*ours, *theirs, *openmp], play)
     what = f"{model}, {streams_text(streams)}, {count} busy neighbours: tokens/s"
     rates = {name: Figure(bench.keep(what, name, of, "tokens/s"), "tokens/s") for name, of in values.items()}
-    for mine, peer in zip(ours, theirs, strict=True):
+    for mine in ours:
         suffix = mine.name.rpartition(", ")[2]
-        yield compare(f"{what}, {suffix}", rates[mine.name], rates[peer.name], PEER)
-    for other in openmp:
-        yield compare(f"{what}", rates[ours[0].name], rates[other.name], other.name)
+        for peer in (*theirs, *openmp):
+            if peer.name.endswith(suffix):
+                yield compare(
+                    f"{what}, {suffix}", rates[mine.name], rates[peer.name], peer.name.removesuffix(f", {suffix}")
+                )
 
 
 # --- Where the time goes ----------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from bench.engine.house import configured
 from bench.engine.measuring import Bench, Used
 from bench.engine.peers import FLAGS, REQUIREMENTS, Build, PeerError, split_lock
 from bench.engine.report import Report, Watch, write_page
+from bench.engine.sides import Sizes, engine_table, llama_server_options
 from enclave.config import EnclaveConfiguration
 from strongroom.prepare import Settings, enclave_toml
 from tests.gguf_files import tiny_model
@@ -84,6 +85,35 @@ def test_flags_are_those_of_the_scripts_that_build_ours() -> None:
     portable = (peers.ROOT / "scripts/image/wheels").read_text()
     assert all(flag in portable for flag in FLAGS["portable"].split())
     assert names(FLAGS["llama-server"]) == names(FLAGS["native"])
+
+
+@pytest.mark.parametrize("cells", [None, 4096])
+@pytest.mark.parametrize("repack", [True, False])
+def test_both_sides_are_given_the_same(cells: int | None, repack: bool) -> None:
+    sizes = Sizes(model=Path("model.gguf"), context=2048, parallel=4, cells=cells, repack=repack, threads=3)
+    ours, theirs = engine_table(sizes), llama_server_options(sizes, caches=False)
+
+    def option(name: str) -> str:
+        return theirs[theirs.index(name) + 1]
+
+    assert option("--ctx-size") == str(ours["cells"]) == str(cells or 4 * 2048)
+    assert option("--parallel") == str(ours["parallel"]) == "4"
+    assert option("--threads") == option("--threads-batch") == str(ours["threads"]) == "3"
+    assert option("--cache-type-k") == option("--cache-type-v") == ours["kv_type"]
+    assert ("--no-repack" in theirs) is not ours["repack"] is repack
+    assert ("--kv-unified" in theirs) is (cells is not None)
+    assert {"--no-cache-prompt", "--cache-ram"} <= set(theirs)
+    assert not {"--no-cache-prompt", "--cache-ram"} & set(llama_server_options(sizes, caches=True))
+
+
+def test_a_peer_s_libraries_are_its_own(tmp_path: Path) -> None:
+    binary = tmp_path / "llama-server"
+    binary.symlink_to("/bin/true")
+    with pytest.raises(PeerError, match="from elsewhere"):
+        peers._check_libraries(binary)
+    (tmp_path / "libllama.so").symlink_to(tmp_path / "libllama.so.0")
+    with pytest.raises(PeerError, match=r"broken links \['libllama.so'\]"):
+        peers._check_libraries(binary)
 
 
 @pytest.fixture

@@ -120,11 +120,11 @@ ROWS = {
     "portable": 2 + 1,
     "prefill": 3,
     "first-token": 2 * 2 * 2,
-    "mixed": 4 + 2 * 3,
+    "mixed": 5 + 2 * 3,
     "turns": 4,
     "memory": 3 * 2,
     "growth": 2 + 6,
-    "neighbours": 2 * 3 * 4,
+    "neighbours": 2 * 3 * 2 * 3,
     "speculation": 1 + 3 * 2,
     "profile": 2,
 }
