@@ -157,7 +157,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Alive:
-    """A chunk of some prompt was decoded."""
+    """A sign of life between two steps: for a while there was nothing else to say."""
 
     def encode(self) -> bytes:
         return encode_message({"alive": None})

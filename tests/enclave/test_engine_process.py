@@ -21,7 +21,7 @@ import pytest
 from attestation.gguf import ModelError
 from attestation.manifest import ModelManifest
 from enclave.config import EngineSettings
-from enclave.engine import LlamaEngine
+from enclave.engine import MAX_RETRY_SECONDS, LlamaEngine
 from enclave.generation import (
     EngineFailed,
     EngineRefused,
@@ -183,7 +183,7 @@ async def test_the_process_dies_with_its_pipe(tiny_weights: int) -> None:
 
 SERVER = """
 import asyncio, os, signal, sys
-from enclave.engine import LlamaEngine
+from enclave.engine import MAX_RETRY_SECONDS, LlamaEngine
 from tests.engines import engine_settings
 
 async def main():
@@ -320,6 +320,37 @@ async def test_whoever_is_one_too_many_is_told_when_to_come_again(tiny_weights: 
                 await engine.count(SHORT)
         assert caught.value.retry_seconds in [1 << power for power in range(12)]
         assert (caught.value.expected, caught.value.got) == ("<= 2 at once", "3")
+        await second
+    finally:
+        await engine.close()
+
+
+@pytest.mark.parametrize(("counts", "seconds"), [(True, 1), (False, MAX_RETRY_SECONDS)])
+async def test_a_count_says_nothing_of_how_long_an_answer_takes(
+    tiny_weights: int, monkeypatch: pytest.MonkeyPatch, counts: bool, seconds: int
+) -> None:
+    settings = replace(SETTINGS, parallel=1, cells=4096, queue=1)
+    engine = LlamaEngine(tiny_weights, CHAT_TEMPLATE, settings, stall_seconds=1e9)
+    await engine.start()
+    loop, withdraw, late = asyncio.get_running_loop(), EngineProcess.withdraw, 0.0
+    real = loop.time
+
+    def withdraw_late(process: EngineProcess, answer: Answer) -> None:
+        nonlocal late
+        late += 100_000
+        withdraw(process, answer)
+
+    monkeypatch.setattr(loop, "time", lambda: real() + late)
+    monkeypatch.setattr(EngineProcess, "withdraw", withdraw_late)
+    try:
+        await (engine.count(SHORT) if counts else finish(engine, SHORT))
+        async with aclosing(engine.generate(LONG)) as first:
+            await anext(first)
+            second = asyncio.create_task(finish(engine, SHORT))
+            await asyncio.sleep(0)
+            with pytest.raises(Overloaded) as caught:
+                await finish(engine, SHORT)
+        assert caught.value.retry_seconds == seconds
         await second
     finally:
         await engine.close()
