@@ -125,6 +125,13 @@ def test_a_template_that_cannot_be_trusted_with_a_conversation_is_a_typed_error(
     assert "Hello" not in str(caught.value)
 
 
+@pytest.mark.parametrize("number", ["00000001", "ffffffff"])
+def test_a_template_that_numbers_a_text_anew_cannot_be_trusted(number: str) -> None:
+    source = f"{{{{ messages[0].content | replace('00000000<', '{number}<') }}}}"
+    with pytest.raises(TemplateError, match="makes marks of its own"):
+        render(source, ("user", "x"))
+
+
 def test_a_stray_part_of_a_content_cannot_hold_a_mark() -> None:
     source = "{{ messages[0].content.split('X')[1] }}{{ messages[0].content }}"
     assert whole(render(source, ("user", "aXhelloXb"))) == "helloaXhelloXb"
