@@ -69,8 +69,6 @@ COALESCE_SECONDS = 0.03
 wakes the server, the proxy and the client, which take a core from decoding: measured on 2 cores, 1.2 ms a token when
 each goes alone (``bench.path``).
 """
-
-
 MESSAGE_SECONDS = 0.01
 """Of all answers together one message goes to the server so often, about: whoever wakes while a step is decoded has all
 of its threads wait.
