@@ -17,6 +17,14 @@ from attestation.gguf import TENSOR_TYPES, GgufArray, GgufHeader, GgufTensor
 
 MIB: Final = 1 << 20
 
+# What [engine] in an enclave.toml takes, wherever it is said.
+MIN_CONTEXT: Final = 64
+MAX_CONTEXT: Final = 1 << 20
+MAX_PARALLEL: Final = 64
+"""llama.cpp's bound is 256 (LLAMA_MAX_SEQ)."""
+MIN_BATCH: Final = 16
+MAX_BATCH: Final = 4096
+
 CELL_STEP: Final = 256
 """llama.cpp rounds the cells of a sequence, or those that sequences share, up to it (``GGML_PAD`` in
 llama-context.cpp)."""
@@ -189,6 +197,10 @@ class Work:
         if self.cells is not None and self.cells < self.context * self.parallel:
             return 1, _rounded(self.cells, CELL_STEP)
         return self.parallel, _rounded(self.context, CELL_STEP)
+
+
+DEFAULT_WORK: Final = Work()
+"""What an engine holds where nobody says it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,16 @@ from attestation.commitment import Entropy
 from attestation.envelope import CONTEXT_NAME, MAX_VERSION
 from attestation.errors import PolicyError, StrongroomError
 from attestation.keypolicy.document import KeyArn, KeyPolicyError, is_kms_host
-from attestation.model_memory import KvType, Work
+from attestation.model_memory import (
+    DEFAULT_WORK,
+    MAX_BATCH,
+    MAX_CONTEXT,
+    MAX_PARALLEL,
+    MIN_BATCH,
+    MIN_CONTEXT,
+    KvType,
+    Work,
+)
 from attestation.reference import DIGEST_SIZE, configuration_digest
 from attestation.strict_toml import Table, wrong_value
 from vsockrpc.address import Address, TcpAddress, parse_address
@@ -28,11 +37,7 @@ MAX_CERTIFICATE_TEXT = 4096
 """Characters of a certificate in base64."""
 MAX_ROTATIONS = 8
 """Rotations that a key may outlive: so many are kept at once when none is used up early."""
-MAX_PARALLEL = 64
-"""llama.cpp's bound is 256 (LLAMA_MAX_SEQ)."""
 _FILE = "file:"
-_WORK = Work()
-"""What an engine holds where nobody says it."""
 
 
 class ConfigurationError(StrongroomError):
@@ -216,15 +221,15 @@ class EnclaveConfiguration:
 
 
 def _engine(table: Table) -> EngineSettings:
-    context = _integer(table, "context", 64, 1 << 20, default=_WORK.context)
-    parallel = _integer(table, "parallel", 1, MAX_PARALLEL, default=_WORK.parallel)
-    batch = _integer(table, "batch", 16, 4096, default=_WORK.batch)
+    context = _integer(table, "context", MIN_CONTEXT, MAX_CONTEXT, default=DEFAULT_WORK.context)
+    parallel = _integer(table, "parallel", 1, MAX_PARALLEL, default=DEFAULT_WORK.parallel)
+    batch = _integer(table, "batch", MIN_BATCH, MAX_BATCH, default=DEFAULT_WORK.batch)
     settings = EngineSettings(
         context=context,
         parallel=parallel,
         cells=_integer(table, "cells", context, context * parallel, default=context * parallel),
-        kv_type=KvType(_choice(table, "kv_type", tuple(KvType), default=_WORK.kv_type)),
-        repack=table.flag("repack") if table.has("repack") else _WORK.repack,
+        kv_type=KvType(_choice(table, "kv_type", tuple(KvType), default=DEFAULT_WORK.kv_type)),
+        repack=table.flag("repack") if table.has("repack") else DEFAULT_WORK.repack,
         batch=batch,
         prefill=_integer(table, "prefill", 1, batch, default=min(batch, 64)),
         threads=_integer(table, "threads", 0, 256, default=0),

@@ -36,8 +36,8 @@ from vsockrpc.chat import ChatRequest, CompletionRequest, GenerationRequest
 START_SECONDS: Final = 600.0
 """For a process to load the model; the largest take minutes."""
 STALL_SECONDS: Final = 120.0
-"""A process that works on something and says nothing for so long has hung: it speaks after every chunk of a prompt
-and every token.
+"""A process that works on something and says nothing for so long has hung: it speaks behind every step, unless it just
+did.
 """
 WAIT_SECONDS: Final = 30.0
 """How long a request waits for a process to come up."""
@@ -149,6 +149,7 @@ class LlamaEngine:
         await self._announce()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
+        begun = asyncio.get_running_loop().time()
         async with self._place(request) as worker:
             answer = await worker.submit(_with_namespace(request))
             try:
@@ -156,6 +157,7 @@ class LlamaEngine:
                     yield event
             finally:
                 worker.withdraw(answer)
+        self._seconds += (asyncio.get_running_loop().time() - begun - self._seconds) / RECENT_ANSWERS
 
     async def count(self, request: ChatRequest) -> int:
         async with self._place(request) as worker:
@@ -168,14 +170,12 @@ class LlamaEngine:
     @contextlib.asynccontextmanager
     async def _place(self, request: GenerationRequest) -> AsyncGenerator[EngineProcess]:
         """One among those who may ask at once. Whoever finds none is told when there may be one."""
-        begun = asyncio.get_running_loop().time()
         try:
             async with self._counted(request) as worker:
                 yield worker
         except Overloaded as error:
             error.retry_seconds = self._retry_seconds()
             raise
-        self._seconds += (asyncio.get_running_loop().time() - begun - self._seconds) / RECENT_ANSWERS
 
     def _retry_seconds(self) -> int:
         """In which all that are here now are answered, if they take as long as the last ones did: a power of two."""

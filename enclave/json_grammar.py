@@ -1,5 +1,5 @@
 """From a JSON schema, or the wish for any JSON object, to a grammar for llama.cpp's sampler: an answer that ended by
-itself is valid. PROTOCOL.md section 7.1 lists what a schema may say.
+itself is valid. PROTOCOL.md section 7.2 lists what a schema may say.
 
 The grammar admits fewer documents than the schema. Properties come in the schema's order, and those that it does not
 name only where ``additionalProperties`` says so, or where it names none. A schema without a ``type``, whose keywords

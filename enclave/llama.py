@@ -18,7 +18,7 @@ from attestation.errors import StrongroomError
 from attestation.model_memory import KvType
 from enclave.config import EngineSettings
 from enclave.kv_cache import Copy, Edit, Truncate
-from enclave.sampler import Candidates, Logits, Sampler
+from enclave.sampler import Candidates, Logits, Sampler, not_null
 from enclave.scheduler import Row
 from enclave.tokenizer import Tokenizer
 from vsockrpc.chat import ChatMessage, ChatRequest, Generation
@@ -68,11 +68,11 @@ class Llama:
         llama_cpp.llama_backend_init()
         self._settings = settings
         self._model = self._load(path)
-        self._vocabulary = _there(llama_cpp.llama_model_get_vocab(self._model))
+        self._vocabulary = not_null(llama_cpp.llama_model_get_vocab(self._model))
         self.vocabulary_size = llama_cpp.llama_vocab_n_tokens(self._vocabulary)
         self._control_tokens = np.array(list(self._controls()), np.int32)
         self._context = self._make_context(threads)
-        self._memory = _there(llama_cpp.llama_get_memory(self._context))
+        self._memory = not_null(llama_cpp.llama_get_memory(self._context))
         self._pool = _ThreadPool(self._context, threads)
         self._batch = _Batch(settings.batch)
         self._candidates = Candidates(self.vocabulary_size)
@@ -316,7 +316,7 @@ class _ThreadPool:
             raise RuntimeError("struct ggml_threadpool_params is not laid out as expected")
         parameters.poll = POLL
         _LIBRARY.ggml_threadpool_new.restype = ctypes.c_void_p
-        pool = _there(_LIBRARY.ggml_threadpool_new(ctypes.byref(parameters)))
+        pool = not_null(_LIBRARY.ggml_threadpool_new(ctypes.byref(parameters)))
         _LIBRARY.llama_attach_threadpool.restype = None
         _LIBRARY.llama_attach_threadpool(ctypes.c_void_p(context), ctypes.c_void_p(pool), ctypes.c_void_p(pool))
 
@@ -328,9 +328,3 @@ def _set(parameters: Any, **values: object) -> None:
         if name not in known:
             raise RuntimeError(f"{type(parameters).__name__} has no field {name}")
         setattr(parameters, name, value)
-
-
-def _there(pointer: Any) -> Any:
-    if not pointer:
-        raise MemoryError("llama.cpp returned no object")
-    return pointer

@@ -101,6 +101,8 @@ class Marks:
         position = 0
         for opening in re.finditer(f"{self.marker}([0-9a-f]{{8}})<", rendered):
             index = int(opening[1], 16)
+            if index >= len(self._entries):
+                raise MarkError("the chat template makes marks of its own")
             entry, closing = self._entries[index], f"{self.marker}{index:08x}>"
             end = opening.end() + len(entry.marked)
             if not (rendered.startswith(entry.marked, opening.end()) and rendered.startswith(closing, end)):

@@ -32,7 +32,8 @@ MAX_DELTA_CHARACTERS: Final = 3 << 10
 MAX_DELTA_TOKENS: Final = 16
 """Whose log probabilities a piece has."""
 _MAX_ID: Final = 2**63 - 1
-_MAX_TOKENS: Final = 1 << 20
+_MAX_TOKENS: Final = 2**32
+"""Of a prompt that is counted, as the client's protocol has it: one that fits into no context has a number, too."""
 
 
 class PipeError(StrongroomError):
@@ -157,7 +158,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Alive:
-    """A chunk of some prompt was decoded."""
+    """A sign of life between two steps: for a while there was nothing else to say."""
 
     def encode(self) -> bytes:
         return encode_message({"alive": None})

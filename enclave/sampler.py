@@ -24,6 +24,8 @@ Tokens = npt.NDArray[np.int32]
 
 _CANDIDATE: Final = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 """``llama_token_data``."""
+_ANSWER_WINDOW: Final = 1 << 13
+"""Tokens of an answer that penalties look back on."""
 
 
 class GrammarRefused(InvalidRequest):
@@ -58,7 +60,7 @@ class Sampler:
         self._grammar = None if grammar is None else self._make_grammar(grammar)
         self._chain: Any = None
         if not _takes_the_likeliest(request):
-            self._chain = _there(llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params()))
+            self._chain = not_null(llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params()))
             self._fill(request, size, prompt)
 
     def _make_grammar(self, grammar: str) -> Any:
@@ -107,7 +109,7 @@ class Sampler:
         self._add(llama_cpp.llama_sampler_init_dist(seed))
 
     def _add(self, link: Any) -> None:
-        llama_cpp.llama_sampler_chain_add(self._chain, _there(link))
+        llama_cpp.llama_sampler_chain_add(self._chain, not_null(link))
 
     def sample(self, logits: Logits, candidates: Candidates, *, is_constrained: bool) -> int:
         """The next token. The grammar has its say where ``is_constrained``, and only the tokens of such places count
@@ -154,10 +156,6 @@ class Sampler:
         for made in (self._chain, self._grammar):
             if made is not None:
                 llama_cpp.llama_sampler_free(made)
-
-
-_ANSWER_WINDOW: Final = 1 << 13
-"""Tokens of an answer that penalties look back on."""
 
 
 def _takes_the_likeliest(request: Generation) -> bool:
@@ -220,7 +218,8 @@ class Candidates:
         array.size, array.selected, array.sorted = len(data), -1, False
 
 
-def _there(pointer: Any) -> Any:
+def not_null(pointer: Any) -> Any:
+    """An object that llama.cpp made. Raises MemoryError where it made none."""
     if not pointer:
         raise MemoryError("llama.cpp returned no object")
     return pointer

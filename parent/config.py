@@ -10,19 +10,11 @@ from __future__ import annotations
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from attestation.errors import StrongroomError
-from attestation.model_memory import KvType, SizingError, Work
+from attestation.model_memory import DEFAULT_WORK, MAX_BATCH, MAX_CONTEXT, MAX_PARALLEL, KvType, SizingError, Work
 from vsockrpc.address import Address, parse_address
 from vsockrpc.errors import AddressError
-
-MAX_TOKENS: Final = 1 << 20
-"""The longest context that the enclave takes."""
-MAX_PARALLEL: Final = 64
-MAX_BATCH: Final = 4096
-DEFAULTS: Final = Work()
-"""What the enclave takes where nobody says it."""
 
 
 class LaunchConfigurationError(StrongroomError):
@@ -56,7 +48,7 @@ class LaunchConfiguration:
     manifest: str
     """``sha384:`` and the digest of the model's manifest, in hexadecimal."""
     kms: KmsAccess | None = None
-    work: Work = DEFAULTS
+    work: Work = DEFAULT_WORK
     """What its engine is to hold."""
 
     @classmethod
@@ -107,11 +99,11 @@ def engine_work(document: dict[str, object]) -> Work:
     engine = document.get("engine", {})
     if not isinstance(engine, dict):
         raise LaunchConfigurationError("[engine]", "no table", got=repr(engine)[:80])
-    context = _number(engine, "context", DEFAULTS.context, MAX_TOKENS)
-    parallel = _number(engine, "parallel", DEFAULTS.parallel, MAX_PARALLEL)
+    context = _number(engine, "context", DEFAULT_WORK.context, MAX_CONTEXT)
+    parallel = _number(engine, "parallel", DEFAULT_WORK.parallel, MAX_PARALLEL)
     cells = _number(engine, "cells", context, context * parallel) if "cells" in engine else None
-    batch = _number(engine, "batch", DEFAULTS.batch, MAX_BATCH)
-    kind, repack = engine.get("kv_type", DEFAULTS.kv_type.value), engine.get("repack", DEFAULTS.repack)
+    batch = _number(engine, "batch", DEFAULT_WORK.batch, MAX_BATCH)
+    kind, repack = engine.get("kv_type", DEFAULT_WORK.kv_type.value), engine.get("repack", DEFAULT_WORK.repack)
     if kind not in list(KvType):
         raise LaunchConfigurationError("engine.kv_type", "unknown", expected=" or ".join(KvType), got=repr(kind)[:80])
     if not isinstance(repack, bool):

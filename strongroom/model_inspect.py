@@ -15,7 +15,13 @@ from attestation.envelope import MAGIC
 from attestation.errors import StrongroomError
 from attestation.gguf import GgufArray, GgufHeader, read_header, read_texts
 from attestation.model_memory import (
+    DEFAULT_WORK,
+    MAX_BATCH,
+    MAX_CONTEXT,
+    MAX_PARALLEL,
     MIB,
+    MIN_BATCH,
+    MIN_CONTEXT,
     EngineMemory,
     KvType,
     ModelShape,
@@ -27,11 +33,8 @@ from attestation.model_memory import (
 from attestation.strict_json import Json
 from strongroom.options import json_option
 
-DEFAULTS: Final = Work()
 ENDS: Final = {"eos": "end of text", "eot": "end of turn", "eom": "end of message"}
 """What a model's metadata name its end tokens."""
-LARGEST_CONTEXT: Final = 1 << 20
-MOST_PARALLEL: Final = 64
 LONGEST_NAME: Final = 80
 """Characters of a text from the file that are shown."""
 
@@ -66,35 +69,35 @@ class Tensors:
 @click.argument("file", metavar="FILE", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option(
     "--context",
-    type=click.IntRange(64, LARGEST_CONTEXT),
-    default=DEFAULTS.context,
+    type=click.IntRange(MIN_CONTEXT, MAX_CONTEXT),
+    default=DEFAULT_WORK.context,
     show_default=True,
     help="Tokens of one conversation, prompt and answer together.",
 )
 @click.option(
     "--parallel",
-    type=click.IntRange(1, MOST_PARALLEL),
-    default=DEFAULTS.parallel,
+    type=click.IntRange(1, MAX_PARALLEL),
+    default=DEFAULT_WORK.parallel,
     show_default=True,
     help="Conversations at once.",
 )
 @click.option(
     "--cells",
-    type=click.IntRange(64, LARGEST_CONTEXT * MOST_PARALLEL),
+    type=click.IntRange(MIN_CONTEXT, MAX_CONTEXT * MAX_PARALLEL),
     help="Tokens of all conversations together; they share fewer than all contexts.  [default: all contexts]",
 )
 @click.option(
     "--kv-type",
     type=click.Choice([kind.value for kind in KvType]),
-    default=DEFAULTS.kv_type.value,
+    default=DEFAULT_WORK.kv_type.value,
     show_default=True,
     help="As what keys and values are kept.",
 )
 @click.option("--no-repack", is_flag=True, help="Without the second copy of weights that is there for speed.")
 @click.option(
     "--batch",
-    type=click.IntRange(16, 4096),
-    default=DEFAULTS.batch,
+    type=click.IntRange(MIN_BATCH, MAX_BATCH),
+    default=DEFAULT_WORK.batch,
     show_default=True,
     help="Tokens in one decode step.",
 )

@@ -13,6 +13,7 @@ import click
 
 from attestation.envelope import EnvelopePurpose
 from attestation.errors import PolicyError
+from attestation.model_memory import DEFAULT_WORK, MAX_CONTEXT, MAX_PARALLEL, MIN_CONTEXT
 from attestation.policy import AppraisalPolicy
 from attestation.release_heads import FileHeads, HeadError, HeadMemory
 from attestation.rules import KeyRule
@@ -137,15 +138,15 @@ def engine_options(command: F) -> F:
     )
     context = click.option(
         "--context",
-        type=click.IntRange(64, 1 << 20),
-        default=2048,
+        type=click.IntRange(MIN_CONTEXT, MAX_CONTEXT),
+        default=DEFAULT_WORK.context,
         show_default=True,
         help="Tokens, prompt and answer together.",
     )
     parallel = click.option(
         "--parallel",
-        type=click.IntRange(1, 64),
-        default=4,
+        type=click.IntRange(1, MAX_PARALLEL),
+        default=DEFAULT_WORK.parallel,
         show_default=True,
         help="Answers at once, each with a context of its own.",
     )

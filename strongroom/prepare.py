@@ -20,6 +20,7 @@ from attestation.commitment import Entropy
 from attestation.envelope import EnvelopePurpose
 from attestation.errors import StrongroomError
 from attestation.manifest import ModelManifest
+from attestation.model_memory import DEFAULT_WORK
 from attestation.policy import AppraisalPolicy
 from attestation.policy_writer import write_policy
 from attestation.process_image import measure_process_image
@@ -95,8 +96,8 @@ class Settings:
     PROTOCOL.md and in the file.
     """
 
-    context: int = 2048
-    parallel: int = 4
+    context: int = DEFAULT_WORK.context
+    parallel: int = DEFAULT_WORK.parallel
     threads: int = 0
     tick_ms: int = 50
     kms: KmsSettings | None = None

@@ -8,8 +8,8 @@ which the order of keys is kept.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Final, Literal, Self, TypeAlias, cast
+from dataclasses import asdict, dataclass
+from typing import Final, Literal, Self, TypeAlias, cast
 
 from vsockrpc.fields import (
     MessageError,
@@ -205,32 +205,12 @@ class Generation:
     """32 bytes. What was computed for one request serves another of the same secret, and no other. None: nothing is
     kept."""
 
-    _OPTIONAL: ClassVar[frozenset[str]] = frozenset(
-        {
-            "model",
-            "max_tokens",
-            "temperature",
-            "top_p",
-            "top_k",
-            "min_p",
-            "typical_p",
-            "frequency_penalty",
-            "presence_penalty",
-            "repetition_penalty",
-            "seed",
-            "logit_bias",
-            "stop",
-            "top_logprobs",
-            "cache_secret",
-        }
-    )
-
     def _encode_options(self) -> dict[str, object]:
         """Those that are not as they are by themselves."""
         body: dict[str, object] = {}
-        for name in Generation._OPTIONAL:
+        for name, default in _DEFAULTS.items():
             value = getattr(self, name)
-            if value != _DEFAULTS[name]:
+            if value != default:
                 body[name] = value
         if self.stop:
             body["stop"] = list(self.stop)
@@ -239,7 +219,7 @@ class Generation:
         return body
 
 
-_DEFAULTS: Final[Mapping[str, object]] = {name: getattr(Generation(), name) for name in sorted(Generation._OPTIONAL)}
+_DEFAULTS: Final[Mapping[str, object]] = asdict(Generation())
 
 
 def _options_of(fields: Mapping[str, object]) -> dict[str, object]:
@@ -341,8 +321,10 @@ class ChatRequest(Generation):
     @classmethod
     def decode(cls, value: object) -> ChatRequest:
         """Raises MessageError naming the field."""
-        own = {"response_format", "tools", "tool_choice", "parallel_tool_calls", "reasoning_tokens", "truncation"}
-        fields = fields_of(value, param="body", required={"messages"}, optional=cls._OPTIONAL | own)
+        own = frozenset(
+            {"response_format", "tools", "tool_choice", "parallel_tool_calls", "reasoning_tokens", "truncation"}
+        )
+        fields = fields_of(value, param="body", required={"messages"}, optional=own | _DEFAULTS.keys())
         entries = list_of(fields["messages"], "messages", MAX_CHAT_MESSAGES)
         if not entries:
             raise MessageError("messages is empty", param="messages", expected="at least 1", got=0)
@@ -383,7 +365,7 @@ class CompletionRequest(Generation):
     @classmethod
     def decode(cls, value: object) -> CompletionRequest:
         """Raises MessageError naming the field."""
-        fields = fields_of(value, param="body", required={"prompt"}, optional=cls._OPTIONAL | {"echo"})
+        fields = fields_of(value, param="body", required={"prompt"}, optional=frozenset({"echo"}) | _DEFAULTS.keys())
         return cls(
             prompt=text_of(fields["prompt"], "prompt", MAX_CONTENT_CHARACTERS),
             echo=flag_of(fields.get("echo", False), "echo"),

@@ -13,8 +13,8 @@ from typing import Final
 import click
 
 from attestation.errors import StrongroomError
-from attestation.model_memory import Work
-from parent.config import DEFAULTS, MAX_PARALLEL, LaunchConfigurationError, engine_work
+from attestation.model_memory import DEFAULT_WORK, MAX_PARALLEL, Work
+from parent.config import LaunchConfigurationError, engine_work
 from parent.doctor import machine, network, nitro
 from parent.doctor.findings import Aim, Check, Finding, Level, Wanted, examined
 from parent.doctor.host import Host
@@ -143,7 +143,7 @@ def what_is_wanted(
     """Raises ImageError, ImageFileError, LaunchConfigurationError, ModelError, SizingError, AllowListError, OSError."""
     facts = None if image is None else read_facts(image)
     size = ASSUMED_IMAGE if facts is None else facts.size
-    work = as_wanted(settings.work or (DEFAULTS if facts is None else facts.work), parallel=parallel)
+    work = as_wanted(settings.work or (DEFAULT_WORK if facts is None else facts.work), parallel=parallel)
     places: list[tuple[Allowed, bytes | None]] = [(Allowed.parse(each), None) for each in reach]
     if settings.kms is not None:
         named = next((place for place, _ in places if place.asked == settings.kms.asked), settings.kms)

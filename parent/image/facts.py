@@ -10,8 +10,8 @@ from typing import Final
 from attestation.eif import Architecture, ImageError
 from attestation.image_files import CONFIGURATION_PATH, MAX_CONFIGURATION, ROOT_FILE_SYSTEM, content_of, ramdisks
 from attestation.measure import measure_image
-from attestation.model_memory import Work
-from parent.config import DEFAULTS, engine_work, read_document
+from attestation.model_memory import DEFAULT_WORK, Work
+from parent.config import engine_work, read_document
 from parent.image.sizing import ImageSize, rounded
 
 _PAGE: Final = 4096
@@ -40,7 +40,7 @@ class ImageFacts:
         """What its engine is to hold; what ours holds by default, where the image does not say. Raises
         LaunchConfigurationError.
         """
-        return DEFAULTS if self.configuration is None else engine_work(read_document(self.configuration))
+        return DEFAULT_WORK if self.configuration is None else engine_work(read_document(self.configuration))
 
 
 def read_facts(path: Path, *, progress: Callable[[int, int], None] | None = None) -> ImageFacts:

@@ -12,9 +12,18 @@ import click
 
 from attestation.eif import Architecture
 from attestation.gguf import read_header
-from attestation.model_memory import KvType, ModelShape, Work
+from attestation.model_memory import (
+    DEFAULT_WORK,
+    MAX_BATCH,
+    MAX_CONTEXT,
+    MAX_PARALLEL,
+    MIN_BATCH,
+    MIN_CONTEXT,
+    KvType,
+    ModelShape,
+    Work,
+)
 from attestation.strict_json import Json
-from parent.config import DEFAULTS, MAX_BATCH, MAX_PARALLEL, MAX_TOKENS
 from parent.image.facts import ImageFacts, read_facts
 from parent.image.instance_types import DATE, PARENT_CPUS, PARENT_MEMORY, PARENT_SHARE, SOURCE, InstanceType, fitting
 from parent.image.sizing import ASSUMED_IMAGE, MIB, Plan, plan
@@ -33,23 +42,23 @@ DECIDED = {
 @click.option("--model", type=FILE, required=True, help="The GGUF file. Of an encrypted model: what was encrypted.")
 @click.option(
     "--context",
-    type=click.IntRange(64, MAX_TOKENS),
-    help=f"Tokens of one conversation, prompt and answer together.  [default: the image's, or {DEFAULTS.context}]",
+    type=click.IntRange(MIN_CONTEXT, MAX_CONTEXT),
+    help=f"Tokens of one conversation, prompt and answer together.  [default: the image's, or {DEFAULT_WORK.context}]",
 )
 @click.option(
     "--parallel",
     type=click.IntRange(1, MAX_PARALLEL),
-    help=f"Conversations at once.  [default: the image's, or {DEFAULTS.parallel}]",
+    help=f"Conversations at once.  [default: the image's, or {DEFAULT_WORK.parallel}]",
 )
 @click.option(
     "--cells",
-    type=click.IntRange(64, MAX_TOKENS * MAX_PARALLEL),
+    type=click.IntRange(MIN_CONTEXT, MAX_CONTEXT * MAX_PARALLEL),
     help="Tokens of all conversations together: fewer than all contexts are shared.  [default: the image's, or all]",
 )
 @click.option(
     "--kv-type",
     type=click.Choice([kind.value for kind in KvType]),
-    help=f"As what keys and values are kept.  [default: the image's, or {DEFAULTS.kv_type}]",
+    help=f"As what keys and values are kept.  [default: the image's, or {DEFAULT_WORK.kv_type}]",
 )
 @click.option(
     "--repack/--no-repack",
@@ -58,8 +67,8 @@ DECIDED = {
 )
 @click.option(
     "--batch",
-    type=click.IntRange(16, MAX_BATCH),
-    help=f"Tokens in one decode step.  [default: the image's, or {DEFAULTS.batch}]",
+    type=click.IntRange(MIN_BATCH, MAX_BATCH),
+    help=f"Tokens in one decode step.  [default: the image's, or {DEFAULT_WORK.batch}]",
 )
 @click.option("--cpus", type=click.IntRange(1, 256), help="vCPUs of the enclave.  [default: 2 for each GiB of weights]")
 @click.option("--image", type=FILE, help="The EIF.  [default: one of 300 MB, the most that ours may have]")

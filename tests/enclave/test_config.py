@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 import enclave.config
 from attestation.commitment import Entropy
 from attestation.keypolicy.document import KeyArn
-from attestation.model_memory import KvType
+from attestation.model_memory import MAX_PARALLEL, KvType
 from attestation.reference import configuration_digest
 from enclave.config import (
-    MAX_PARALLEL,
     MAX_ROTATIONS,
     ChannelSettings,
     ConfigurationError,

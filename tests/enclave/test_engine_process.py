@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import pytest
 from attestation.gguf import ModelError
 from attestation.manifest import ModelManifest
 from enclave.config import EngineSettings
-from enclave.engine import LlamaEngine
+from enclave.engine import MAX_RETRY_SECONDS, LlamaEngine
 from enclave.generation import (
     EngineFailed,
     EngineRefused,
@@ -183,7 +183,7 @@ async def test_the_process_dies_with_its_pipe(tiny_weights: int) -> None:
 
 SERVER = """
 import asyncio, os, signal, sys
-from enclave.engine import LlamaEngine
+from enclave.engine import MAX_RETRY_SECONDS, LlamaEngine
 from tests.engines import engine_settings
 
 async def main():
@@ -306,21 +306,55 @@ async def test_an_answer_that_begins_with_its_prompt_has_room_for_it(tiny_weight
         await engine.close()
 
 
+@asynccontextmanager
+async def crowded(engine: LlamaEngine) -> AsyncIterator[None]:
+    """One is answered and another waits: all that an engine takes with ``parallel`` and ``queue`` of 1."""
+    async with aclosing(engine.generate(LONG)) as first:
+        await anext(first)
+        second = asyncio.create_task(finish(engine, SHORT))
+        await asyncio.sleep(0)
+        yield
+    await second
+
+
 async def test_whoever_is_one_too_many_is_told_when_to_come_again(tiny_weights: int) -> None:
     engine = LlamaEngine(tiny_weights, CHAT_TEMPLATE, replace(SETTINGS, parallel=1, cells=4096, queue=1))
     await engine.start()
     try:
-        async with aclosing(engine.generate(LONG)) as first:
-            await anext(first)
-            second = asyncio.create_task(finish(engine, SHORT))
-            await asyncio.sleep(0)
+        async with crowded(engine):
             with pytest.raises(Overloaded) as caught:
                 await finish(engine, SHORT)
             with pytest.raises(Overloaded):
                 await engine.count(SHORT)
         assert caught.value.retry_seconds in [1 << power for power in range(12)]
         assert (caught.value.expected, caught.value.got) == ("<= 2 at once", "3")
-        await second
+    finally:
+        await engine.close()
+
+
+@pytest.mark.parametrize(("counts", "seconds"), [(True, 1), (False, MAX_RETRY_SECONDS)])
+async def test_a_count_says_nothing_of_how_long_an_answer_takes(
+    tiny_weights: int, monkeypatch: pytest.MonkeyPatch, counts: bool, seconds: int
+) -> None:
+    settings = replace(SETTINGS, parallel=1, cells=4096, queue=1)
+    engine = LlamaEngine(tiny_weights, CHAT_TEMPLATE, settings, stall_seconds=1e9)
+    await engine.start()
+    loop, withdraw, late = asyncio.get_running_loop(), EngineProcess.withdraw, 0.0
+    real = loop.time
+
+    def withdraw_late(process: EngineProcess, answer: Answer) -> None:
+        nonlocal late
+        late += 100_000
+        withdraw(process, answer)
+
+    monkeypatch.setattr(loop, "time", lambda: real() + late)
+    monkeypatch.setattr(EngineProcess, "withdraw", withdraw_late)
+    try:
+        await (engine.count(SHORT) if counts else finish(engine, SHORT))
+        async with crowded(engine):
+            with pytest.raises(Overloaded) as caught:
+                await finish(engine, SHORT)
+        assert caught.value.retry_seconds == seconds
     finally:
         await engine.close()
 

@@ -22,6 +22,7 @@ from tests.engines import engine_settings
 from tests.gbnf import Reader
 from tests.gguf_files import tiny_model
 from tests.json_schemas import REALISTIC
+from tests.vocabularies import vocabulary
 from vsockrpc.chat import ChatMessage, ChatRequest, Tool
 
 VOCABULARY = Path(__file__).parents[2] / "../shared/vectors/gguf/ggml-vocab-qwen2.gguf"
@@ -30,12 +31,8 @@ VOCABULARY = Path(__file__).parents[2] / "../shared/vectors/gguf/ggml-vocab-qwen
 class Judge:
     """A vocabulary without a model."""
 
-    def __init__(self, path: Path) -> None:
-        parameters = llama_cpp.llama_model_default_params()
-        parameters.vocab_only = True
-        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
-        assert self.model
-        self.vocabulary = llama_cpp.llama_model_get_vocab(self.model)
+    def __init__(self, vocabulary: Any) -> None:
+        self.vocabulary = vocabulary
         self.size = llama_cpp.llama_vocab_n_tokens(self.vocabulary)
         self.candidates = Candidates(self.size)
         self.end = next(token for token in range(self.size) if llama_cpp.llama_vocab_is_eog(self.vocabulary, token))
@@ -72,9 +69,8 @@ def judge(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         path.write_bytes(tiny_model().encode())
     elif not path.exists():
         pytest.skip("no ../shared/vectors/gguf/ggml-vocab-qwen2.gguf")
-    judge = Judge(path)
-    yield judge
-    llama_cpp.llama_model_free(judge.model)
+    with vocabulary(path) as opened:
+        yield Judge(opened)
 
 
 @pytest.mark.parametrize("name", REALISTIC)

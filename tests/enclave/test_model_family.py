@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +17,7 @@ from enclave.prompt import ChatTemplate, Prompt
 from enclave.tokenizer import Tokenizer
 from enclave.tool_calls import DEEPSEEK, HERMES, LLAMA, CallSyntax
 from tests.gguf_files import ARRAY, CONTROL, I32, NORMAL, TEXT, U32, USER_DEFINED, Gguf, Value, tiny_model
+from tests.vocabularies import vocabulary
 from vsockrpc.chat import ChatMessage, ChatRequest, CompletionRequest, JsonFormat, NamedTool, Tool
 
 VECTORS: Final = Path(__file__).parents[3] / "shared" / "vectors" / "gguf"
@@ -150,18 +150,6 @@ def test_the_marks_of_calls_are_all_that_may_be_tokens() -> None:
 
 
 # --- Ends of turns --------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def vocabulary(path: Path) -> Iterator[Any]:
-    parameters = llama_cpp.llama_model_default_params()
-    parameters.vocab_only = True
-    model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
-    assert model
-    try:
-        yield llama_cpp.llama_model_get_vocab(model)
-    finally:
-        llama_cpp.llama_model_free(model)
 
 
 def gguf_with(specials: Sequence[tuple[str, int]], *, eos: str) -> Gguf:

@@ -71,7 +71,7 @@ TO_SERVER: list[ToServer] = [
     Piece(1, Delta(tool_calls=(ToolCallDelta(0, "", "call_1", "f"), ToolCallDelta(0, "{")))),
     End(1, Done("stop", USAGE)),
     End(1, Done("tool_calls", USAGE, 2**32)),
-    Counted(2, 1 << 20),
+    Counted(2, 2**32),
 ]
 
 
@@ -164,7 +164,7 @@ DONE = {"finish_reason": "stop", "usage": COUNTS, "dropped_messages": 0}
         {"end": [0, {**DONE, "dropped_messages": None}]},
         {"counted": [0]},
         {"counted": [0, -1]},
-        {"counted": [0, (1 << 20) + 1]},
+        {"counted": [0, 2**32 + 1]},
         {"counted": [0, True]},
         {"counted": [-1, 0]},
         {"failed": [0, "engine_failed", "x", None, None]},

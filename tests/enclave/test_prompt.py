@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,6 +19,7 @@ from enclave.prompt import ChatTemplate, Prompt, Segment, TemplateError
 from enclave.tokenizer import Tokenizer
 from enclave.truncation import USUAL_ANSWER, fitting
 from tests.gguf_files import ASSISTANT, BOS, CHAT_TEMPLATE, EOS, SYSTEM, USER, tiny_model
+from tests.vocabularies import vocabulary
 from vsockrpc.chat import ROLES, ChatMessage, ChatRequest, Role, Tool, ToolCall
 
 CHATML = (
@@ -124,6 +123,13 @@ def test_a_template_that_cannot_be_trusted_with_a_conversation_is_a_typed_error(
     with pytest.raises(error) as caught:
         render(source, ("user", "Hello"))
     assert "Hello" not in str(caught.value)
+
+
+@pytest.mark.parametrize("number", ["00000001", "ffffffff"])
+def test_a_template_that_numbers_a_text_anew_cannot_be_trusted(number: str) -> None:
+    source = f"{{{{ messages[0].content | replace('00000000<', '{number}<') }}}}"
+    with pytest.raises(TemplateError, match="makes marks of its own"):
+        render(source, ("user", "x"))
 
 
 def test_a_stray_part_of_a_content_cannot_hold_a_mark() -> None:
@@ -485,18 +491,6 @@ def test_a_tool_s_answer_goes_with_the_turn_that_asked_for_it() -> None:
 
 # --- Tokens
 # --------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def vocabulary(path: Path) -> Iterator[Any]:
-    parameters = llama_cpp.llama_model_default_params()
-    parameters.vocab_only = True
-    model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
-    assert model
-    try:
-        yield llama_cpp.llama_model_get_vocab(model)
-    finally:
-        llama_cpp.llama_model_free(model)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from enclave.generation import InvalidRequest
 from enclave.sampler import Candidates, GrammarRefused, Logits, Sampler
 from tests.gguf_files import EOS, tiny_model
+from tests.vocabularies import vocabulary
 from vsockrpc.chat import CompletionRequest
 
 SIZE = 262
@@ -30,17 +31,13 @@ def _say_nothing(level: int, text: bytes, data: ctypes.c_void_p) -> None:
 
 
 @pytest.fixture(scope="module")
-def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     path = tmp_path_factory.mktemp("sampler") / "tiny.gguf"
     path.write_bytes(tiny_model().encode())
     llama_cpp.llama_log_set(_say_nothing, ctypes.c_void_p(None))
-    parameters = llama_cpp.llama_model_default_params()
-    parameters.vocab_only = True
-    model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
-    made = llama_cpp.llama_model_get_vocab(model)
-    assert llama_cpp.llama_vocab_n_tokens(made) == SIZE
-    yield made
-    llama_cpp.llama_model_free(model)
+    with vocabulary(path) as made:
+        assert llama_cpp.llama_vocab_n_tokens(made) == SIZE
+        yield made
 
 
 CANDIDATES = Candidates(SIZE)
@@ -71,8 +68,8 @@ class Samplers:
 
 
 @pytest.fixture
-def samplers(vocabulary: Any) -> Samplers:
-    return Samplers(vocabulary)
+def samplers(tiny: Any) -> Samplers:
+    return Samplers(tiny)
 
 
 def logits(**likely: float) -> Logits:
@@ -299,11 +296,11 @@ def test_a_grammar_goes_together_with_everything_else(samplers: Samplers) -> Non
         assert sampler.choose(logits(a=4, c=3)) == A
 
 
-def test_a_token_that_stands_for_no_text_never_comes_under_a_grammar(vocabulary: Any) -> None:
+def test_a_token_that_stands_for_no_text_never_comes_under_a_grammar(tiny: Any) -> None:
     """llama.cpp's grammar takes a control token for its name."""
     request = CompletionRequest(prompt="", temperature=0)
     grammar, unspoken = "root ::= [a-d]+", np.array([A, B], np.int32)
-    with closing(Sampler(vocabulary, SIZE, request, (), grammar=grammar, unspoken=unspoken)) as sampler:
+    with closing(Sampler(tiny, SIZE, request, (), grammar=grammar, unspoken=unspoken)) as sampler:
         favoured = logits(a=9, b=8, c=7)
         assert sampler.sample(favoured, CANDIDATES, is_constrained=True) == C
         assert sampler.sample(favoured, CANDIDATES, is_constrained=False) == A

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attestation.manifest import ManifestFile, ModelManifest
-from attestation.model_memory import Work
+from attestation.model_memory import DEFAULT_WORK, Work
 from enclave.config import EnclaveConfiguration
-from parent.config import DEFAULTS, KmsAccess, LaunchConfiguration, LaunchConfigurationError
+from parent.config import KmsAccess, LaunchConfiguration, LaunchConfigurationError
 from strongroom.prepare import Settings, enclave_toml
 from vsockrpc.address import UnixAddress
 
@@ -118,8 +118,8 @@ def test_what_the_engine_holds_is_the_same_for_both(tmp_path: Path, engine: str)
 
 def test_where_nobody_says_it_it_is_what_enclaves_take(tmp_path: Path) -> None:
     text = GOOD.replace('"sha384:00"', f'"sha384:{"00" * 48}"')
-    assert load(tmp_path, text).work == DEFAULTS
-    assert as_held(EnclaveConfiguration.parse(text.encode()).engine.work) == as_held(DEFAULTS)
+    assert load(tmp_path, text).work == DEFAULT_WORK
+    assert as_held(EnclaveConfiguration.parse(text.encode()).engine.work) == as_held(DEFAULT_WORK)
 
 
 @pytest.mark.parametrize(
