@@ -28,8 +28,13 @@ class AnswerFormat:
     """
 
 
-def answer_format(request: GenerationRequest, family: ModelFamily, prompt: Prompt) -> AnswerFormat:
-    """Raises InvalidRequest for what no answer of this model can be."""
+def answer_format(
+    request: GenerationRequest, family: ModelFamily, prompt: Prompt, *, most_reasoning: int | None = None
+) -> AnswerFormat:
+    """``most_reasoning`` is the budget in tokens of an answer whose request has none, or a larger one.
+
+    Raises InvalidRequest for what no answer of this model can be.
+    """
     if isinstance(request, CompletionRequest):
         reading = Reading(echo=request.prompt if request.echo else "")
         return AnswerFormat(Reply(request.stop, reading), None, frozenset())
@@ -39,7 +44,7 @@ def answer_format(request: GenerationRequest, family: ModelFamily, prompt: Promp
         reasons=reasons,
         is_open=prompt.opens_reasoning,
         must_open=family.opens_reasoning and not prompt.ends_reasoning and request.reasoning_tokens != 0,
-        budget=request.reasoning_tokens,
+        budget=min((each for each in (request.reasoning_tokens, most_reasoning) if each is not None), default=None),
         has_grammar=grammar is not None,
     )
     if reasons:

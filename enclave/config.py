@@ -68,6 +68,13 @@ class EngineSettings:
     """Tokens that one decode takes at most: a cancelled call stops within one."""
     prefill: int
     """How many of these are of prompts while somebody waits for the next token of an answer."""
+    prompt_tokens: int
+    """Of one prompt at most; 0 is as many as the context leaves."""
+    answer_tokens: int
+    """Of one answer at most, reasoning among them, and of one whose request does not say how long it may be; 0 is as
+    many as the context leaves."""
+    reasoning_tokens: int
+    """Of one answer's reasoning at most; 0 leaves that to the request."""
     threads: int
     """Threads that decode; 0 takes every CPU that the enclave has."""
     queue: int
@@ -79,6 +86,16 @@ class EngineSettings:
     def shares_cells(self) -> bool:
         """Sequences have no cells of their own (llama.cpp's ``kv_unified``)."""
         return self.cells < self.context * self.parallel
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens, with room for one of an answer."""
+        return self.prompt_tokens or self.context - 1
+
+    @property
+    def longest_answer(self) -> int:
+        """Tokens, behind the shortest prompt."""
+        return self.answer_tokens or self.context - 1
 
     @property
     def work(self) -> Work:
@@ -232,12 +249,19 @@ def _engine(table: Table) -> EngineSettings:
         repack=table.flag("repack") if table.has("repack") else DEFAULT_WORK.repack,
         batch=batch,
         prefill=_integer(table, "prefill", 1, batch, default=min(batch, 64)),
+        prompt_tokens=_integer(table, "prompt_tokens", 0, context - 1, default=0),
+        answer_tokens=_integer(table, "answer_tokens", 0, context - 1, default=0),
+        reasoning_tokens=_integer(table, "reasoning_tokens", 0, context - 1, default=0),
         threads=_integer(table, "threads", 0, 256, default=0),
         queue=_integer(table, "queue", 1, 1024, default=64),
         uid=_integer(table, "uid", 1, 2**31 - 1, default=64001),
     )
     if batch < parallel:
         raise wrong_value(table.field("batch"), f">= {parallel}, a token of each sequence", batch)
+    prompt, answer = settings.prompt_tokens, settings.answer_tokens
+    if prompt and prompt + answer > context:
+        expected = f"<= {context - prompt}, what the context leaves behind prompt_tokens"
+        raise wrong_value(table.field("answer_tokens"), expected, answer)
     return settings
 
 

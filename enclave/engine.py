@@ -71,7 +71,7 @@ class Engine(Protocol):
         ``request`` is one that decoding returned, or could have: its bounds are checked there.
 
         Closing the iterator or cancelling the task that reads it stops the work within one decode step. Raises
-        EngineError: InvalidRequest, ContextExceeded, Overloaded, Unavailable, EngineFailed.
+        EngineError: InvalidRequest, ContextExceeded, AnswerExceeded, Overloaded, Unavailable, EngineFailed.
         """
 
     async def count(self, request: ChatRequest) -> int:

@@ -32,6 +32,15 @@ class ContextExceeded(EngineError):
         super().__init__("context_exceeded", message, expected=expected, got=got)
 
 
+class AnswerExceeded(EngineError):
+    """``max_tokens`` is more than an answer may have here."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, expected: object | None = None, got: object | None = None) -> None:
+        super().__init__("answer_exceeded", message, expected=expected, got=got)
+
+
 class Overloaded(EngineError):
     """As many requests as may wait are waiting."""
 

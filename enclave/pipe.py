@@ -15,7 +15,7 @@ from typing import Final, TypeAlias, TypeVar
 from attestation.errors import StrongroomError
 from attestation.model_memory import KvType
 from enclave.config import EngineSettings
-from enclave.generation import ContextExceeded, EngineError, InvalidRequest, Overloaded
+from enclave.generation import AnswerExceeded, ContextExceeded, EngineError, InvalidRequest, Overloaded
 from vsockrpc.chat import ChatRequest, CompletionRequest, GenerationRequest
 from vsockrpc.fields import MessageError
 from vsockrpc.messages import Delta, Done, MessageReader, encode_message
@@ -238,6 +238,8 @@ def _error(code: object, message: str, expected: str | None, got: str | None) ->
             return InvalidRequest(message, expected=expected, got=got)
         case "context_exceeded":
             return ContextExceeded(message, expected=expected, got=got)
+        case "answer_exceeded":
+            return AnswerExceeded(message, expected=expected, got=got)
         case "overloaded":
             return Overloaded(expected=expected, got=got)
     raise PipeError("a request failed for an unknown reason", got=code)

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from typing import Final, TypeVar
 
+from enclave.config import EngineSettings
 from enclave.generation import (
     EngineError,
     EngineFailed,
@@ -135,20 +136,21 @@ class EngineProcess:
                 raise
         reader, writer = await asyncio.open_connection(sock=ours)
         writer.write(load.encode())
-        return cls(process, reader, writer, load.settings.context, stall_seconds)
+        return cls(process, reader, writer, load.settings, stall_seconds)
 
     def __init__(
         self,
         process: asyncio.subprocess.Process,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
-        context: int,
+        settings: EngineSettings,
         stall_seconds: float,
     ) -> None:
         self._process = process
         self._stream = reader
         self._writer = writer
-        self._context = context
+        self._longest_prompt = settings.longest_prompt
+        self._longest_answer = settings.longest_answer
         self._stall_seconds = stall_seconds
         self._messages = MessageReader(MAX_TO_SERVER)
         self._answers: dict[int, Answer] = {}
@@ -213,7 +215,7 @@ class EngineProcess:
             case End(number, done):
                 if (answer := self._answer(number, is_count=False)) is not None:
                     usage = done.usage
-                    if usage.prompt_tokens > self._context or usage.completion_tokens > answer.tokens:
+                    if usage.prompt_tokens > self._longest_prompt or usage.completion_tokens > answer.tokens:
                         raise PipeError("more tokens than there can be")
                     if usage.cached_tokens > usage.prompt_tokens or usage.reasoning_tokens > usage.completion_tokens:
                         raise PipeError("a part that is more than the whole")
@@ -258,7 +260,7 @@ class EngineProcess:
             raise EngineFailed(_ENDED) from error
         if self._writer.is_closing():
             raise EngineFailed(_ENDED)
-        tokens = min(request.max_tokens or self._context, self._context)
+        tokens = min(request.max_tokens or self._longest_answer, self._longest_answer)
         echoed = len(request.prompt) if isinstance(request, CompletionRequest) and request.echo else 0
         answer = Answer(self._issued, tokens, is_count=kind is Count, echoed=echoed)
         self._issued += 1

@@ -16,7 +16,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
-from enclave.generation import ContextExceeded, Overloaded
+from enclave.generation import AnswerExceeded, ContextExceeded, Overloaded
 from enclave.kv_cache import Edit, KvCache, Slot
 from vsockrpc.messages import Delta, Done, FinishReason, Usage
 
@@ -166,14 +166,28 @@ class _Waiting:
 class Scheduler:
     """All sizes are tokens, or cells, which is the same."""
 
-    def __init__(self, *, cache: KvCache, slots: int, context: int, step: int, beside: int, queue: int) -> None:
+    def __init__(
+        self,
+        *,
+        cache: KvCache,
+        slots: int,
+        context: int,
+        step: int,
+        beside: int,
+        queue: int,
+        longest_prompt: int | None = None,
+        longest_answer: int | None = None,
+    ) -> None:
         """``context`` is the longest sequence, ``step`` what one decode takes at most, ``beside`` how much of that are
         prompts while somebody waits for the next token of an answer, ``queue`` how many requests may wait.
+        ``longest_prompt`` and ``longest_answer`` are None where the context alone bounds them.
         """
         if not 0 < beside <= step or step < slots or queue < 0:
             raise ValueError("a step has room for a token of each sequence, and for some of a prompt")
         self._cache = cache
         self._context = context
+        self._longest_prompt = longest_prompt
+        self._longest_answer = longest_answer
         self._step = step
         self._beside = beside
         self._queue = queue
@@ -197,21 +211,16 @@ class Scheduler:
         return len(self._waiting)
 
     def admit(self, admission: Admission) -> None:
-        """Takes a request in. Raises ContextExceeded when the prompt leaves no room for one token of an answer, and
-        Overloaded.
+        """Takes a request in. Raises ContextExceeded when the prompt is longer than prompts may be, or leaves no room
+        for one token of an answer; AnswerExceeded when the answer shall be longer than answers may be; and Overloaded.
         """
         prompt = admission.prompt
         if not prompt:
             raise ValueError("a prompt has at least one token")
-        room = self._context - len(prompt)
-        if room < 1:
-            raise ContextExceeded(
-                "the prompt is longer than the context",
-                expected=f"<= {self._context - 1} tokens",
-                got=f"{len(prompt)} tokens",
-            )
+        self._require(len(prompt), admission.max_tokens)
         self._arrived += 1
-        budget = min(admission.max_tokens or room, room)
+        room = self._context - len(prompt)
+        budget = min(admission.max_tokens or self._longest_answer or room, room)
         sequence = _Sequence(admission, self._arrived, budget, list(prompt))
         begin = self._cache.free_slots  # so many of those who wait do so for the next step alone
         if len(self._waiting) >= self._queue + begin:
@@ -220,6 +229,22 @@ class Scheduler:
         if self._waiting.of(sequence.client) >= share + begin:
             raise Overloaded(expected=f"<= {share} waiting of one client", got=share + 1)
         self._waiting.add(sequence)
+
+    def _require(self, prompt: int, answer: int | None) -> None:
+        """That both are no longer than they may be."""
+        most, what = self._context - 1, "the context"
+        if self._longest_prompt is not None and self._longest_prompt < most:
+            most, what = self._longest_prompt, "prompts may be here"
+        if prompt > most:
+            raise ContextExceeded(
+                f"the prompt is longer than {what}", expected=f"<= {most} tokens", got=f"{prompt} tokens"
+            )
+        if self._longest_answer is not None and (answer or 0) > self._longest_answer:
+            raise AnswerExceeded(
+                "max_tokens is more than an answer may have here",
+                expected=f"<= {self._longest_answer} tokens",
+                got=f"{answer} tokens",
+            )
 
     def cancel(self, request: int) -> bool:
         """Forgets a request, wherever it stands; False when there is none of that number. Nothing of it is in the next

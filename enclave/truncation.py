@@ -8,25 +8,28 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
+from enclave.config import EngineSettings
 from enclave.prompt import Prompt
 from vsockrpc.chat import ChatMessage, ChatRequest
 
 USUAL_ANSWER: Final = 512
-"""Tokens that are kept free for an answer whose request does not say how long it may be."""
+"""Tokens that are kept free for an answer of which neither request nor configuration says how long it may be."""
 
 Tokenized = tuple[Prompt, list[int]]
 
 
-def fitting(request: ChatRequest, tokenize: Callable[[ChatRequest], Tokenized], *, context: int) -> Tokenized:
-    """The prompt of ``request`` and its tokens, without as many of the oldest turns as it takes until there is room for
-    the answer: ``max_tokens``, or :data:`USUAL_ANSWER`, but of no more than half of the ``context``. What does not fit
-    even without all of them comes back nevertheless.
+def fitting(request: ChatRequest, tokenize: Callable[[ChatRequest], Tokenized], settings: EngineSettings) -> Tokenized:
+    """The prompt of ``request`` and its tokens, without as many of the oldest turns as it takes until it is no longer
+    than prompts may be and there is room for the answer: ``max_tokens``, or the longest one, or :data:`USUAL_ANSWER`
+    where that has no bound, but of no more than half of the context. What does not fit even without all of them comes
+    back nevertheless.
 
     A turn is a person's message and all that follows until the next. ``tokenize`` is called once, and where turns
     have to go about as often as their number has binary digits.
     """
     whole = tokenize(request)
-    most = context - min(request.max_tokens or USUAL_ANSWER, context // 2)
+    answer = request.max_tokens or settings.answer_tokens or USUAL_ANSWER
+    most = min(settings.longest_prompt, settings.context - min(answer, settings.context // 2))
     if request.truncation == "disabled" or len(whole[1]) <= most:
         return whole
     turns = _turns(request.messages)

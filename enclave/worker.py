@@ -157,7 +157,7 @@ class Loop:
         self._template = template
         self._tokenizer = tokenizer
         self._family = family
-        self._context = settings.context
+        self._settings = settings
         self._ends = ends
         self._scheduler = Scheduler(
             cache=KvCache(slots=settings.parallel, cells=settings.cells, reuses=llama.can_truncate),
@@ -166,6 +166,8 @@ class Loop:
             step=settings.batch,
             beside=settings.prefill,
             queue=settings.queue,
+            longest_prompt=settings.prompt_tokens or None,
+            longest_answer=settings.answer_tokens or None,
         )
         self._arrived: deque[Generate | Count] = deque()
         self._requests: dict[int, _Request] = {}
@@ -217,7 +219,7 @@ class Loop:
             prompt, tokens = self._tokenized(Prompt((Segment(request.prompt, trusted=False),)))
         else:
             render = self._template.render
-            prompt, tokens = fitting(request, lambda part: self._tokenized(render(part)), context=self._context)
+            prompt, tokens = fitting(request, lambda part: self._tokenized(render(part)), self._settings)
         if not tokens:
             raise InvalidRequest("the prompt is empty", expected="at least 1 token", got=0)
         return prompt, tokens
@@ -226,7 +228,7 @@ class Loop:
         return prompt, self._tokenizer.tokens(prompt.segments)
 
     def _begin(self, number: int, request: GenerationRequest, prompt: Prompt, tokens: list[int]) -> None:
-        form = answer_format(request, self._family, prompt)
+        form = answer_format(request, self._family, prompt, most_reasoning=self._settings.reasoning_tokens or None)
         pieces = self._pieces_of(form.marks)
         sampler = self._llama.sampler(request, tokens, grammar=form.grammar, marks=pieces.keys())
         admission = Admission(

@@ -162,7 +162,7 @@ async def _answered(
         deltas, done = await unless_client_leaves(_gather(first, answers), request.receive)
     except StrongroomError as error:
         await answers.aclose()
-        raise api_error_of(error, prompt=kind.PROMPT) from error
+        raise api_error_of(error, prompt=kind.PROMPT, limit=call.limit) from error
     except BaseException:
         await answers.aclose()
         raise

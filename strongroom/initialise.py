@@ -74,6 +74,9 @@ def init(
     weights_inside: bool,
     context: int,
     parallel: int,
+    prompt_tokens: int,
+    answer_tokens: int,
+    reasoning_tokens: int,
     threads: int,
     tick_ms: int,
     kms_endpoint: str | None,
@@ -93,7 +96,7 @@ def init(
     Example:
       strongroom init --model SmolLM2.gguf --directory demo
       strongroom start --config demo/enclave.toml --model SmolLM2.gguf --name demo
-      strongroom init --model SmolLM2.gguf --target nitro
+      strongroom init --model SmolLM2.gguf --target nitro --profile reference
       strongroom init --model SmolLM2.gguf --directory demo --kms-context demo \\
         --kms-model-key arn:aws:kms:eu-central-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab \\
         --kms-administrator arn:aws:iam::111122223333:role/keys
@@ -109,6 +112,9 @@ def init(
     settings = Settings(
         context=context,
         parallel=parallel,
+        prompt_tokens=prompt_tokens,
+        answer_tokens=answer_tokens,
+        reasoning_tokens=reasoning_tokens,
         threads=threads,
         tick_ms=tick_ms,
         kms=kms,

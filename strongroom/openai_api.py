@@ -129,6 +129,8 @@ class Call(Generic[Q]):
     stream: bool
     include_usage: bool
     cache_key: str | None
+    limit: str = "max_tokens"
+    """The parameter that says how long the answer may be: as it was sent."""
 
 
 def parse_chat(document: object) -> Call[ChatRequest]:
@@ -157,6 +159,7 @@ def _parsed(document: object, served: frozenset[str], translate: Callable[[Field
             flag_of(fields.get("stream", False), "stream"),
             _include_usage(fields),
             None if key is None else text_of(key, "prompt_cache_key", MAX_CACHE_KEY_CHARACTERS),
+            _one_of(fields, "max_tokens", "max_completion_tokens") or "max_tokens",
         )
     except MessageError as error:
         param = _PLACES.sub(r"\1.function.\2", error.param)[:MAX_QUOTED]
@@ -411,8 +414,9 @@ def _plain(error: StrongroomError) -> str:
     return text
 
 
-def api_error_of(error: StrongroomError, *, prompt: str = "messages") -> ApiError:
-    """Any error of a request as OpenAI would say it. ``prompt`` names the parameter that holds the prompt.
+def api_error_of(error: StrongroomError, *, prompt: str = "messages", limit: str = "max_tokens") -> ApiError:
+    """Any error of a request as OpenAI would say it. ``prompt`` names the parameter that holds the prompt, ``limit``
+    the one that bounds the answer.
 
     Only the enclave itself can say that nothing has run, so only then is there a time for another attempt: OpenAI's
     clients try again by themselves after 429 and 5xx, each time as a new request, and a parent that forges faults could
@@ -429,6 +433,8 @@ def api_error_of(error: StrongroomError, *, prompt: str = "messages") -> ApiErro
     match error.code:
         case "context_exceeded":
             return ApiError(400, "context_length_exceeded", _plain(error), param=prompt)
+        case "answer_exceeded":
+            return ApiError(400, None, _plain(error), param=limit)
         case "unknown_model":
             return ApiError(404, "model_not_found", _plain(error), param="model")
         case "invalid_request":

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from attestation.model_memory import DEFAULT_WORK, MAX_CONTEXT, MAX_PARALLEL, MI
 from attestation.policy import AppraisalPolicy
 from attestation.release_heads import FileHeads, HeadError, HeadMemory
 from attestation.rules import KeyRule
+from strongroom.profiles import PROFILES
 from strongroom.render import open_console
 
 DEFAULT_URL = "http://127.0.0.1:8080"
@@ -127,8 +129,34 @@ def _state_directory() -> Path:
     return Path.home() / ".local" / "state" / "strongroom"
 
 
+def _take_profile(ctx: click.Context, param: click.Parameter, name: str | None) -> None:
+    """Its sizes take the place of defaults: whatever is given explicitly goes first."""
+    if name is not None:
+        sizes = {key: value for key, value in asdict(PROFILES[name]).items() if key != "about"}
+        ctx.default_map = {**(ctx.default_map or {}), **sizes}
+
+
+def _budget(name: str, text: str) -> Callable[[F], F]:
+    bounds = click.IntRange(0, MAX_CONTEXT - 1)
+    return click.option(name, type=bounds, default=0, show_default=True, help=text)
+
+
 def engine_options(command: F) -> F:
-    """``--context``, ``--parallel`` and ``--threads``, for every command that writes an ``enclave.toml``."""
+    """``--profile``, and what it stands for: ``--context``, ``--parallel``, ``--prompt-tokens``, ``--answer-tokens``,
+    ``--reasoning-tokens`` and ``--threads``, for every command that writes an ``enclave.toml``.
+    """
+    profile = click.option(
+        "--profile",
+        type=click.Choice(list(PROFILES)),
+        is_eager=True,
+        expose_value=False,
+        callback=_take_profile,
+        help="Sizes that belong together; the options below go first. "
+        + " ".join(f"{name}: {each.about}." for name, each in PROFILES.items()),
+    )
+    prompt = _budget("--prompt-tokens", "The longest prompt; 0: what the context has room for.")
+    answer = _budget("--answer-tokens", "The longest answer; 0: what the context has room for.")
+    reasoning = _budget("--reasoning-tokens", "The most that an answer may think; 0: as its request says.")
     threads = click.option(
         "--threads",
         type=click.IntRange(0, 256),
@@ -150,4 +178,4 @@ def engine_options(command: F) -> F:
         show_default=True,
         help="Answers at once, each with a context of its own.",
     )
-    return context(parallel(threads(command)))
+    return profile(context(parallel(prompt(answer(reasoning(threads(command)))))))

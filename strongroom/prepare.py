@@ -92,18 +92,34 @@ WEIGHTS_FOLDER: Final = "/opt/strongroom"
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What ``strongroom init`` lets a person choose; the rest of ``enclave.toml`` has defaults that stand in
-    PROTOCOL.md and in the file.
+    """What ``strongroom init`` lets a person choose. The other keys of ``enclave.toml`` have defaults, which stand in
+    docs/memory.md for ``[engine]``, and in PROTOCOL.md section 9 for ``[channel]``, ``[pacing]`` and ``[limits]``.
+
+    Raises PrepareError ``wrong_budgets`` where the context has no room for what prompts and answers may be.
     """
 
     context: int = DEFAULT_WORK.context
     parallel: int = DEFAULT_WORK.parallel
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+    reasoning_tokens: int = 0
     threads: int = 0
     tick_ms: int = 50
     kms: KmsSettings | None = None
     target: Target = Target.PROCESS
     weights_inside: bool = False
     """The weights are in the image, and no store is asked for them."""
+
+    def __post_init__(self) -> None:
+        together = self.prompt_tokens + max(self.answer_tokens, 1)
+        least = max(together, 1 + self.answer_tokens, 1 + self.reasoning_tokens)
+        if least > self.context:
+            raise PrepareError(
+                "wrong_budgets",
+                "the context has no room for the longest prompt and the longest answer",
+                expected=f"context >= {least}",
+                got=self.context,
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,9 +271,12 @@ store = "{store}"
 manifest = "{digest}"   # {_comment(manifest.name)}
 
 [engine]
-context = {settings.context}                  # tokens, prompt and answer together
-parallel = {settings.parallel}                    # answers at once
-threads = {settings.threads}                     # 0: every CPU that the enclave has
+{_number("context", settings.context, "tokens, prompt and answer together")}
+{_number("parallel", settings.parallel, "answers at once")}
+{_number("prompt_tokens", settings.prompt_tokens, "of a prompt at most; 0: what the context has room for")}
+{_number("answer_tokens", settings.answer_tokens, "of an answer at most; 0: what the context has room for")}
+{_number("reasoning_tokens", settings.reasoning_tokens, "of these to think at most; 0: as its request says")}
+{_number("threads", settings.threads, "0: every CPU that the enclave has")}
 
 [channel]
 rotation_seconds = 300          # a key is offered for so long
@@ -273,6 +292,10 @@ bucket_records = 8
 
 def _line(key: str, value: str, comment: str) -> str:
     return f"{f'{key} = {chr(34)}{value}{chr(34)}':<32}{comment}".rstrip()
+
+
+def _number(key: str, value: int, comment: str) -> str:
+    return f"{f'{key} = {value}':<32}# {comment}"
 
 
 def _comment(text: str) -> str:

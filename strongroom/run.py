@@ -52,6 +52,9 @@ def run(
     seed: int | None,
     context: int,
     parallel: int,
+    prompt_tokens: int,
+    answer_tokens: int,
+    reasoning_tokens: int,
     threads: int,
     as_json: bool,
 ) -> None:
@@ -70,12 +73,19 @@ def run(
     sampling = Sampling(system, max_tokens, temperature, seed)
     if prompt is not None:
         sampling.request(ChatMessage("user", prompt))  # a prompt that nobody would accept is said before the wait
+    settings = Settings(
+        context=context,
+        parallel=parallel,
+        prompt_tokens=prompt_tokens,
+        answer_tokens=answer_tokens,
+        reasoning_tokens=reasoning_tokens,
+        threads=threads,
+    )
     folder = Path(tempfile.mkdtemp(prefix="strongroom-"))
     try:
         title = f"Reference values for {model.name}, from the files on this disk, before any enclave runs"
         err.print(title, style="bold")
         with hashing_bar(err, "model") as hashing:
-            settings = Settings(context=context, parallel=parallel, threads=threads)
             prepared = prepare(model, folder, settings, progress=_tell, hashing=hashing)
         err.print("Enclave", style="bold")
         with _enclave(prepared, model) as name, _proxy(name) as url:

@@ -87,7 +87,7 @@ class RequestFailed(StrongroomError):
 
     @property
     def exit_code(self) -> int:  # type: ignore[override]  # what the person asked for, or what the enclave could not do
-        return 2 if self.code in ("invalid_request", "context_exceeded", "unknown_model") else 4
+        return 2 if self.code in ("invalid_request", "context_exceeded", "answer_exceeded", "unknown_model") else 4
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,9 @@ def engine_settings(*, context: int = 256, parallel: int = 4, **changes: object)
         repack=True,
         batch=64,
         prefill=32,
+        prompt_tokens=0,
+        answer_tokens=0,
+        reasoning_tokens=0,
         threads=2,
         queue=64,
         uid=64001,
@@ -198,6 +201,8 @@ def scheduler_of(settings: EngineSettings) -> Scheduler:
         step=settings.batch,
         beside=settings.prefill,
         queue=settings.queue,
+        longest_prompt=settings.prompt_tokens or None,
+        longest_answer=settings.answer_tokens or None,
     )
 
 

@@ -12,7 +12,20 @@ from attestation.gguf import TENSOR_TYPES
 from attestation.model_memory import MIB, Work, engine_memory
 from bench.memory_table import ORDER, WORKS, lines, main, shape_of
 from bench.model_shapes import SHAPES
+from enclave.config import EnclaveConfiguration
+from strongroom.profiles import PROFILES
 
+SMALLEST = f"""
+version = 1
+[rpc]
+listen = "vsock:any:5000"
+[nsm]
+address = "device:/dev/nsm"
+entropy = "nsm-hwrng"
+[model]
+store = "vsock:3:5001"
+manifest = "sha384:{"00" * 48}"
+""".encode()
 PAGE = (Path(__file__).resolve().parents[2] / "docs/memory.md").read_text()
 
 
@@ -23,9 +36,20 @@ def test_the_tables_are_what_the_planner_says(capsys: pytest.CaptureFixture[str]
 
 
 def test_the_defaults_are_those_of_the_code() -> None:
-    told = dict(re.findall(r"^\| `(\w+)` \| `?([\w ]+?)`? \|", PAGE, re.MULTILINE))
-    work = {key: str(value).lower() for key, value in asdict(Work()).items()}
-    assert told == {**work, "cells": "all contexts"}
+    """Every key of [engine], in the order of EngineSettings, and no other."""
+    told = re.findall(r"^\| `(\w+)` \| `?([\w ]+?)`? \|", PAGE, re.MULTILINE)
+    engine = EnclaveConfiguration.parse(SMALLEST).engine
+    assert engine.cells == engine.context * engine.parallel
+    defaults = {key: str(value).lower() for key, value in asdict(engine).items()} | {"cells": "all contexts"}
+    assert told == list(defaults.items())
+
+
+def test_the_profile_is_the_one_of_the_code() -> None:
+    [told] = re.findall(r"`strongroom init --profile (\w+)` writes such a pair: ([^\n]+?), four at once", PAGE)
+    profile = PROFILES[told[0]]
+    numbers = [int(found.replace(",", "")) for found in re.findall(r"[\d,]*\d", told[1])]
+    assert numbers == [profile.prompt_tokens, profile.answer_tokens, profile.context]
+    assert profile.parallel == 4
 
 
 def test_the_shares_of_quantised_keys_and_values_are_ggmls() -> None:

@@ -50,6 +50,9 @@ INTEGERS = {
     "engine.cells": (2048, 4 * 2048),
     "engine.batch": (16, 4096),
     "engine.prefill": (1, 256),
+    "engine.prompt_tokens": (0, 2047),
+    "engine.answer_tokens": (0, 2047),
+    "engine.reasoning_tokens": (0, 2047),
     "engine.threads": (0, 256),
     "engine.queue": (1, 1024),
     "engine.uid": (1, 2**31 - 1),
@@ -151,6 +154,9 @@ def test_the_smallest_one_has_these_defaults() -> None:
             repack=True,
             batch=256,
             prefill=64,
+            prompt_tokens=0,
+            answer_tokens=0,
+            reasoning_tokens=0,
             threads=0,
             queue=64,
             uid=64001,
@@ -249,6 +255,20 @@ def test_cells_are_those_of_one_context_to_all(cells: int) -> None:
     step = 1 if cells > 512 else -1
     error = refusal(written(engine__context=512, engine__parallel=3, engine__cells=cells + step))
     assert (error.message.split(":")[0], error.expected, error.got) == ("engine.cells", "512..1536", str(cells + step))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "longest"), [(1536, 512, (1536, 512)), (0, 2000, (2047, 2000)), (2047, 0, (2047, 2047))]
+)
+def test_a_prompt_and_its_answer_fit_into_a_context(prompt: int, answer: int, longest: tuple[int, int]) -> None:
+    settings = parsed(engine__prompt_tokens=prompt, engine__answer_tokens=answer).engine
+    assert (settings.longest_prompt, settings.longest_answer) == longest
+
+
+def test_a_prompt_and_an_answer_that_no_context_holds_are_refused() -> None:
+    error = refusal(written(engine__prompt_tokens=1536, engine__answer_tokens=513))
+    assert error.message.startswith("engine.answer_tokens: ")
+    assert (error.expected, error.got) == ("<= 512, what the context leaves behind prompt_tokens", "513")
 
 
 def test_a_step_takes_a_token_of_each_sequence() -> None:

@@ -9,8 +9,10 @@ from dataclasses import replace
 
 import pytest
 
+from enclave.config import EngineSettings
 from enclave.engine import Engine, LlamaEngine
-from enclave.generation import ContextExceeded, EngineFailed, Overloaded, Unavailable
+from enclave.generation import AnswerExceeded, ContextExceeded, EngineFailed, Overloaded, Unavailable
+from strongroom.profiles import PROFILES
 from tests.engines import EchoEngine, engine_settings
 from tests.gguf_files import CHAT_TEMPLATE
 from vsockrpc.chat import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest
@@ -23,20 +25,30 @@ SETTINGS = engine_settings(context=CONTEXT, parallel=PARALLEL, threads=1, queue=
 CONTENT = "Ein Fuchs überquert den Fluß, 狐狸过河, und die Sonne 🌞 geht unter. " * 8
 ALICE, BOB = bytes(32), bytes(range(32))
 
-MakeEngine = Callable[[], Awaitable[Engine]]
+PROFILE = PROFILES["reference"]
+WITH_BUDGETS = engine_settings(
+    context=PROFILE.context,
+    parallel=PROFILE.parallel,
+    prompt_tokens=PROFILE.prompt_tokens,
+    answer_tokens=PROFILE.answer_tokens,
+    batch=256,
+    threads=1,
+)
+
+MakeEngine = Callable[..., Awaitable[Engine]]
 
 
 @pytest.fixture(params=["echo", "llama"])
 async def make_engine(request: pytest.FixtureRequest, tiny_weights: int) -> AsyncIterator[MakeEngine]:
     engines: list[Engine] = []
 
-    kinds: dict[str, Callable[[], Engine]] = {
-        "echo": lambda: EchoEngine(SETTINGS),
-        "llama": lambda: LlamaEngine(tiny_weights, CHAT_TEMPLATE, SETTINGS),
+    kinds: dict[str, Callable[[EngineSettings], Engine]] = {
+        "echo": EchoEngine,
+        "llama": lambda settings: LlamaEngine(tiny_weights, CHAT_TEMPLATE, settings),
     }
 
-    async def make() -> Engine:
-        engine = kinds[request.param]()
+    async def make(settings: EngineSettings = SETTINGS) -> Engine:
+        engine = kinds[request.param](settings)
         engines.append(engine)
         await engine.start()
         return engine
@@ -129,6 +141,37 @@ async def test_text_goes_on_without_a_template(engine: Engine) -> None:
     chat = (await answer(engine, ask()))[1].usage.prompt_tokens
     assert len(CONTENT) < done.usage.prompt_tokens < chat
     assert await answer(engine, request) == (text, done)
+
+
+# --- Budgets ---------------------------------------------------------------------------------------------------------
+
+
+async def of_tokens(engine: Engine, count: int) -> str:
+    """What a person says in a prompt of so many tokens."""
+    content = "x" * (count - await engine.count(ask("x")) + 1)
+    assert await engine.count(ask(content)) == count
+    return content
+
+
+async def test_the_profile_has_room_for_the_longest_prompt_and_the_longest_answer(make_engine: MakeEngine) -> None:
+    engine = await make_engine(WITH_BUDGETS)
+    content = await of_tokens(engine, 2048)
+    for max_tokens in (512, None):
+        _, done = await answer(engine, ask(content, max_tokens=max_tokens))
+        assert done.finish_reason == "length"
+        assert (done.usage.prompt_tokens, done.usage.completion_tokens) == (2048, 512)
+
+
+async def test_what_is_over_a_budget_is_refused_with_both_numbers(make_engine: MakeEngine) -> None:
+    engine = await make_engine(WITH_BUDGETS)
+    with pytest.raises(AnswerExceeded) as answer_of_513:
+        await answer(engine, ask("x", max_tokens=513))
+    assert (answer_of_513.value.code, answer_of_513.value.exit_code) == ("answer_exceeded", 2)
+    assert (answer_of_513.value.expected, answer_of_513.value.got) == ("<= 512 tokens", "513 tokens")
+    with pytest.raises(ContextExceeded) as prompt_of_2049:
+        await answer(engine, ask(await of_tokens(engine, 2049), max_tokens=1))
+    assert (prompt_of_2049.value.expected, prompt_of_2049.value.got) == ("<= 2048 tokens", "2049 tokens")
+    assert (await answer(engine, ask(max_tokens=7)))[1].usage.completion_tokens == 7
 
 
 # --- A count ---------------------------------------------------------------------------------------------------------

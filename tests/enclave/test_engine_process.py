@@ -259,6 +259,19 @@ async def test_what_no_answer_can_be_is_a_lie(engine: LlamaEngine, lie: ToServer
             worker._take(lie)
 
 
+@pytest.mark.parametrize("lie", [of(Usage(41, 1)), of(Usage(1, 31))])
+async def test_what_is_over_a_budget_is_a_lie(tiny_weights: int, lie: ToServer) -> None:
+    engine = LlamaEngine(tiny_weights, CHAT_TEMPLATE, replace(SETTINGS, prompt_tokens=40, answer_tokens=30))
+    await engine.start()
+    worker = engine._worker
+    assert worker is not None
+    async with aclosing(engine.generate(LONG)) as answer:
+        await anext(answer)
+        with pytest.raises(PipeError, match="more tokens"):
+            worker._take(lie)
+    await engine.close()
+
+
 @pytest.mark.parametrize("lie", [Piece(0, Delta("x")), of(Usage(1, 1))])
 async def test_what_no_count_can_be_is_a_lie(engine: LlamaEngine, lie: ToServer) -> None:
     worker = engine._worker

@@ -40,7 +40,8 @@ def hear(level, text, data):
 enclave.llama._say_nothing = hear
 work["cells"] = work["cells"] or work["context"] * work["parallel"]
 work["kv_type"] = KvType(work["kv_type"])
-settings = EngineSettings(**work, prefill=16, threads=1, queue=1, uid=1)
+budgets = dict(prompt_tokens=0, answer_tokens=0, reasoning_tokens=0)
+settings = EngineSettings(**work, **budgets, prefill=16, threads=1, queue=1, uid=1)
 def status():
     return open("/proc/self/status").read()
 def mib(pattern, text):
@@ -172,6 +173,9 @@ async def started(model: Gguf, work: Work, monkeypatch: pytest.MonkeyPatch) -> N
         work.repack,
         work.batch,
         prefill=32,
+        prompt_tokens=0,
+        answer_tokens=0,
+        reasoning_tokens=0,
         threads=1,
         queue=1,
         uid=64001,

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attestation.model_memory import KvType
-from enclave.generation import ContextExceeded, EngineError, InvalidRequest, Overloaded
+from enclave.generation import AnswerExceeded, ContextExceeded, EngineError, InvalidRequest, Overloaded
 from enclave.pipe import (
     MAX_DELTA_CHARACTERS,
     MAX_DELTA_TOKENS,
@@ -118,7 +118,12 @@ def test_the_longest_prompt_that_the_server_takes_gets_through() -> None:
 
 @pytest.mark.parametrize(
     "error",
-    [InvalidRequest("no", got="x"), ContextExceeded("long", expected="<= 5", got="6"), Overloaded(expected=1, got=2)],
+    [
+        InvalidRequest("no", got="x"),
+        ContextExceeded("long", expected="<= 5", got="6"),
+        AnswerExceeded("no", got="6"),
+        Overloaded(got=2),
+    ],
 )
 def test_errors_keep_their_type(error: EngineError) -> None:
     [failed] = to_server(Failed(7, error).encode())
@@ -189,6 +194,9 @@ ENCODED = {
     "repack": True,
     "batch": 16,
     "prefill": 16,
+    "prompt_tokens": 0,
+    "answer_tokens": 0,
+    "reasoning_tokens": 0,
     "threads": 1,
     "queue": 1,
     "uid": 1,

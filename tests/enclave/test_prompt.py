@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from enclave.generation import InvalidRequest
 from enclave.prompt import ChatTemplate, Prompt, Segment, TemplateError
 from enclave.tokenizer import Tokenizer
 from enclave.truncation import USUAL_ANSWER, fitting
+from tests.engines import engine_settings
 from tests.gguf_files import ASSISTANT, BOS, CHAT_TEMPLATE, EOS, SYSTEM, USER, tiny_model
 from tests.vocabularies import vocabulary
 from vsockrpc.chat import ROLES, ChatMessage, ChatRequest, Role, Tool, ToolCall
@@ -433,6 +434,7 @@ def test_what_marks_the_model_s_own_text_for_training_changes_nothing() -> None:
 # --- What does not fit ----------------------------------------------------------------------------------------------
 
 
+NO_BUDGETS: Mapping[str, int] = {}
 TURNS = (
     ("system", "S" * 10),
     *((role, f"{turn}" * 10) for turn in range(1, 6) for role in ("user", "assistant")),
@@ -440,7 +442,7 @@ TURNS = (
 )  # fmt: skip
 
 
-def fitted(context: int, **options: Any) -> tuple[str, int, int]:
+def fitted(context: int, budgets: Mapping[str, int] = NO_BUDGETS, **options: Any) -> tuple[str, int, int]:
     """A character is a token. The prompt, what was dropped, and how often it was rendered."""
     calls = 0
     template = template_of("{% for m in messages %}{{ m.content }}{% endfor %}")
@@ -452,7 +454,7 @@ def fitted(context: int, **options: Any) -> tuple[str, int, int]:
         return prompt, [0] * len(whole(prompt.segments))
 
     told = tuple(ChatMessage(role, content) for role, content in TURNS)  # type: ignore[arg-type]
-    prompt, tokens = fitting(ChatRequest(told, **options), tokenize, context=context)
+    prompt, tokens = fitting(ChatRequest(told, **options), tokenize, engine_settings(context=context, **budgets))
     assert len(tokens) == len(whole(prompt.segments))
     return whole(prompt.segments), prompt.dropped_messages, calls
 
@@ -479,13 +481,38 @@ def test_room_for_an_answer_is_at_most_half_of_the_context() -> None:
     assert fitted(120 + USUAL_ANSWER, truncation="auto", max_tokens=1)[1] == 0
 
 
+@pytest.mark.parametrize(
+    ("prompt", "answer", "max_tokens", "left"),
+    [
+        (120, 0, None, "123456"),
+        (119, 0, None, "23456"),
+        (60, 0, 1, "456"),
+        (0, 5000, None, "123456"),
+        (0, 9881, None, "123456"),
+        (40, 9881, None, "56"),
+    ],
+)
+def test_turns_go_until_a_prompt_is_as_long_as_prompts_may_be(
+    prompt: int, answer: int, max_tokens: int | None, left: str
+) -> None:
+    budgets = {"prompt_tokens": prompt, "answer_tokens": answer}
+    text, _, _ = fitted(10_000, budgets, truncation="auto", max_tokens=max_tokens)
+    assert list(dict.fromkeys(text)) == ["S", *left]
+
+
+def test_the_longest_answer_has_room_where_a_request_does_not_say_how_long_it_is() -> None:
+    assert fitted(240, {"answer_tokens": 100}, truncation="auto")[1] == 0
+    assert fitted(219, {"answer_tokens": 100}, truncation="auto")[1] == 2
+    assert fitted(219, {"answer_tokens": 100}, truncation="auto", max_tokens=99)[1] == 0
+
+
 def test_a_tool_s_answer_goes_with_the_turn_that_asked_for_it() -> None:
     told = (*CALLED, ChatMessage("assistant", "20"), ChatMessage("user", "Thanks"))
 
     def tokenize(request: ChatRequest) -> tuple[Prompt, list[int]]:
         return Prompt(()), [0] * len(request.messages)
 
-    prompt, tokens = fitting(ChatRequest(told, truncation="auto", max_tokens=1), tokenize, context=5)
+    prompt, tokens = fitting(ChatRequest(told, truncation="auto", max_tokens=1), tokenize, engine_settings(context=5))
     assert (prompt.dropped_messages, len(tokens)) == (4, 1)
 
 

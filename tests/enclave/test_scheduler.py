@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from enclave.generation import ContextExceeded, Overloaded
+from enclave.generation import AnswerExceeded, ContextExceeded, Overloaded
 from enclave.kv_cache import Copy, KvCache, Truncate
 from enclave.reply import Reply
 from enclave.scheduler import Admission, Row, Sampled, Scheduler, Step
@@ -234,6 +234,37 @@ def test_a_prompt_that_leaves_no_room_is_refused_with_both_numbers() -> None:
     machine.admit(asks(2, [1] * 63))
     with pytest.raises(ValueError, match="at least one token"):
         machine.admit(asks(3, []))
+
+
+def with_budgets() -> Scheduler:
+    cache = KvCache(slots=4, cells=256)
+    return Scheduler(cache=cache, slots=4, context=64, step=16, beside=8, queue=8, longest_prompt=20, longest_answer=6)
+
+
+def test_a_prompt_over_its_budget_is_refused_with_both_numbers() -> None:
+    machine = with_budgets()
+    with pytest.raises(ContextExceeded) as caught:
+        machine.admit(asks(1, [1] * 21))
+    assert (caught.value.expected, caught.value.got) == ("<= 20 tokens", "21 tokens")
+    assert machine.idle
+    machine.admit(asks(2, [1] * 20))
+
+
+def test_an_answer_over_its_budget_is_refused_with_both_numbers() -> None:
+    machine = with_budgets()
+    with pytest.raises(AnswerExceeded) as caught:
+        machine.admit(asks(1, [1], budget=7))
+    assert (caught.value.expected, caught.value.got) == ("<= 6 tokens", "7 tokens")
+    assert caught.value.message.startswith("max_tokens is ")
+    assert machine.idle
+
+
+@pytest.mark.parametrize(("budget", "got"), [(None, 6), (6, 6), (2, 2)])
+def test_an_answer_ends_with_its_budget(budget: int | None, got: int) -> None:
+    machine = Machine(with_budgets())
+    machine.admit(asks(1, [3] * 12, budget=budget))
+    machine.run()
+    assert (machine.done[1].finish_reason, machine.done[1].usage.completion_tokens) == ("length", got)
 
 
 def test_the_second_turn_reads_what_is_new() -> None:

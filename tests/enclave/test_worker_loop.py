@@ -14,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from enclave.generation import ContextExceeded, EngineError, InvalidRequest, Overloaded
+from enclave.generation import AnswerExceeded, ContextExceeded, EngineError, InvalidRequest, Overloaded
 from enclave.kv_cache import Copy, Edit, Truncate
 from enclave.llama import Llama
 from enclave.model_family import model_family
@@ -247,6 +247,19 @@ def test_a_prompt_without_a_template_is_what_was_sent(bench: Bench) -> None:
     bench.go()
     bench.send(Generate(0, CompletionRequest(prompt="xyz", max_tokens=1)))
     assert [bench.receive() for _ in range(2)] == [a(0), end(0, 3, 1)]
+
+
+def test_budgets_are_the_configuration_s(make_bench: MakeBench) -> None:
+    bench = make_bench(prompt_tokens=10, answer_tokens=3)
+    bench.go()
+    bench.send(ask(0, "x" * 10), ask(1, "x" * 11), ask(2, "x", 4))
+    ends = bench.ends_of(0, 1, 2)
+    assert ends[0] == Done("length", Usage(10, 3))
+    assert isinstance(ends[1], ContextExceeded)
+    assert (ends[1].expected, ends[1].got) == ("<= 10 tokens", "11 tokens")
+    assert isinstance(ends[2], AnswerExceeded)
+    assert (ends[2].expected, ends[2].got) == ("<= 3 tokens", "4 tokens")
+    assert [sampler.closed for sampler in bench.llama.samplers] == [1, 1, 1]
 
 
 def test_the_model_ends_where_it_wants(bench: Bench) -> None:

@@ -151,8 +151,10 @@ def run(llama: ScriptedLlama, *messages: ToWorker, template: str = TEMPLATE, **s
     return pipe.sent
 
 
-def answer(llama: ScriptedLlama, request: GenerationRequest, *, template: str = TEMPLATE) -> tuple[Delta, Done]:
-    *pieces, end = run(llama, Generate(0, request), template=template)
+def answer(
+    llama: ScriptedLlama, request: GenerationRequest, *, template: str = TEMPLATE, **sizes: Any
+) -> tuple[Delta, Done]:
+    *pieces, end = run(llama, Generate(0, request), template=template, **sizes)
     assert isinstance(end, End)
     deltas = [piece.delta for piece in pieces if isinstance(piece, Piece)]
     content, reasoning = ("".join(getattr(delta, name) for delta in deltas) for name in ("content", "reasoning"))
@@ -182,6 +184,15 @@ def test_the_budget_s_end_is_forced_and_counts_as_said() -> None:
     assert (done.usage.reasoning_tokens, done.usage.completion_tokens) == (4, 4 + 4 + 3)
     assert bytes(token for token in llama.decoded if token < 256) == b"Hi\nHm! \n\n\nSo."
     assert llama.decoded.count(UNTHINK) == 1
+
+
+@pytest.mark.parametrize(("most", "asked", "got"), [(4, None, 4), (4, 9, 4), (4, 2, 2), (0, 3, 3), (4, 0, 0)])
+def test_reasoning_is_at_most_what_the_configuration_and_the_request_say(
+    most: int, asked: int | None, got: int
+) -> None:
+    llama = ScriptedLlama(said("Hm! " * 4, "So.", END))
+    _, done = answer(llama, ChatRequest(HI, reasoning_tokens=asked), template=THINKING, reasoning_tokens=most)
+    assert done.usage.reasoning_tokens == got
 
 
 def test_an_answer_by_a_grammar_comes_even_if_the_model_would_end_while_it_thinks() -> None:

@@ -14,7 +14,7 @@ from openai.types.chat import ChatCompletionMessageParam
 
 from attestation.rules import Require
 from attestation.secret import Secret
-from enclave.generation import EngineFailed, Overloaded
+from enclave.generation import AnswerExceeded, EngineFailed, Overloaded
 from strongroom import gateway as gateway_module
 from strongroom.gateway import MAX_BODY_BYTES, Gateway
 from strongroom.serving import _names_of
@@ -141,6 +141,18 @@ async def test_a_completions_prompt_that_is_too_long(client: openai.AsyncOpenAI,
         await client.completions.create(model="tiny", prompt="too long " * 60, stream=stream)
     assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt")
     assert "expected 255, got 540" in str(caught.value)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+async def test_an_answer_that_may_not_be_so_long(
+    client: openai.AsyncOpenAI, home: House, name: str, stream: bool
+) -> None:
+    home.engine.refuse = AnswerExceeded("max_tokens is more", expected="<= 512 tokens", got="513 tokens")
+    with pytest.raises(openai.BadRequestError) as caught:
+        await client.chat.completions.create(model="tiny", messages=HELLO, stream=stream, extra_body={name: 513})
+    assert (caught.value.type, caught.value.param) == ("invalid_request_error", name)
+    assert "expected <= 512 tokens, got 513 tokens" in str(caught.value)
 
 
 async def test_a_prompt_that_is_too_long_is_not_counted(http: httpx2.AsyncClient) -> None:

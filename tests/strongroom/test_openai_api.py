@@ -605,6 +605,7 @@ def _require_generation(request: ChatRequest | CompletionRequest, document: dict
         (ClearFault("unknown_key", "x"), 503, "unknown_key", "server_error"),
         (RequestFailed("overloaded", "x"), 429, "overloaded", "rate_limit_error"),
         (RequestFailed("context_exceeded", "x"), 400, "context_length_exceeded", "invalid_request_error"),
+        (RequestFailed("answer_exceeded", "x"), 400, None, "invalid_request_error"),
         (RequestFailed("unknown_model", "x"), 404, "model_not_found", "invalid_request_error"),
         (RequestFailed("invalid_request", "x"), 400, None, "invalid_request_error"),
         (RequestFailed("engine_failed", "x"), 503, "engine_failed", "server_error"),
@@ -626,6 +627,14 @@ def test_a_prompt_that_is_too_long_is_the_parameters_that_holds_it() -> None:
     error = RequestFailed("context_exceeded", "too long", expected="<= 10", got="11")
     assert api_error_of(error).param == "messages"
     assert api_error_of(error, prompt="prompt").param == "prompt"
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_an_answer_that_may_not_be_so_long_is_the_parameters_as_it_was_sent(name: str) -> None:
+    call = parse_chat({"messages": [HELLO], name: 513})
+    error = RequestFailed("answer_exceeded", "too long", expected="<= 512 tokens", got="513 tokens")
+    assert api_error_of(error, limit=call.limit).param == name
+    assert parse_chat({"messages": [HELLO]}).limit == "max_tokens"
 
 
 @pytest.mark.parametrize(

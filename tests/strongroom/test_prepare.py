@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,10 @@ from attestation.commitment import Entropy
 from attestation.envelope import EnvelopePurpose
 from attestation.keypolicy.document import KeyArn
 from attestation.manifest import ModelManifest
-from enclave.config import EnclaveConfiguration
+from enclave.config import EnclaveConfiguration, EngineSettings
 from strongroom.kms.options import NamedKeys
 from strongroom.prepare import KmsSettings, PrepareError, Settings, Target, enclave_toml
+from strongroom.profiles import PROFILES
 from tests.gguf_files import TEXT, Gguf
 from tests.terminal import Terminal
 from vsockrpc.address import VMADDR_CID_ANY, UnixAddress, VsockAddress
@@ -68,6 +71,68 @@ def test_weights_in_the_image_have_no_key(model: Path) -> None:
         written(model, Settings(target=Target.NITRO, weights_inside=True, kms=kms(EnvelopePurpose.MODEL)))
     assert raised.value.code == "encrypted_inside"
     written(model, Settings(target=Target.NITRO, weights_inside=True, kms=kms(EnvelopePurpose.PROMPT)))
+
+
+# --- The engine's budgets --------------------------------------------------------------------------------------------
+
+
+Init = Callable[..., EngineSettings]
+
+
+@pytest.fixture
+def init(strongroom: Terminal, model: Path, tmp_path: Path) -> Init:
+    """The engine of the configuration that ``init`` writes with these options."""
+
+    def engine(*options: str) -> EngineSettings:
+        folder = tmp_path / "demo"
+        ran = strongroom("init", "--target", "nitro", "--model", str(model), "--directory", str(folder), *options)
+        assert ran.code == 0, ran.err
+        return EnclaveConfiguration.parse((folder / "enclave.toml").read_bytes()).engine
+
+    return engine
+
+
+def test_without_budgets_the_context_bounds_both(init: Init) -> None:
+    engine = init()
+    assert (engine.prompt_tokens, engine.answer_tokens, engine.reasoning_tokens) == (0, 0, 0)
+    assert (engine.longest_prompt, engine.longest_answer) == (2047, 2047)
+
+
+def test_the_reference_s_profile(init: Init) -> None:
+    engine = init("--profile", "reference")
+    assert (engine.context, engine.parallel) == (2560, 4)
+    assert (engine.longest_prompt, engine.longest_answer) == (2048, 512)
+
+
+def test_options_go_before_a_profile(init: Init) -> None:
+    engine = init("--context", "4096", "--profile", "reference", "--answer-tokens", "1024", "--reasoning-tokens", "300")
+    assert (engine.context, engine.parallel) == (4096, 4)
+    assert (engine.longest_prompt, engine.longest_answer, engine.reasoning_tokens) == (2048, 1024, 300)
+
+
+def test_every_profile_is_in_the_help_and_is_one_that_an_enclave_takes(strongroom: Terminal, model: Path) -> None:
+    text = " ".join(strongroom("init", "--help").out.split())
+    for name, profile in PROFILES.items():
+        assert f"{name}: {profile.about}." in text
+        sizes = {key: value for key, value in asdict(profile).items() if key != "about"}
+        assert asdict(written(model, Settings(**sizes)).engine).items() >= sizes.items()
+
+
+@pytest.mark.parametrize(
+    ("budgets", "least"),
+    [
+        ({"prompt_tokens": 2048}, 2049),
+        ({"answer_tokens": 2048}, 2049),
+        ({"reasoning_tokens": 2048}, 2049),
+        ({"prompt_tokens": 1537, "answer_tokens": 512}, 2049),
+    ],
+)
+def test_budgets_that_the_context_cannot_hold(model: Path, budgets: dict[str, int], least: int) -> None:
+    """They are refused before anything is written, and one token less is what an enclave takes."""
+    with pytest.raises(PrepareError) as raised:
+        Settings(**budgets)  # type: ignore[arg-type]
+    assert (raised.value.code, raised.value.expected) == ("wrong_budgets", f"context >= {least}")
+    assert written(model, Settings(context=least, **budgets)).engine.context == least  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("target", ["nitro", "qemu"])

@@ -26,7 +26,7 @@ from attestation.reference import PcrSet
 from attestation.rules import Require
 from emulator.kms_endpoint import kms_emulator
 from emulator.pki import DevelopmentRoot
-from enclave.generation import ContextExceeded, EngineFailed, Overloaded
+from enclave.generation import AnswerExceeded, ContextExceeded, EngineFailed, Overloaded
 from strongroom import proxy_client
 from strongroom.kms import client as kms_client
 from strongroom.kms.client import KmsError
@@ -736,6 +736,7 @@ async def test_an_enclave_that_dies_in_mid_answer_is_said_and_the_next_request_w
     ("error", "exit_code"),
     [
         (ContextExceeded("the prompt is longer than the context", expected="<= 255", got=300), 2),
+        (AnswerExceeded("max_tokens is more than an answer may have here", expected="<= 6", got=7), 2),
         (Overloaded(expected="<= 64 waiting", got=65), 4),
         (Overloaded(expected="<= 64 waiting", got=65, retry_seconds=7), 4),
         (EngineFailed("the engine process ended"), 4),
