@@ -230,7 +230,7 @@ class Loop:
     def _begin(self, number: int, request: GenerationRequest, prompt: Prompt, tokens: list[int]) -> None:
         form = answer_format(request, self._family, prompt)
         pieces = self._pieces_of(form.marks)
-        sampler = self._llama.sampler(request, tokens, grammar=form.grammar, marks=pieces.keys())
+        sampler = self._llama.sampler(request, tokens, grammar=form.grammar, marks=pieces.keys(), ends=self._ends)
         admission = Admission(
             number,
             tokens,

@@ -87,7 +87,7 @@ class CountingLlama:
         return {row.request: np.zeros(self.vocabulary_size, np.float32) for row in rows if row.samples}
 
     def sampler(
-        self, request: Generation, prompt: Sequence[int], *, grammar: str | None, marks: Set[int]
+        self, request: Generation, prompt: Sequence[int], *, grammar: str | None, marks: Set[int], ends: Set[int]
     ) -> CountingSampler:
         if request.seed == 404:
             raise InvalidRequest("no such seed")

@@ -73,7 +73,7 @@ class ScriptedLlama:
         return {row.request: np.zeros(1, np.float32) for row in rows if row.samples}
 
     def sampler(
-        self, request: GenerationRequest, prompt: Sequence[int], *, grammar: str | None, marks: Set[int]
+        self, request: GenerationRequest, prompt: Sequence[int], *, grammar: str | None, marks: Set[int], ends: Set[int]
     ) -> ScriptedSampler:
         self.grammars.append(grammar)
         return ScriptedSampler()
