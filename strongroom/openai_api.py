@@ -178,7 +178,10 @@ def _include_usage(fields: Fields) -> bool:
         fields.get("stream_options", {}), "stream_options", optional={"include_usage", "include_obfuscation"}
     )
     flag_of(options.get("include_obfuscation", False), "stream_options.include_obfuscation")
-    return flag_of(options.get("include_usage", False), "stream_options.include_usage")
+    wanted = flag_of(options.get("include_usage", False), "stream_options.include_usage")
+    if "stream_options" in fields and not fields.get("stream", False):
+        raise MessageError("stream_options without a stream", param="stream_options", expected='"stream": true')
+    return wanted
 
 
 # --- Requests ------------------------------------------------------------------------------------------------------
