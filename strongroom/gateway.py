@@ -21,8 +21,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from attestation.errors import StrongroomError
+from attestation.errors import EvidenceError, StrongroomError
 from attestation.secret import Secret
+from attestation.strict_json import decode_foreign
 from strongroom.openai_answers import AnswerShape, ChatShape, CompletionShape, count_of, model_of
 from strongroom.openai_api import ApiError, Call, Q, api_error_of, parse_chat, parse_completion
 from strongroom.session import Session
@@ -31,6 +32,8 @@ from vsockrpc.http_server import unless_client_leaves
 from vsockrpc.messages import Answer, Delta, Done, Start
 
 MAX_BODY_BYTES: Final = 4 << 20
+MAX_BODY_DEPTH: Final = 128
+"""Of a body's JSON: a schema, which may be 64 deep, stands some levels within it."""
 NO_RETRY: Final = "x-should-retry"
 """OpenAI's own header: its clients do not try again when it says ``false``."""
 
@@ -228,9 +231,9 @@ async def _json_body(request: Request) -> object:
         if len(data) > MAX_BODY_BYTES:
             raise ApiError(413, None, f"the body is larger than {MAX_BODY_BYTES} bytes")
     try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, None, "the body is not valid JSON") from error
+        return decode_foreign(bytes(data), code="invalid_body", max_depth=MAX_BODY_DEPTH)
+    except EvidenceError as error:
+        raise ApiError(400, None, f"the body is not valid {error.message}") from error
 
 
 def _error_response(error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
