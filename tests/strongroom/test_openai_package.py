@@ -347,19 +347,37 @@ async def test_what_one_key_has_computed_serves_that_key_alone(client: openai.As
     assert len(set(secrets)) == 5
 
 
-@pytest.mark.parametrize("cache", [PromptCache(), None], ids=["another one", "none"])
-async def test_another_gateway(
-    client: openai.AsyncOpenAI, session: Session, home: House, cache: PromptCache | None
+async def test_another_gateway_shares_nothing_with_this_one(
+    client: openai.AsyncOpenAI, session: Session, home: House
 ) -> None:
-    """Shares nothing with this one; and none at all without a cache."""
     async with (
-        gateway_of(session, cache=cache) as port,
+        gateway_of(session, cache=PromptCache()) as port,
         openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="unused") as other,
     ):
         for key in ("one", None):
             await cached(client, key)
             assert await cached(other, key) == 0
-            assert (await cached(other, key) == 0) is (cache is None)
+            assert await cached(other, key) > 0
     secrets = {request.cache_secret for request in home.engine.requests}
-    assert len(secrets) == (3 if cache is None else 4)
-    assert (None in secrets) is (cache is None)
+    assert len(secrets) == 4
+    assert None not in secrets
+
+
+async def test_without_a_cache_nothing_is_shared_and_a_key_is_refused(
+    client: openai.AsyncOpenAI, session: Session, home: House
+) -> None:
+    async with (
+        gateway_of(session, cache=None) as port,
+        openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="unused") as other,
+    ):
+        await cached(client, None)
+        for _ in range(2):
+            assert await cached(other, None) == 0
+            assert home.engine.requests[-1].cache_secret is None
+        served = len(home.engine.requests)
+        with pytest.raises(openai.BadRequestError) as refused:
+            await cached(other, "one")
+        assert (refused.value.code, refused.value.param) == ("unsupported_parameter", "prompt_cache_key")
+        with pytest.raises(openai.BadRequestError):
+            await other.completions.create(model="tiny", prompt="x", extra_body={"prompt_cache_key": "one"})
+        assert len(home.engine.requests) == served
