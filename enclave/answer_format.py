@@ -33,8 +33,14 @@ def answer_format(request: GenerationRequest, family: ModelFamily, prompt: Promp
     if isinstance(request, CompletionRequest):
         reading = Reading(echo=request.prompt if request.echo else "")
         return AnswerFormat(Reply(request.stop, reading), None, frozenset())
-    grammar, calls, marks = _constraint(request, family)
     reasons = family.reasons
+    if request.reasoning_tokens and not reasons:
+        raise InvalidRequest(
+            "this model does not reason, so reasoning_effort and thinking_token_budget have no effect",
+            expected="neither, or one that asks for no reasoning",
+            got=f"{request.reasoning_tokens} tokens",
+        )
+    grammar, calls, marks = _constraint(request, family)
     reading = Reading(
         reasons=reasons,
         is_open=prompt.opens_reasoning,

@@ -123,6 +123,15 @@ def test_a_model_that_reasons_by_itself_is_let_to_where_it_is_to() -> None:
     assert forced(Prompt((), opens_reasoning=True), reasoning_tokens=0) == "\n</think>\n\n"
 
 
+def test_a_budget_for_reasoning_is_refused_where_the_model_does_not_reason() -> None:
+    for family in (PLAIN, CALLER):
+        with pytest.raises(InvalidRequest, match="reasoning_effort") as caught:
+            answer_format(ChatRequest(HI, reasoning_tokens=1), family, Prompt(()))
+        assert caught.value.got == "1 tokens"
+        assert answer_format(ChatRequest(HI, reasoning_tokens=0), family, Prompt(())).reply.forced is None
+    assert answer_format(ChatRequest(HI, reasoning_tokens=1), THINKER, Prompt(())).marks
+
+
 def test_calls_a_model_makes_by_itself_are_read_where_it_is_known_how() -> None:
     form = answer_format(ChatRequest(HI, tools=(CLOCK,)), CALLER, Prompt(()))
     assert form.grammar is None
