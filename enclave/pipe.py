@@ -25,8 +25,7 @@ R = TypeVar("R")
 MAX_TO_SERVER: Final = 64 << 10
 """Bytes of one message from the engine process."""
 MAX_TO_WORKER: Final = 8 << 20
-"""Bytes of one message to it: a prompt within :data:`MAX_PROMPT_SIZE`, in CBOR, with every parameter."""
-MAX_PROMPT_SIZE: Final = 4 << 20
+"""Bytes of one message to it: the largest prompt (:mod:`enclave.prompt_size`), in CBOR, with every parameter."""
 MAX_DELTA_CHARACTERS: Final = 3 << 10
 """Of a piece, in each of its texts."""
 MAX_DELTA_TOKENS: Final = 16

@@ -55,7 +55,7 @@ from enclave.reply import Reply
 from enclave.sampler import Logits, Sampler
 from enclave.scheduler import Admission, Sampled, Scheduler, Step
 from enclave.tokenizer import Tokenizer
-from enclave.truncation import fitting
+from enclave.truncation import fitting, without_oldest
 from vsockrpc.chat import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest
 from vsockrpc.messages import Delta, Done, MessageReader, ToolCallDelta
 
@@ -219,7 +219,9 @@ class Loop:
             prompt, tokens = self._tokenized(Prompt((Segment(request.prompt, trusted=False),)))
         else:
             render = self._template.render
-            prompt, tokens = fitting(request, lambda part: self._tokenized(render(part)), context=self._context)
+            short, dropped = without_oldest(request, context=self._context)
+            prompt, tokens = fitting(short, lambda part: self._tokenized(render(part)), context=self._context)
+            prompt = replace(prompt, dropped_messages=prompt.dropped_messages + dropped)
         if not tokens:
             raise InvalidRequest("the prompt is empty", expected="at least 1 token", got=0)
         return prompt, tokens

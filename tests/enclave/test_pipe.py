@@ -12,7 +12,6 @@ from enclave.generation import ContextExceeded, EngineError, InvalidRequest, Ove
 from enclave.pipe import (
     MAX_DELTA_CHARACTERS,
     MAX_DELTA_TOKENS,
-    MAX_PROMPT_SIZE,
     MAX_TO_SERVER,
     MAX_TO_WORKER,
     Alive,
@@ -32,6 +31,7 @@ from enclave.pipe import (
     read_to_server,
     read_to_worker,
 )
+from enclave.prompt_size import MAX_PROMPT_SIZE
 from tests.engines import engine_settings
 from tests.wire import CHATS, DELTAS, DONES, GENERATIONS
 from vsockrpc.chat import ChatMessage, ChatRequest, CompletionRequest
