@@ -6,12 +6,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from attestation.model_family import REASONING_END, REASONING_START, ModelFamily
 from enclave.generation import InvalidRequest
 from enclave.json_grammar import json_grammar, tool_call_grammar
-from enclave.model_family import REASONING_END, REASONING_START, ModelFamily
 from enclave.prompt import Prompt
 from enclave.reply import Reading, Reply
-from enclave.tool_calls import BARE, CallReader
+from enclave.tool_calls import BARE, SYNTAXES, CallReader
 from vsockrpc.chat import MAX_TOOL_CALLS, ChatRequest, CompletionRequest, GenerationRequest, NamedTool
 
 
@@ -55,7 +55,7 @@ def answer_format(request: GenerationRequest, family: ModelFamily, prompt: Promp
 
 def _constraint(request: ChatRequest, family: ModelFamily) -> tuple[str | None, CallReader | None, frozenset[str]]:
     """The grammar, what reads calls, and the marks of calls."""
-    choice, syntax = request.tool_choice, family.call_syntax
+    choice, syntax = request.tool_choice, None if family.calls is None else SYNTAXES[family.calls]
     calls_tools = bool(request.tools) and choice != "none"
     if request.response_format is not None:
         if calls_tools:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Final, TypeAlias, TypeVar
 
 from attestation.errors import StrongroomError
+from attestation.model_family import CallFormat, Family, ModelFamily
 from attestation.model_memory import KvType
 from enclave.config import EngineSettings
 from enclave.generation import ContextExceeded, EngineError, InvalidRequest, Overloaded
@@ -136,9 +137,14 @@ class Ready:
     """It runs as a user of its own."""
     seccomp: bool
     """Its system calls are on an allow-list."""
+    model: ModelFamily
+    """How it reads the model's answers."""
 
     def encode(self) -> bytes:
-        return encode_message({"ready": [self.own_user, self.seccomp]})
+        model = self.model
+        calls = None if model.calls is None else str(model.calls)
+        family = [str(model.family), model.reasons, model.opens_reasoning, calls]
+        return encode_message({"ready": [self.own_user, self.seccomp, family]})
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,12 +228,22 @@ def read_to_server(reader: MessageReader, data: bytes) -> Iterator[ToServer]:
                 yield Counted(_uint(id_, _MAX_ID), _uint(tokens, _MAX_TOKENS))
             case "failed", [id_, code, message, expected, got]:
                 yield Failed(_uint(id_, _MAX_ID), _error(code, _line(message), _detail(expected), _detail(got)))
-            case "ready", [bool() as own_user, bool() as seccomp]:
-                yield Ready(own_user, seccomp)
+            case "ready", [bool() as own_user, bool() as seccomp, family]:
+                yield Ready(own_user, seccomp, _family(family))
             case "refused", [code, message, expected, got]:
                 yield Refused(_line(code), _line(message), _detail(expected), _detail(got))
             case _:
                 raise PipeError("unknown or malformed message", got=kind)
+
+
+def _family(value: object) -> ModelFamily:
+    match value:
+        case [str() as family, bool() as reasons, bool() as opens, None | str() as calls]:
+            try:
+                return ModelFamily(Family(family), reasons, opens, None if calls is None else CallFormat(calls))
+            except ValueError as error:
+                raise PipeError("an unknown family", got=value) from error
+    raise PipeError("malformed family", got=value)
 
 
 def _error(code: object, message: str, expected: str | None, got: str | None) -> EngineError:

@@ -23,13 +23,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from attestation.errors import StrongroomError
+from attestation.model_family import ModelFamily, model_family
 from enclave import confine
 from enclave.answer_format import answer_format
 from enclave.config import EngineSettings
 from enclave.generation import EngineError, InvalidRequest
 from enclave.kv_cache import KvCache
 from enclave.llama import Llama
-from enclave.model_family import ModelFamily, model_family
 from enclave.pipe import (
     MAX_DELTA_CHARACTERS,
     MAX_DELTA_TOKENS,
@@ -407,7 +407,7 @@ def main(arguments: list[str]) -> int:
         # 3. Nothing new from here on, then the filter.
         confine.forbid_new_resources()
         seccomp = confine.allow_decoding_only()
-        pipe.send(Ready(own_user, seccomp))
+        pipe.send(Ready(own_user, seccomp, family))
         loop.run()
     except Gone:
         return 0

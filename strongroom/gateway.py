@@ -237,7 +237,7 @@ async def _json_body(request: Request) -> object:
         if len(data) > MAX_BODY_BYTES:
             raise ApiError(413, None, f"the body is larger than {MAX_BODY_BYTES} bytes")
     try:
-        return decode_foreign(bytes(data), code="invalid_body", max_depth=MAX_BODY_DEPTH)
+        return decode_foreign(bytes(data), code="invalid_request", max_depth=MAX_BODY_DEPTH)
     except EvidenceError as error:
         raise ApiError(400, None, f"the body is not valid {error.message}") from error
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from attestation.model_family import CallFormat, Family, ModelFamily
 from attestation.model_memory import KvType
 from enclave.generation import ContextExceeded, EngineError, InvalidRequest, Overloaded
 from enclave.pipe import (
@@ -62,7 +63,8 @@ TO_WORKER: list[ToWorker] = [
 ]
 USAGE = Usage(3, 4, 2, 1)
 TO_SERVER: list[ToServer] = [
-    Ready(own_user=True, seccomp=False),
+    Ready(True, False, ModelFamily(Family.UNKNOWN, False, False, None)),
+    Ready(False, True, ModelFamily(Family.DEEPSEEK_R1_DISTILL, True, True, CallFormat.DEEPSEEK)),
     Refused("model_refused", "no", None, "x"),
     Alive(),
     Piece(1, Delta("ü🌞")),
@@ -140,6 +142,11 @@ DONE = {"finish_reason": "stop", "usage": COUNTS, "dropped_messages": 0}
         {"ready": [True, True], "alive": None},
         {"ready": [1, 0]},
         {"ready": [True]},
+        {"ready": [True, True]},
+        {"ready": [True, True, ["qwen3", True, True]]},
+        {"ready": [True, True, ["qwen3", True, 1, None]]},
+        {"ready": [True, True, ["a text of its own", True, True, None]]},
+        {"ready": [True, True, ["qwen3", True, True, "another way"]]},
         {"alive": 1},
         {"text": [0, "x"]},
         {"piece": [0, "x"]},

@@ -14,10 +14,10 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from attestation.model_family import model_family
 from enclave.generation import ContextExceeded, EngineError, InvalidRequest, Overloaded
 from enclave.kv_cache import Copy, Edit, Truncate
 from enclave.llama import Llama
-from enclave.model_family import model_family
 from enclave.pipe import (
     MAX_DELTA_CHARACTERS,
     MAX_DELTA_TOKENS,

@@ -11,9 +11,9 @@ from typing import Any, Final, cast
 import numpy as np
 import pytest
 
+from attestation.model_family import model_family
 from enclave.kv_cache import Edit
 from enclave.llama import Llama
-from enclave.model_family import model_family
 from enclave.pipe import (
     MAX_DELTA_CHARACTERS,
     MAX_TO_SERVER,
