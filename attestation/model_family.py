@@ -43,6 +43,7 @@ class ModelFamily:
     """How a model's answers are to be read."""
 
     family: Family
+    """What it is taken for."""
     reasons: bool
     """It may begin with its reasoning, between the marks."""
     opens_reasoning: bool
