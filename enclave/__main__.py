@@ -30,6 +30,7 @@ from enclave.log import EngineLost, EngineStarted, EventLog, InternalError, Phas
 from enclave.model import SealedModel
 from enclave.nsm import DeviceTransport, open_nsm
 from enclave.parent import find_parent
+from enclave.pipe import Ready
 from enclave.server import Server
 from vsockrpc.transport import serve
 
@@ -106,6 +107,10 @@ async def run(configuration: EnclaveConfiguration) -> None:
 
 
 def make_engine(configuration: EnclaveConfiguration, model: SealedModel, log: EventLog) -> Engine:
+    def started(ready: Ready) -> None:
+        read = ready.model
+        log.write(EngineStarted(ready.own_user, ready.seccomp, read.family, read.reasons, read.calls))
+
     def restarted() -> None:
         log.totals.engine_restarts += 1
 
@@ -113,7 +118,7 @@ def make_engine(configuration: EnclaveConfiguration, model: SealedModel, log: Ev
         model.fd,
         model.manifest.chat_template,
         configuration.engine,
-        on_start=lambda ready: log.write(EngineStarted(ready.own_user, ready.seccomp)),
+        on_start=started,
         on_exit=restarted,
         on_lost=lambda kind: log.write(EngineLost(kind)),
     )

@@ -6,12 +6,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from attestation.model_family import REASONING_END, REASONING_START, ModelFamily
 from enclave.generation import InvalidRequest
 from enclave.json_grammar import json_grammar, tool_call_grammar
-from enclave.model_family import REASONING_END, REASONING_START, ModelFamily
 from enclave.prompt import Prompt
 from enclave.reply import Reading, Reply
-from enclave.tool_calls import BARE, CallReader
+from enclave.tool_calls import BARE, SYNTAXES, CallReader
 from vsockrpc.chat import MAX_TOOL_CALLS, ChatRequest, CompletionRequest, GenerationRequest, NamedTool
 
 
@@ -38,8 +38,14 @@ def answer_format(
     if isinstance(request, CompletionRequest):
         reading = Reading(echo=request.prompt if request.echo else "")
         return AnswerFormat(Reply(request.stop, reading), None, frozenset())
-    grammar, calls, marks = _constraint(request, family)
     reasons = family.reasons
+    if request.reasoning_tokens and not reasons:
+        raise InvalidRequest(
+            "this model does not reason, so reasoning_effort and thinking_token_budget have no effect",
+            expected="neither, or one that asks for no reasoning",
+            got=f"{request.reasoning_tokens} tokens",
+        )
+    grammar, calls, marks = _constraint(request, family)
     reading = Reading(
         reasons=reasons,
         is_open=prompt.opens_reasoning,
@@ -54,7 +60,7 @@ def answer_format(
 
 def _constraint(request: ChatRequest, family: ModelFamily) -> tuple[str | None, CallReader | None, frozenset[str]]:
     """The grammar, what reads calls, and the marks of calls."""
-    choice, syntax = request.tool_choice, family.call_syntax
+    choice, syntax = request.tool_choice, None if family.calls is None else SYNTAXES[family.calls]
     calls_tools = bool(request.tools) and choice != "none"
     if request.response_format is not None:
         if calls_tools:

@@ -22,16 +22,16 @@ from attestation.gguf import read_header
 from attestation.model_memory import MIB, EngineMemory, ModelShape, SizingError, engine_memory
 from enclave.config import EngineSettings
 from enclave.generation import (
-    ContextExceeded,
     EngineRefused,
     GenerationEvent,
     Overloaded,
     Unavailable,
 )
 from enclave.model import available_memory
-from enclave.pipe import MAX_PROMPT_SIZE, Load, Ready
+from enclave.pipe import Load, Ready
 from enclave.process import EngineProcess
-from vsockrpc.chat import ChatRequest, CompletionRequest, GenerationRequest
+from enclave.prompt_size import require_size
+from vsockrpc.chat import ChatRequest, GenerationRequest
 
 START_SECONDS: Final = 600.0
 """For a process to load the model; the largest take minutes."""
@@ -50,10 +50,6 @@ MAX_FAILED_STARTS: Final = 5
 RECENT_ANSWERS: Final = 16
 """How many answers the estimate of the next one's time goes back, about."""
 MAX_RETRY_SECONDS: Final = 64
-MAX_PROMPT_BYTES_PER_TOKEN: Final = 32
-"""Natural language has about 4. More is not tokenised, so that a prompt that cannot fit does not hold up those that
-do.
-"""
 _CLOSED: Final = "the engine is closed"
 _NAMESPACE_LABEL: Final = b"strongroom prefix cache 1"
 Q = TypeVar("Q", bound=GenerationRequest)
@@ -184,12 +180,7 @@ class LlamaEngine:
 
     @contextlib.asynccontextmanager
     async def _counted(self, request: GenerationRequest) -> AsyncGenerator[EngineProcess]:
-        size = prompt_size(request)
-        bound = min(self._settings.context * MAX_PROMPT_BYTES_PER_TOKEN, MAX_PROMPT_SIZE)
-        if size > bound:
-            raise ContextExceeded(
-                "the prompt is too large for the context", expected=f"<= {bound} bytes", got=f"{size} bytes"
-            )
+        require_size(request, self._settings.context)
         most = self._settings.parallel + self._settings.queue
         if self._requests >= most:
             raise Overloaded(expected=f"<= {most} at once", got=self._requests + 1)
@@ -316,18 +307,6 @@ def require_memory(needed: EngineMemory, available: int) -> None:
 
 def _mib(size: int) -> int:
     return -(-size // MIB)
-
-
-def prompt_size(request: GenerationRequest) -> int:
-    """Bytes of all text that a prompt is made of."""
-    if isinstance(request, CompletionRequest):
-        return len(request.prompt.encode())
-    texts = [
-        *(message.content for message in request.messages),
-        *(call.arguments for message in request.messages for call in message.tool_calls),
-        *(text for tool in request.tools for text in (tool.description, tool.parameters or "")),
-    ]
-    return sum(len(text.encode()) for text in texts)
 
 
 def _with_namespace(request: Q) -> Q:

@@ -238,11 +238,18 @@ class Llama:
         *,
         grammar: str | None = None,
         marks: Set[int] = frozenset(),
+        ends: Set[int] = frozenset(),
     ) -> Sampler:
-        """``marks`` are the control tokens that the grammar's own text has. Raises InvalidRequest."""
+        """``marks`` are the control tokens that the grammar's own text has. ``ends`` are tokens that end an answer:
+        those of which llama.cpp does not know are text to its grammar, in which none may come. Raises
+        InvalidRequest.
+        """
         unspoken = self._control_tokens
         if marks:
             unspoken = unspoken[~np.isin(unspoken, list(marks))]
+        unknown = [token for token in ends if not self.ends(token)]
+        if unknown:
+            unspoken = np.concatenate([unspoken, np.array(unknown, np.int32)])
         return Sampler(self._vocabulary, self.vocabulary_size, request, prompt, grammar=grammar, unspoken=unspoken)
 
     def sample(self, sampler: Sampler, logits: Logits, *, is_constrained: bool) -> int:

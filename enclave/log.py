@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import ClassVar, TypeAlias
 
+from attestation.model_family import CallFormat, Family
 from enclave.kms_errors import KMS_CODES
 
 TOTALS_INTERVAL_SECONDS = 60
@@ -65,12 +66,16 @@ class WeightsReceived:
 
 @dataclass(frozen=True, slots=True)
 class EngineStarted:
-    """The first engine process is ready. The flags say which confinement this system gave it. Later starts, which a
-    request may have caused, are counted in :class:`Totals`."""
+    """The first engine process is ready. Two flags say which confinement this system gave it, and the rest how the
+    model's answers are read: one of an unknown family as plain text, but for what its template shows. Later starts,
+    which a request may have caused, are counted in :class:`Totals`."""
 
     event: ClassVar = "engine_started"
     own_user: bool
     seccomp: bool
+    family: Family
+    reasons: bool
+    calls: CallFormat | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Final, TypeAlias, TypeVar
 
 from attestation.errors import StrongroomError
+from attestation.model_family import CallFormat, Family, ModelFamily
 from attestation.model_memory import KvType
 from enclave.config import EngineSettings
 from enclave.generation import AnswerExceeded, ContextExceeded, EngineError, InvalidRequest, Overloaded
@@ -25,8 +26,7 @@ R = TypeVar("R")
 MAX_TO_SERVER: Final = 64 << 10
 """Bytes of one message from the engine process."""
 MAX_TO_WORKER: Final = 8 << 20
-"""Bytes of one message to it: a prompt within :data:`MAX_PROMPT_SIZE`, in CBOR, with every parameter."""
-MAX_PROMPT_SIZE: Final = 4 << 20
+"""Bytes of one message to it: the largest prompt (:mod:`enclave.prompt_size`), in CBOR, with every parameter."""
 MAX_DELTA_CHARACTERS: Final = 3 << 10
 """Of a piece, in each of its texts."""
 MAX_DELTA_TOKENS: Final = 16
@@ -138,9 +138,14 @@ class Ready:
     """It runs as a user of its own."""
     seccomp: bool
     """Its system calls are on an allow-list."""
+    model: ModelFamily
+    """How it reads the model's answers."""
 
     def encode(self) -> bytes:
-        return encode_message({"ready": [self.own_user, self.seccomp]})
+        model = self.model
+        calls = None if model.calls is None else str(model.calls)
+        family = [str(model.family), model.reasons, model.opens_reasoning, calls]
+        return encode_message({"ready": [self.own_user, self.seccomp, family]})
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,12 +229,22 @@ def read_to_server(reader: MessageReader, data: bytes) -> Iterator[ToServer]:
                 yield Counted(_uint(id_, _MAX_ID), _uint(tokens, _MAX_TOKENS))
             case "failed", [id_, code, message, expected, got]:
                 yield Failed(_uint(id_, _MAX_ID), _error(code, _line(message), _detail(expected), _detail(got)))
-            case "ready", [bool() as own_user, bool() as seccomp]:
-                yield Ready(own_user, seccomp)
+            case "ready", [bool() as own_user, bool() as seccomp, family]:
+                yield Ready(own_user, seccomp, _family(family))
             case "refused", [code, message, expected, got]:
                 yield Refused(_line(code), _line(message), _detail(expected), _detail(got))
             case _:
                 raise PipeError("unknown or malformed message", got=kind)
+
+
+def _family(value: object) -> ModelFamily:
+    match value:
+        case [str() as family, bool() as reasons, bool() as opens, None | str() as calls]:
+            try:
+                return ModelFamily(Family(family), reasons, opens, None if calls is None else CallFormat(calls))
+            except ValueError as error:
+                raise PipeError("an unknown family", got=value) from error
+    raise PipeError("malformed family", got=value)
 
 
 def _error(code: object, message: str, expected: str | None, got: str | None) -> EngineError:

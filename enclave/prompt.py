@@ -20,10 +20,10 @@ from typing import Final
 
 from attestation.errors import StrongroomError
 from attestation.manifest import MAX_TEMPLATE_SIZE
+from attestation.model_family import REASONING_END, REASONING_START
 from attestation.strict_json import Json, decode_foreign
 from enclave.generation import InvalidRequest
 from enclave.marks import JsonText, LacksPlace, MarkError, Marks, Object, Segment, Text, to_json
-from enclave.model_family import REASONING_END, REASONING_START
 from enclave.template_sandbox import Refusal, compile_template
 from vsockrpc.chat import ChatMessage, ChatRequest, Tool, ToolCall
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final
 
+from attestation.model_family import REASONING_END, REASONING_START
 from enclave.answer import AnswerText, beginning_of
-from enclave.model_family import REASONING_END, REASONING_START
 from enclave.scheduler import Sampled
 from enclave.tool_calls import CallReader
 from vsockrpc.messages import MAX_TOKEN_SIZE, Alternative, Delta, FinishReason, TokenLogprob, ToolCallDelta

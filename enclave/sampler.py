@@ -46,8 +46,8 @@ class Sampler:
         unspoken: Tokens | None = None,
     ) -> None:
         """``size`` is the vocabulary's, in tokens. ``grammar`` is GBNF with the rule ``root``. ``unspoken`` are tokens
-        that stand for no text and end nothing: llama.cpp's grammar takes them for their names, so none may come where
-        it has its say.
+        that stand for no text, and those that end an answer without llama.cpp's knowledge: its grammar takes them for
+        their names, so none may come where it has its say.
 
         Raises InvalidRequest for a bias of a token that there is not, and GrammarRefused.
         """

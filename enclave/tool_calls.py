@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final, NoReturn
 
+from attestation.model_family import CallFormat
 from enclave.answer import beginning_of
 from enclave.json_grammar import BARE as BARE_STYLE
 from enclave.json_grammar import HERMES as HERMES_STYLE
@@ -74,6 +75,7 @@ DEEPSEEK: Final = CallSyntax(
     closing="```<｜tool▁call▁end｜>",
     last="<｜tool▁calls▁end｜>",
 )
+SYNTAXES: Final = {CallFormat.HERMES: HERMES, CallFormat.LLAMA: LLAMA, CallFormat.DEEPSEEK: DEEPSEEK}
 BARE: Final = CallSyntax(style=BARE_STYLE)
 """For models of which nothing is known: only where a grammar has them written."""
 

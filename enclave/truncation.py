@@ -10,6 +10,7 @@ from typing import Final
 
 from enclave.config import EngineSettings
 from enclave.prompt import Prompt
+from enclave.prompt_size import message_size, most_bytes, prompt_size, require_bytes
 from vsockrpc.chat import ChatMessage, ChatRequest
 
 USUAL_ANSWER: Final = 512
@@ -42,6 +43,23 @@ def fitting(request: ChatRequest, tokenize: Callable[[ChatRequest], Tokenized], 
             best = replace(prompt, dropped_messages=sum(map(len, turns[:dropped]))), tokens
         low, high = (low, dropped - 1) if fits else (dropped + 1, high)
     return best
+
+
+def without_oldest(request: ChatRequest, *, context: int) -> tuple[ChatRequest, int]:
+    """``request``, where it allows that without as many of its oldest turns as it takes until its prompt may be cut
+    into tokens at all, and how many messages these have. Raises ContextExceeded where the last turn is too large.
+    """
+    size, most = prompt_size(request), most_bytes(context)
+    if size <= most or request.truncation == "disabled":
+        return request, 0
+    turns = _turns(request.messages)
+    dropped = 0
+    while size > most and dropped < len(turns) - 1:
+        size -= sum(message_size(request.messages[index]) for index in turns[dropped])
+        dropped += 1
+    require_bytes(size, most, context)
+    left = replace(request, messages=_without(request.messages, turns[:dropped]))
+    return left, len(request.messages) - len(left.messages)
 
 
 def _turns(messages: tuple[ChatMessage, ...]) -> list[list[int]]:

@@ -23,13 +23,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from attestation.errors import StrongroomError
+from attestation.model_family import ModelFamily, model_family
 from enclave import confine
 from enclave.answer_format import answer_format
 from enclave.config import EngineSettings
 from enclave.generation import EngineError, InvalidRequest
 from enclave.kv_cache import KvCache
 from enclave.llama import Llama
-from enclave.model_family import ModelFamily, model_family
 from enclave.pipe import (
     MAX_DELTA_CHARACTERS,
     MAX_DELTA_TOKENS,
@@ -55,7 +55,7 @@ from enclave.reply import Reply
 from enclave.sampler import Logits, Sampler
 from enclave.scheduler import Admission, Sampled, Scheduler, Step
 from enclave.tokenizer import Tokenizer
-from enclave.truncation import fitting
+from enclave.truncation import fitting, without_oldest
 from vsockrpc.chat import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest
 from vsockrpc.messages import Delta, Done, MessageReader, ToolCallDelta
 
@@ -219,7 +219,9 @@ class Loop:
             prompt, tokens = self._tokenized(Prompt((Segment(request.prompt, trusted=False),)))
         else:
             render = self._template.render
-            prompt, tokens = fitting(request, lambda part: self._tokenized(render(part)), self._settings)
+            short, dropped = without_oldest(request, context=self._settings.context)
+            prompt, tokens = fitting(short, lambda part: self._tokenized(render(part)), self._settings)
+            prompt = replace(prompt, dropped_messages=prompt.dropped_messages + dropped)
         if not tokens:
             raise InvalidRequest("the prompt is empty", expected="at least 1 token", got=0)
         return prompt, tokens
@@ -230,7 +232,7 @@ class Loop:
     def _begin(self, number: int, request: GenerationRequest, prompt: Prompt, tokens: list[int]) -> None:
         form = answer_format(request, self._family, prompt, most_reasoning=self._settings.reasoning_tokens or None)
         pieces = self._pieces_of(form.marks)
-        sampler = self._llama.sampler(request, tokens, grammar=form.grammar, marks=pieces.keys())
+        sampler = self._llama.sampler(request, tokens, grammar=form.grammar, marks=pieces.keys(), ends=self._ends)
         admission = Admission(
             number,
             tokens,
@@ -391,7 +393,7 @@ def main(arguments: list[str]) -> int:
         # 3. Nothing new from here on, then the filter.
         confine.forbid_new_resources()
         seccomp = confine.allow_decoding_only()
-        pipe.send(Ready(own_user, seccomp))
+        pipe.send(Ready(own_user, seccomp, family))
         loop.run()
     except Gone:
         return 0

@@ -4,6 +4,7 @@ direction.
 
 from __future__ import annotations
 
+from attestation.model_family import CallFormat, Family, ModelFamily
 from attestation.model_memory import KvType
 from enclave.config import EngineSettings
 from enclave.generation import Overloaded
@@ -84,7 +85,7 @@ def seeds() -> list[bytes]:
     )
     likely = TokenLogprob(b"\xc3", -0.5, (Alternative(b"\xc3", -0.5), Alternative(b"e", -1.5)))
     to_server: list[ToServer] = [
-        Ready(own_user=True, seccomp=True),
+        Ready(True, True, ModelFamily(Family.QWEN3, True, True, CallFormat.HERMES)),
         Refused("model_refused", "no", "a", None),
         Alive(),
         Piece(1, Delta("ü🌞", logprobs=(likely,))),

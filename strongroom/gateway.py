@@ -11,7 +11,7 @@ import hmac
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
@@ -21,8 +21,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from attestation.errors import StrongroomError
+from attestation.errors import EvidenceError, StrongroomError
 from attestation.secret import Secret
+from attestation.strict_json import decode_foreign
 from strongroom.openai_answers import AnswerShape, ChatShape, CompletionShape, count_of, model_of
 from strongroom.openai_api import ApiError, Call, Q, api_error_of, parse_chat, parse_completion
 from strongroom.session import Session
@@ -31,6 +32,8 @@ from vsockrpc.http_server import unless_client_leaves
 from vsockrpc.messages import Answer, Delta, Done, Start
 
 MAX_BODY_BYTES: Final = 4 << 20
+MAX_BODY_DEPTH: Final = 128
+"""Of a body's JSON: a schema, which may be 64 deep, stands some levels within it."""
 NO_RETRY: Final = "x-should-retry"
 """OpenAI's own header: its clients do not try again when it says ``false``."""
 
@@ -51,7 +54,7 @@ class PromptCache:
 class Gateway:
     """The routes. ``hosts`` are the ``host:port`` that a request may name; ``token`` is required as a bearer token when
     there is one. Only with a token may ``hosts`` be None, for any: a page that was rebound to this address lacks it.
-    Without a ``cache`` the enclave keeps nothing of a prompt for the next one.
+    Without a ``cache`` the enclave keeps nothing of a prompt for the next one, and a ``prompt_cache_key`` is refused.
     """
 
     def __init__(
@@ -123,19 +126,25 @@ class Gateway:
         return JSONResponse(model_of(description.name, self._started))
 
     async def chat_completions(self, request: Request) -> Response:
-        self._admit(request)
-        call = parse_chat(await _json_body(request))
+        call = await self._call(request, parse_chat)
         return await _answered(request, call, self._session.chat(self._cached(call)), ChatShape)
 
     async def completions(self, request: Request) -> Response:
-        self._admit(request)
-        call = parse_completion(await _json_body(request))
+        call = await self._call(request, parse_completion)
         return await _answered(request, call, self._session.complete(self._cached(call)), CompletionShape)
 
     async def input_tokens(self, request: Request) -> Response:
-        self._admit(request)
-        call = parse_chat(await _json_body(request))
+        call = await self._call(request, parse_chat)
         return JSONResponse(count_of(await unless_client_leaves(self._session.count(call.request), request.receive)))
+
+    async def _call(self, request: Request, parse: Callable[[object], Call[Q]]) -> Call[Q]:
+        """Raises ApiError."""
+        self._admit(request)
+        call = parse(await _json_body(request))
+        if self._cache is None and call.cache_key is not None:
+            text = "prompt_cache_key has no effect here: this server was started without a prompt cache"
+            raise ApiError(400, "unsupported_parameter", text, param="prompt_cache_key")
+        return call
 
     def _cached(self, call: Call[Q]) -> Q:
         if self._cache is None:
@@ -228,9 +237,9 @@ async def _json_body(request: Request) -> object:
         if len(data) > MAX_BODY_BYTES:
             raise ApiError(413, None, f"the body is larger than {MAX_BODY_BYTES} bytes")
     try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, None, "the body is not valid JSON") from error
+        return decode_foreign(bytes(data), code="invalid_request", max_depth=MAX_BODY_DEPTH)
+    except EvidenceError as error:
+        raise ApiError(400, None, f"the body is not valid {error.message}") from error
 
 
 def _error_response(error: ApiError, headers: Mapping[str, str] | None = None) -> Response:

@@ -14,6 +14,7 @@ import click
 from attestation.envelope import MAGIC
 from attestation.errors import StrongroomError
 from attestation.gguf import GgufArray, GgufHeader, read_header, read_texts
+from attestation.model_family import REASONING_END, REASONING_START, Family, ModelFamily, model_family
 from attestation.model_memory import (
     DEFAULT_WORK,
     MAX_BATCH,
@@ -188,11 +189,23 @@ def described(header: GgufHeader, ends: list[EndToken]) -> Iterator[str]:
     yield f"{'trained context':<18}{'not said' if trained is None else f'{trained} tokens'}"
     yield f"{'tokenizer':<18}{tokens} tokens, {merges} merges"
     yield f"{'chat template':<18}{'none' if template is None else f'{len(template)} characters'}"
+    read = family_of(header)
+    known = read.family is not Family.UNKNOWN
+    yield f"{'family':<18}{read.family}{'' if known else ': plain text, but for what its chat template shows'}"
+    yield f"{'reasoning':<18}{f'between {REASONING_START} and {REASONING_END}' if read.reasons else 'none'}"
+    by_itself = "only where tool_choice asks for one" if read.calls is None else f"in the way of {read.calls}"
+    yield f"{'tool calls':<18}{by_itself}"
     if not ends:
         yield f"{'end tokens':<18}not said"
     for token in ends:
         text = "" if token.text is None else f" {shown(token.text)}"
         yield f"{ENDS[token.kind]:<18}{token.id}{text}"
+
+
+def family_of(header: GgufHeader) -> ModelFamily:
+    """With its own chat template: how an enclave reads its answers."""
+    template = header.text("tokenizer.chat_template") or ""
+    return model_family(header.text("general.architecture"), header.text("tokenizer.ggml.pre"), template)
 
 
 def accounted(memory: EngineMemory | None, unknown: SizingError | None) -> Iterator[str]:
@@ -212,7 +225,7 @@ def as_object(
     header: GgufHeader, ends: list[EndToken], memory: EngineMemory | None, unknown: SizingError | None
 ) -> dict[str, Json]:
     """Sizes in bytes."""
-    by_type, template = tensors_by_type(header), header.text("tokenizer.chat_template")
+    by_type, template, read = tensors_by_type(header), header.text("tokenizer.chat_template"), family_of(header)
     return {
         "name": header.text("general.name"),
         "architecture": header.text("general.architecture"),
@@ -226,6 +239,9 @@ def as_object(
         "tokens": _count(header, "tokens"),
         "merges": _count(header, "merges"),
         "chat_template": template is not None,
+        "family": str(read.family),
+        "reasons": read.reasons,
+        "tool_calls": None if read.calls is None else str(read.calls),
         "end_tokens": [{"kind": each.kind, "id": each.id, "text": each.text} for each in ends],
         "memory": None if memory is None else memory_as_object(memory),
         "memory_unknown": None if unknown is None else {**unknown.as_json()},

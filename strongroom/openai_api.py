@@ -77,6 +77,8 @@ NEUTRAL: Final[Mapping[str, object]] = {"n": 1, "best_of": 1, "suffix": "", "mod
 """Not served, and accepted where the value asks for nothing."""
 UNSUPPORTED: Final = frozenset(NEUTRAL) | {
     "audio",
+    "chat_template",
+    "chat_template_kwargs",
     "function_call",
     "functions",
     "moderation",
@@ -86,7 +88,9 @@ UNSUPPORTED: Final = frozenset(NEUTRAL) | {
     "verbosity",
     "web_search_options",
 }
-"""Parameters of OpenAI's that are not served, as are those of the other endpoint; any other name is unknown."""
+"""Parameters that are not served, as are those of the other endpoint; any other name is unknown. All are OpenAI's but
+for a template of the client's own: the one that is used comes with the model and is attested.
+"""
 REASONING_TOKENS: Final[Mapping[str, int]] = {"none": 0, "minimal": 256, "low": 1024, "medium": 4096, "high": 16384}
 """How many tokens each ``reasoning_effort`` lets a model think."""
 COMPLETION_TOKENS: Final = 16
@@ -181,7 +185,10 @@ def _include_usage(fields: Fields) -> bool:
         fields.get("stream_options", {}), "stream_options", optional={"include_usage", "include_obfuscation"}
     )
     flag_of(options.get("include_obfuscation", False), "stream_options.include_obfuscation")
-    return flag_of(options.get("include_usage", False), "stream_options.include_usage")
+    wanted = flag_of(options.get("include_usage", False), "stream_options.include_usage")
+    if "stream_options" in fields and not fields.get("stream", False):
+        raise MessageError("stream_options without a stream", param="stream_options", expected='"stream": true')
+    return wanted
 
 
 # --- Requests ------------------------------------------------------------------------------------------------------
@@ -320,12 +327,14 @@ def _tool_choice(value: object) -> object:
 def _messages(value: object) -> object:
     if not isinstance(value, list):
         return value
-    return [_message(f"messages[{index}]", entry) for index, entry in enumerate(value)]
+    called: dict[str, object] = {}
+    return [_message(f"messages[{index}]", entry, called) for index, entry in enumerate(value)]
 
 
-def _message(param: str, entry: object) -> Fields:
-    """``developer`` is OpenAI's newer name for ``system``. A participant's name and an earlier turn's reasoning are
-    dropped: chat templates have no place for them.
+def _message(param: str, entry: object, called: dict[str, object]) -> Fields:
+    """``developer`` is OpenAI's newer name for ``system``. An earlier turn's reasoning is dropped, which chat templates
+    do too. They have no place for a participant's name: only a tool's message may have one, that of the function whose
+    call it answers, which templates are given anyway. ``called`` has the functions' names by their calls' ids so far.
     """
     optional = {"content", "name", "tool_calls", "tool_call_id", "reasoning_content"}
     message = _map_of(entry, param, required={"role"}, optional=optional)
@@ -340,8 +349,17 @@ def _message(param: str, entry: object) -> Fields:
         )
     if calls:
         body["tool_calls"] = [_tool_call(f"{param}.tool_calls[{index}]", call) for index, call in enumerate(calls)]
+        called |= {call["id"]: call["name"] for call in body["tool_calls"] if isinstance(call["id"], str)}
     if "tool_call_id" in message:
         body["tool_call_id"] = message["tool_call_id"]
+    if "name" in message:
+        answered = message.get("tool_call_id")
+        if not isinstance(answered, str) or message["name"] != called.get(answered):
+            raise MessageError(
+                "chat templates have no place for a participant's name",
+                param=f"{param}.name",
+                expected="none, or in a tool's message that of the function that was called",
+            )
     return body
 
 

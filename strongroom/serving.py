@@ -33,7 +33,8 @@ HTTP_PORT = 80
 )  # fmt: skip
 @click.option(
     "--no-prompt-cache", is_flag=True,
-    help="Let the enclave keep nothing of a prompt for the next one that begins alike. Turns take longer to begin.",
+    help="Let the enclave keep nothing of a prompt for the next one that begins alike. Turns take longer to begin, and "
+    "requests with a prompt_cache_key are refused.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line when ready.")
 def serve(url: str, policy: Path, listen: str, token_file: Path | None, no_prompt_cache: bool, as_json: bool) -> None:

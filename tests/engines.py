@@ -20,8 +20,11 @@ from enclave.generation import (
     Unavailable,
 )
 from enclave.kv_cache import KvCache
+from enclave.prompt import Prompt
+from enclave.prompt_size import require_size
 from enclave.reply import Reply
 from enclave.scheduler import Admission, Sampled, Scheduler, Step
+from enclave.truncation import Tokenized, fitting, without_oldest
 from vsockrpc.chat import ChatRequest, CompletionRequest, GenerationRequest
 from vsockrpc.messages import Delta, Done
 
@@ -107,10 +110,10 @@ class EchoEngine:
             self._end(number, EngineFailed(reason))
 
     async def count(self, request: ChatRequest) -> int:
-        return len(self._prompt(request))
+        return len(self._prompt(request)[0])
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
-        prompt = self._prompt(request)
+        prompt, dropped = self._prompt(request)
         most = self._settings.parallel + self._settings.queue
         if len(self._answers) >= most:
             raise Overloaded(expected=f"<= {most} at once", got=len(self._answers) + 1)
@@ -118,7 +121,14 @@ class EchoEngine:
         self._issued += 1
         reply = Reply(request.stop)
         self._arrived.append(
-            Admission(number, prompt, reply, max_tokens=request.max_tokens, namespace=request.cache_secret)
+            Admission(
+                number,
+                prompt,
+                reply,
+                max_tokens=request.max_tokens,
+                namespace=request.cache_secret,
+                dropped_messages=dropped,
+            )
         )
         answer = _Answer([said[start : start + TOKEN_SIZE] for start in range(0, len(said), TOKEN_SIZE)])
         self._answers[number] = answer
@@ -143,17 +153,22 @@ class EchoEngine:
         self._arrived = deque(each for each in self._arrived if each.request != number)
         self._scheduler.cancel(number)
 
-    def _prompt(self, request: GenerationRequest) -> list[int]:
+    def _prompt(self, request: GenerationRequest) -> tuple[list[int], int]:
+        """Its tokens, and how many messages are not in it."""
         if self._loop is None:
             raise Unavailable("the engine is closed or was never started")
+        context = self._settings.context
+        require_size(request, context)
+        dropped = 0
         if isinstance(request, CompletionRequest):
             prompt = list(request.prompt.encode())
         else:
-            prompt = [byte for entry in request.messages for byte in f"{entry.role}:{entry.content}\n".encode()]
-        context = self._settings.context
+            short, dropped = without_oldest(request, context=context)
+            rendered, prompt = fitting(short, _rendered, self._settings)
+            dropped += rendered.dropped_messages
         if len(prompt) >= context:
             raise ContextExceeded("the prompt is longer than the context", expected=context - 1, got=len(prompt))
-        return prompt
+        return prompt, dropped
 
     async def _run(self) -> None:
         while True:
@@ -191,6 +206,11 @@ class EchoEngine:
         answer = self._answers.pop(number)
         answer.end = end
         answer.news.set()
+
+
+def _rendered(request: ChatRequest) -> Tokenized:
+    text = "".join(f"{entry.role}:{entry.content}\n" for entry in request.messages)
+    return Prompt(()), list(text.encode())
 
 
 def scheduler_of(settings: EngineSettings) -> Scheduler:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from enclave.engine import Engine, LlamaEngine
 from enclave.generation import InvalidRequest
 from tests.enclave.conftest import sealed
 from tests.engines import engine_settings
-from tests.gguf_files import CHAT_TEMPLATE
+from tests.gguf_files import CHAT_TEMPLATE, EOS, USER
 from vsockrpc.chat import (
     ChatMessage,
     ChatRequest,
@@ -24,7 +25,7 @@ from vsockrpc.chat import (
     Tool,
     ToolChoice,
 )
-from vsockrpc.messages import Delta, Done, TokenLogprob, ToolCallDelta
+from vsockrpc.messages import Delta, Done, TokenLogprob, ToolCallDelta, Usage
 
 SETTINGS = engine_settings(context=1024, parallel=2)
 TOOLS_TEMPLATE = "{% for tool in tools %}{{ tool | tojson }}<|end|>{% endfor %}{# <tool_call> #}" + CHAT_TEMPLATE
@@ -78,6 +79,16 @@ async def test_even_noise_is_json_by_the_schema(make_engine: MakeEngine) -> None
     said, done = await answer(engine, request)
     assert done.finish_reason == "stop"
     assert json.loads(said.content)["colour"] in ("red", "blue")
+
+
+async def test_json_is_whole_where_only_the_template_says_what_ends_a_turn(make_engine: MakeEngine) -> None:
+    """``<|user|>`` is no end to llama.cpp, and no control token: to its grammar it is text like any other."""
+    engine = await make_engine(CHAT_TEMPLATE.replace("'<|end|>'", "'<|user|>'"))
+    biases = ((USER, 100.0), (ord('"'), 50.0), (EOS, 50.0))
+    spoken = ChatRequest(HI, logit_bias=biases, temperature=0, max_tokens=50)
+    assert (await answer(engine, spoken)) == (Delta(), Done("stop", Usage(6, 0)))
+    said, done = await answer(engine, replace(spoken, response_format=JsonFormat('{"type": "string"}')))
+    assert (json.loads(said.content), done.finish_reason) == ("", "stop")
 
 
 @pytest.mark.parametrize("choice", ["required", NamedTool("paint")])

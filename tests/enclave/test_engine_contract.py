@@ -6,12 +6,14 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from enclave.config import EngineSettings
 from enclave.engine import Engine, LlamaEngine
 from enclave.generation import AnswerExceeded, ContextExceeded, EngineFailed, Overloaded, Unavailable
+from enclave.prompt_size import MAX_PROMPT_SIZE, most_bytes
 from strongroom.profiles import PROFILES
 from tests.engines import EchoEngine, engine_settings
 from tests.gguf_files import CHAT_TEMPLATE
@@ -172,6 +174,40 @@ async def test_what_is_over_a_budget_is_refused_with_both_numbers(make_engine: M
         await answer(engine, ask(await of_tokens(engine, 2049), max_tokens=1))
     assert (prompt_of_2049.value.expected, prompt_of_2049.value.got) == ("<= 2048 tokens", "2049 tokens")
     assert (await answer(engine, ask(max_tokens=7)))[1].usage.completion_tokens == 7
+
+
+# --- What does not fit -----------------------------------------------------------------------------------------------
+
+TURN = (ChatMessage("user", "x" * 1000), ChatMessage("assistant", "y"))
+
+
+def long_chat(turns: int, last: str = "And now?", **options: Any) -> ChatRequest:
+    return ChatRequest((*TURN * turns, ChatMessage("user", last)), max_tokens=5, temperature=0, **options)
+
+
+@pytest.mark.parametrize("turns", [2, 8, most_bytes(CONTEXT) // 1001 + 1, 500])
+async def test_the_oldest_turns_of_a_long_chat_are_dropped_however_many_there_are(engine: Engine, turns: int) -> None:
+    kept = min(turns, 4)
+    request = long_chat(turns, truncation="auto")
+    text, done = await answer(engine, request)
+    assert done.dropped_messages == 2 * (turns - kept)
+    assert await answer(engine, long_chat(kept)) == (text, replace(done, dropped_messages=0))
+    assert await engine.count(request) == done.usage.prompt_tokens
+
+
+async def test_what_is_too_large_to_count_is_refused_by_its_bytes(engine: Engine) -> None:
+    most = most_bytes(CONTEXT)
+    for request in (
+        long_chat(500),
+        long_chat(2, "x" * (most + 1), truncation="auto"),
+        CompletionRequest(prompt="x" * (most + 1)),
+        long_chat(4, "x" * (MAX_PROMPT_SIZE - 1000), truncation="auto"),
+    ):
+        with pytest.raises(ContextExceeded) as caught:
+            await answer(engine, request)
+        assert (caught.value.expected or "").startswith(f"<= {CONTEXT - 1} tokens, in <= ")
+        assert int((caught.value.got or "").removesuffix(" bytes")) > most
+    assert (await answer(engine, ask()))[1].usage.completion_tokens == 40
 
 
 # --- A count ---------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import pytest
 
 from attestation.gguf import ModelError
 from attestation.manifest import ModelManifest
+from attestation.model_family import Family, ModelFamily
 from enclave.config import EngineSettings
 from enclave.engine import MAX_RETRY_SECONDS, LlamaEngine
 from enclave.generation import (
@@ -96,6 +97,7 @@ async def test_the_process_has_given_up_what_it_can(engine: LlamaEngine, events:
     pid = pid_of(engine)
     fields = status(pid)
     assert ready.own_user == ROOT
+    assert ready.model == ModelFamily(Family.UNKNOWN, False, False, None)
     if ROOT:
         assert fields["Uid"] == fields["Gid"] == [str(UID)] * 4
         assert fields["Groups"] == []

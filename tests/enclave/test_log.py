@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from attestation.model_family import CallFormat, Family
 from enclave import log
 from enclave.kms_errors import KMS_CODES
 from enclave.log import (
@@ -50,7 +51,7 @@ EXAMPLES: dict[type, Event] = {
         PhaseReached(Phase.SERVING),
         Halted(Phase.ENTROPY, "entropy_missing", "the kernel is not seeded by the NSM", "nsm-hwrng", "tpm-rng"),
         WeightsReceived(1, 2),
-        EngineStarted(own_user=True, seccomp=False),
+        EngineStarted(True, False, Family.QWEN2, False, CallFormat.HERMES),
         EngineLost("EngineRefused"),
         KeyOffered("00" * 16),
         NsmFailed("InternalError"),
@@ -72,7 +73,7 @@ def test_a_field_is_a_number_a_flag_or_of_a_fixed_set(kind: type) -> None:
     assert is_dataclass(kind)
     hints = get_type_hints(kind)
     for field in fields(kind):
-        if hints[field.name] not in (int, bool, Phase, dict[str, int]):
+        if hints[field.name] not in (int, bool, Phase, Family, CallFormat | None, dict[str, int]):
             assert (kind, field.name) in TEXTS, f"{kind.__name__}.{field.name} could carry a text"
             assert hints[field.name] in (str, str | None)
 

@@ -1,4 +1,4 @@
-"""Which family a model is of, what follows from that, and with which tokens its turns end."""
+"""What follows from a model's family for its answers, and with which tokens its turns end."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import llama_cpp
 import pytest
 
 from attestation.gguf import read_header
+from attestation.model_family import CallFormat, Family, ModelFamily, model_family
 from enclave.answer_format import answer_format
 from enclave.generation import InvalidRequest
-from enclave.model_family import Family, ModelFamily, model_family
 from enclave.prompt import ChatTemplate, Prompt
 from enclave.tokenizer import Tokenizer
-from enclave.tool_calls import DEEPSEEK, HERMES, LLAMA, CallSyntax
+from enclave.tool_calls import DEEPSEEK, LLAMA, SYNTAXES
 from tests.gguf_files import ARRAY, CONTROL, I32, NORMAL, TEXT, U32, USER_DEFINED, Gguf, Value, tiny_model
 from tests.vocabularies import vocabulary
 from vsockrpc.chat import ChatMessage, ChatRequest, CompletionRequest, JsonFormat, NamedTool, Tool
@@ -37,47 +37,6 @@ CHATML = turns("<|im_start|>ROLE\n", "<|im_end|>\n", "<|im_start|>assistant\n")
 LLAMA3 = turns("<|start_header_id|>ROLE<|end_header_id|>\n\n", "<|eot_id|>", "", more='{# "parameters": #}')
 GEMMA = turns("<start_of_turn>ROLE\n", "<end_of_turn>\n", "<start_of_turn>model\n")
 DEEPSEEK_R1 = turns("<｜ROLE｜>", "<｜end▁of▁sentence｜>", "<｜Assistant｜>")
-
-
-@pytest.mark.parametrize(
-    ("architecture", "pre", "template", "family", "reasons", "opens", "calls"),
-    [
-        ("llama", "llama-bpe", LLAMA3, Family.LLAMA, False, False, LLAMA),
-        ("llama", "smollm", CHATML, Family.SMOLLM, False, False, None),
-        ("smollm3", "smollm3", CHATML + "{{ enable_thinking }}<think>", Family.SMOLLM, True, True, None),
-        ("qwen2", "qwen2", CHATML + CALLS, Family.QWEN2, False, False, HERMES),
-        ("qwen3", "qwen2", CHATML + CALLS + "{{ enable_thinking }}</think>", Family.QWEN3, True, True, HERMES),
-        ("qwen3", "qwen2", CHATML + CALLS + "</think>", Family.QWEN3, True, False, HERMES),
-        ("gemma2", "default", GEMMA, Family.GEMMA, False, False, None),
-        ("gemma3", "default", GEMMA, Family.GEMMA, False, False, None),
-        ("qwen2", "deepseek-r1-qwen", CHATML, Family.DEEPSEEK_R1_DISTILL, True, True, None),
-        ("qwen2", "qwen2", DEEPSEEK_R1, Family.DEEPSEEK_R1_DISTILL, True, True, None),
-        ("llama", "llama-bpe", DEEPSEEK_R1, Family.DEEPSEEK_R1_DISTILL, True, True, None),
-        ("llama", "default", CHATML, Family.UNKNOWN, False, False, None),
-        ("phi3", "default", "<|end|>", Family.UNKNOWN, False, False, None),
-        (None, None, "", Family.UNKNOWN, False, False, None),
-        # Calls of these are written in other ways.
-        ("qwen3moe", "qwen2", CALLS + "<function=", Family.QWEN3, False, False, None),
-        ("glm4", "glm4", CALLS + "<arg_key>", Family.UNKNOWN, False, False, None),
-        ("deepseek2", "deepseek-v3", "<｜tool▁call▁begin｜><｜tool▁sep｜>", Family.UNKNOWN, False, False, None),
-    ],
-)  # fmt: skip
-def test_a_family_and_what_follows_from_it(
-    architecture: str | None,
-    pre: str | None,
-    template: str,
-    family: Family,
-    reasons: bool,
-    opens: bool,
-    calls: CallSyntax | None,
-) -> None:
-    assert model_family(architecture, pre, template) == ModelFamily(family, reasons, opens, calls)
-
-
-@pytest.mark.skipif(not DISTILL.exists(), reason="../shared/vectors/gguf is not here")
-def test_the_distills_reason_and_call_in_deepseek_s_way() -> None:
-    read = model_family("qwen2", "deepseek-r1-qwen", DISTILL.read_text())
-    assert read == ModelFamily(Family.DEEPSEEK_R1_DISTILL, True, True, DEEPSEEK)
 
 
 # --- What a request's answer is ------------------------------------------------------------------------------------
@@ -123,6 +82,15 @@ def test_a_model_that_reasons_by_itself_is_let_to_where_it_is_to() -> None:
     assert forced(Prompt((), opens_reasoning=True), reasoning_tokens=0) == "\n</think>\n\n"
 
 
+def test_a_budget_for_reasoning_is_refused_where_the_model_does_not_reason() -> None:
+    for family in (PLAIN, CALLER):
+        with pytest.raises(InvalidRequest, match="reasoning_effort") as caught:
+            answer_format(ChatRequest(HI, reasoning_tokens=1), family, Prompt(()))
+        assert caught.value.got == "1 tokens"
+        assert answer_format(ChatRequest(HI, reasoning_tokens=0), family, Prompt(())).reply.forced is None
+    assert answer_format(ChatRequest(HI, reasoning_tokens=1), THINKER, Prompt(())).marks
+
+
 def test_calls_a_model_makes_by_itself_are_read_where_it_is_known_how() -> None:
     form = answer_format(ChatRequest(HI, tools=(CLOCK,)), CALLER, Prompt(()))
     assert form.grammar is None
@@ -141,6 +109,10 @@ def test_what_contradicts_itself_is_refused() -> None:
     ):
         with pytest.raises(InvalidRequest, match=match):
             answer_format(request, CALLER, Prompt(()))
+
+
+def test_every_way_of_calling_is_read() -> None:
+    assert SYNTAXES.keys() == set(CallFormat)
 
 
 def test_the_marks_of_calls_are_all_that_may_be_tokens() -> None:

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from attestation.model_family import CallFormat, Family, ModelFamily
 from attestation.model_memory import KvType
 from enclave.generation import AnswerExceeded, ContextExceeded, EngineError, InvalidRequest, Overloaded
 from enclave.pipe import (
     MAX_DELTA_CHARACTERS,
     MAX_DELTA_TOKENS,
-    MAX_PROMPT_SIZE,
     MAX_TO_SERVER,
     MAX_TO_WORKER,
     Alive,
@@ -32,6 +32,7 @@ from enclave.pipe import (
     read_to_server,
     read_to_worker,
 )
+from enclave.prompt_size import MAX_PROMPT_SIZE
 from tests.engines import engine_settings
 from tests.wire import CHATS, DELTAS, DONES, GENERATIONS
 from vsockrpc.chat import ChatMessage, ChatRequest, CompletionRequest
@@ -62,7 +63,8 @@ TO_WORKER: list[ToWorker] = [
 ]
 USAGE = Usage(3, 4, 2, 1)
 TO_SERVER: list[ToServer] = [
-    Ready(own_user=True, seccomp=False),
+    Ready(True, False, ModelFamily(Family.UNKNOWN, False, False, None)),
+    Ready(False, True, ModelFamily(Family.DEEPSEEK_R1_DISTILL, True, True, CallFormat.DEEPSEEK)),
     Refused("model_refused", "no", None, "x"),
     Alive(),
     Piece(1, Delta("ü🌞")),
@@ -145,6 +147,11 @@ DONE = {"finish_reason": "stop", "usage": COUNTS, "dropped_messages": 0}
         {"ready": [True, True], "alive": None},
         {"ready": [1, 0]},
         {"ready": [True]},
+        {"ready": [True, True]},
+        {"ready": [True, True, ["qwen3", True, True]]},
+        {"ready": [True, True, ["qwen3", True, 1, None]]},
+        {"ready": [True, True, ["a text of its own", True, True, None]]},
+        {"ready": [True, True, ["qwen3", True, True, "another way"]]},
         {"alive": 1},
         {"text": [0, "x"]},
         {"piece": [0, "x"]},

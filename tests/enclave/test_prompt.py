@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from hypothesis import strategies as st
 
 from attestation.gguf import read_header
 from attestation.manifest import MAX_TEMPLATE_SIZE
-from enclave.generation import InvalidRequest
+from enclave.generation import ContextExceeded, InvalidRequest
 from enclave.prompt import ChatTemplate, Prompt, Segment, TemplateError
+from enclave.prompt_size import most_bytes, prompt_size
 from enclave.tokenizer import Tokenizer
-from enclave.truncation import USUAL_ANSWER, fitting
+from enclave.truncation import USUAL_ANSWER, fitting, without_oldest
 from tests.engines import engine_settings
 from tests.gguf_files import ASSISTANT, BOS, CHAT_TEMPLATE, EOS, SYSTEM, USER, tiny_model
 from tests.vocabularies import vocabulary
@@ -514,6 +516,36 @@ def test_a_tool_s_answer_goes_with_the_turn_that_asked_for_it() -> None:
 
     prompt, tokens = fitting(ChatRequest(told, truncation="auto", max_tokens=1), tokenize, engine_settings(context=5))
     assert (prompt.dropped_messages, len(tokens)) == (4, 1)
+
+
+def test_what_is_too_large_to_be_cut_into_tokens_loses_its_oldest_turns_by_their_bytes() -> None:
+    """The arguments of calls and the tools count too, and a character may be several bytes."""
+    context = 10
+    most = most_bytes(context)
+    call = ToolCall("a", "look", '{"a": "' + "ä" * 20 + '"}')
+    told = (
+        ChatMessage("system", "s" * 100),
+        ChatMessage("user", "ä" * 60),
+        ChatMessage("assistant", "", (call,)),
+        ChatMessage("tool", "it", (), "a"),
+        ChatMessage("user", "b" * 50),
+        ChatMessage("user", "c" * 50),
+    )
+    request = ChatRequest(told, truncation="auto")
+    size = 100 + 120 + 49 + 2 + 50 + 50
+    assert prompt_size(request) == size > most
+    assert without_oldest(request, context=context) == (replace(request, messages=(told[0], *told[4:])), 3)
+    assert without_oldest(replace(request, truncation="disabled"), context=context)[1] == 0
+    assert without_oldest(request, context=12) == (request, 0)
+    tools = (Tool("look", "d" * 120),)
+    assert without_oldest(replace(request, tools=tools), context=context)[1] == 3
+    tools = (Tool("look", "d" * 121),)
+    assert without_oldest(replace(request, tools=tools), context=context)[0].messages == (told[0], told[5])
+    with pytest.raises(ContextExceeded) as caught:
+        without_oldest(replace(request, tools=(Tool("look", "d" * 171),)), context=context)
+    assert (caught.value.expected, caught.value.got) == (f"<= 9 tokens, in <= {most} bytes", f"{most + 1} bytes")
+    with pytest.raises(ContextExceeded):
+        without_oldest(ChatRequest((ChatMessage("system", "s" * 321),), truncation="auto"), context=context)
 
 
 # --- Tokens

@@ -14,10 +14,10 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from attestation.model_family import model_family
 from enclave.generation import AnswerExceeded, ContextExceeded, EngineError, InvalidRequest, Overloaded
 from enclave.kv_cache import Copy, Edit, Truncate
 from enclave.llama import Llama
-from enclave.model_family import model_family
 from enclave.pipe import (
     MAX_DELTA_CHARACTERS,
     MAX_DELTA_TOKENS,
@@ -87,7 +87,7 @@ class CountingLlama:
         return {row.request: np.zeros(self.vocabulary_size, np.float32) for row in rows if row.samples}
 
     def sampler(
-        self, request: Generation, prompt: Sequence[int], *, grammar: str | None, marks: Set[int]
+        self, request: Generation, prompt: Sequence[int], *, grammar: str | None, marks: Set[int], ends: Set[int]
     ) -> CountingSampler:
         if request.seed == 404:
             raise InvalidRequest("no such seed")

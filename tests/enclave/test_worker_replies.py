@@ -11,9 +11,9 @@ from typing import Any, Final, cast
 import numpy as np
 import pytest
 
+from attestation.model_family import model_family
 from enclave.kv_cache import Edit
 from enclave.llama import Llama
-from enclave.model_family import model_family
 from enclave.pipe import (
     MAX_DELTA_CHARACTERS,
     MAX_TO_SERVER,
@@ -73,7 +73,7 @@ class ScriptedLlama:
         return {row.request: np.zeros(1, np.float32) for row in rows if row.samples}
 
     def sampler(
-        self, request: GenerationRequest, prompt: Sequence[int], *, grammar: str | None, marks: Set[int]
+        self, request: GenerationRequest, prompt: Sequence[int], *, grammar: str | None, marks: Set[int], ends: Set[int]
     ) -> ScriptedSampler:
         self.grammars.append(grammar)
         return ScriptedSampler()

@@ -517,7 +517,7 @@ def test_serve_has_a_prompt_cache_unless_told_not_to(street: Street, options: tu
     process = spawn("serve", *street.options, "--listen", "127.0.0.1:0", "--json", *options)
     assert process.stdout is not None
     base = f"http://{json.loads(process.stdout.readline())['listening']}"
-    body = {"messages": [{"role": "user", "content": "hello"}], "prompt_cache_key": "mine"}
+    body = {"messages": [{"role": "user", "content": "hello"}]}
     assert httpx2.post(f"{base}/v1/chat/completions", json=body, trust_env=False).status_code == 200
     process.terminate()
     process.communicate()

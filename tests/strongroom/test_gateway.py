@@ -488,6 +488,7 @@ async def test_parameters_of_the_content_type_are_accepted(http: httpx2.AsyncCli
         b"[]",
         b"null",
         b'{"messages": NaN}',
+        b'{"temperature": 1e999}',
         b'{"\\ud800": 1, "messages": []}',
         b'{"messages": [{"role": "\\ud800", "content": "x"}]}',
         b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
@@ -499,6 +500,22 @@ async def test_a_body_that_is_no_request(http: httpx2.AsyncClient, home: House, 
         response = await http.post(path, content=body, headers={"Content-Type": "application/json"})
         assert response.status_code == 400
         assert error_of(response)["type"] == "invalid_request_error"
+    assert home.hostile.requests == []
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"messages": [{"role": "user", "content": "x"}], "temperature": 0, "temperature": 2}',
+        b'{"messages": [{"role": "user", "content": "x", "content": "y"}]}',
+        b'{"messages": [{"role": "user", "content": "x"}], "user": {"a": 1, "\\u0061": 1}}',
+    ],
+)
+async def test_a_key_that_stands_twice_is_refused(http: httpx2.AsyncClient, home: House, body: bytes) -> None:
+    """Which of the two counts, no two readers agree on."""
+    response = await http.post(COMPLETIONS, content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    assert error_of(response)["message"] == "the body is not valid JSON: a key stands twice"
     assert home.hostile.requests == []
 
 

@@ -38,6 +38,9 @@ def test_a_model_is_described_and_accounted(strongroom: Terminal) -> None:
     assert lines["trained context"] == "4096 tokens"
     assert lines["tokenizer"] == "262 tokens, 1 merges"
     assert lines["chat template"].endswith(" characters")
+    assert lines["family"] == "unknown: plain text, but for what its chat template shows"
+    assert lines["reasoning"] == "none"
+    assert lines["tool calls"] == "only where tool_choice asks for one"
     assert lines["end of text"] == "258 <|end|>"
     assert lines["key-value cache"] == "1 MiB  2 x 512 tokens, 2 layers, f16"
     assert lines["the engine"].endswith("resident at its peak, weights included")
@@ -66,6 +69,22 @@ def test_the_same_for_programs(strongroom: Terminal) -> None:
         (each["bytes"] for each in said["tensors"]), reverse=True
     )
     assert sum(each["count"] for each in said["tensors"]) == len(header.tensors)
+
+
+@pytest.mark.usefixtures("folder")
+def test_how_its_answers_are_read_is_told(strongroom: Terminal) -> None:
+    unknown = inspected(strongroom, tiny_model(), "--json").json
+    assert [unknown[name] for name in ("family", "reasons", "tool_calls")] == ["unknown", False, None]
+    model = with_entry(tiny_model(chat_template="<think> <tool_call>"), "general.architecture", TEXT, "qwen3")
+    said = inspected(strongroom, model, "--json").json
+    assert [said[name] for name in ("family", "reasons", "tool_calls")] == ["qwen3", True, "hermes"]
+    lines = inspected(strongroom, model).out.splitlines()
+    for line in (
+        "family            qwen3",
+        "reasoning         between <think> and </think>",
+        "tool calls        in the way of hermes",
+    ):
+        assert line in lines
 
 
 @pytest.mark.usefixtures("folder")

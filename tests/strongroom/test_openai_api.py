@@ -184,7 +184,6 @@ def test_parameters_of_completions(fields: dict[str, object], expected: dict[str
         ({"role": "developer", "content": "be brief"}, ChatMessage("system", "be brief")),
         ({"role": "assistant", "content": "yes", "refusal": None, "tool_calls": None}, ChatMessage("assistant", "yes")),
         ({"role": "assistant", "content": "yes", "reasoning_content": "hm"}, ChatMessage("assistant", "yes")),
-        ({"role": "user", "name": "Ann", "content": "hi"}, ChatMessage("user", "hi")),
         ({"role": "user", "content": ""}, ChatMessage("user", "")),
         ({"role": "user", "content": []}, ChatMessage("user", "")),
         (
@@ -200,6 +199,25 @@ def test_parameters_of_completions(fields: dict[str, object], expected: dict[str
 )
 def test_messages(message: dict[str, object], expected: ChatMessage) -> None:
     assert chat(messages=[message]).messages == (expected,)
+
+
+def test_a_tool_s_message_may_name_the_function_that_it_answers() -> None:
+    calls = {"role": "assistant", "tool_calls": [CALLED]}
+    answered = {"role": "tool", "content": "it", "tool_call_id": "call_1"}
+    assert chat(messages=[calls, {**answered, "name": "look"}]) == chat(messages=[calls, answered])
+    for messages in (
+        [calls, {**answered, "name": "wait"}],
+        [calls, {**answered, "name": ["look"]}],
+        [calls, {**answered, "tool_call_id": "call_2", "name": "look"}],
+        [calls, {**answered, "tool_call_id": ["call_1"], "name": "look"}],
+        [HELLO, {**answered, "name": "look"}],
+        [HELLO, {"role": "user", "name": "Ann", "content": "hi"}],
+        [HELLO, {"role": "assistant", "name": "", "content": "hi"}],
+        [HELLO, {"role": "assistant", "name": "Ann", "tool_calls": [{**CALLED, "id": ["x"]}]}],
+    ):
+        with pytest.raises(ApiError) as caught:
+            chat(messages=messages)
+        assert (caught.value.status, caught.value.param) == (400, "messages[1].name")
 
 
 @pytest.mark.parametrize("name", sorted(WITHOUT_EFFECT))
@@ -236,6 +254,8 @@ REFUSED_BY_BOTH: list[tuple[dict[str, object], str | None, str]] = [
     ({"best_of": 2}, "unsupported_parameter", "best_of"),
     ({"suffix": "and so on"}, "unsupported_parameter", "suffix"),
     ({"prompt_cache_retention": "24h"}, "unsupported_parameter", "prompt_cache_retention"),
+    ({"chat_template": "{{ messages }}"}, "unsupported_parameter", "chat_template"),
+    ({"chat_template_kwargs": {"enable_thinking": False}}, "unsupported_parameter", "chat_template_kwargs"),
     ({"tempreature": 0}, "unknown_parameter", "tempreature"),
     ({"id": "x"}, "unknown_parameter", "id"),
     ({"v": 1}, "unknown_parameter", "v"),
@@ -244,6 +264,9 @@ REFUSED_BY_BOTH: list[tuple[dict[str, object], str | None, str]] = [
     ({"stream": "yes"}, None, "stream"),
     ({"stream": 1}, None, "stream"),
     ({"stream_options": []}, None, "stream_options"),
+    ({"stream_options": {}}, None, "stream_options"),
+    ({"stream_options": {"include_usage": True}}, None, "stream_options"),
+    ({"stream_options": {"include_usage": True}, "stream": False}, None, "stream_options"),
     ({"stream_options": {"other": 1}}, None, "stream_options.other"),
     ({"stream_options": {"include_usage": 1}}, None, "stream_options.include_usage"),
     ({"stream_options": {"include_obfuscation": 1}}, None, "stream_options.include_obfuscation"),

@@ -20,7 +20,15 @@ from openai.types.shared_params import ResponseFormatJSONSchema
 
 from enclave.generation import GenerationEvent
 from strongroom.gateway import PromptCache
-from strongroom.openai_api import COMPLETION_TOKENS, REASONING_TOKENS
+from strongroom.openai_api import (
+    CHAT_PARAMETERS,
+    COMPLETION_PARAMETERS,
+    COMPLETION_TOKENS,
+    NEUTRAL,
+    REASONING_TOKENS,
+    UNSUPPORTED,
+    WITHOUT_EFFECT,
+)
 from strongroom.session import Session
 from tests.gateways import gateway_of
 from tests.house import House
@@ -148,6 +156,25 @@ OF_COMPLETIONS: list[tuple[dict[str, object], dict[str, object]]] = [
 ]
 
 
+DELIVERED = frozenset({"stream", "stream_options", "prompt_cache_key"})
+"""What the gateway itself does: the tests of streams and of the prompt cache, below, send these."""
+
+
+def sent(rows: list[tuple[dict[str, object], dict[str, object]]]) -> set[str]:
+    """The names of all parameters."""
+    given = [{**parameters, **cast(dict[str, object], parameters.get("extra_body", {}))} for parameters, _ in rows]
+    return {name for parameters in given for name in parameters} - {"extra_body"} | DELIVERED
+
+
+def test_no_parameter_is_forgotten() -> None:
+    """Each that is accepted is sent by the tests of this file, to an endpoint that takes it at least."""
+    of_chats, of_completions = sent([*FOR_BOTH, *OF_CHATS]), sent([*FOR_BOTH, *OF_COMPLETIONS])
+    assert of_chats | {"model", "messages"} >= CHAT_PARAMETERS
+    assert of_completions | {"model", "prompt"} >= COMPLETION_PARAMETERS
+    every = CHAT_PARAMETERS | COMPLETION_PARAMETERS | WITHOUT_EFFECT | NEUTRAL.keys()
+    assert of_chats | of_completions | {"model", "messages"} == every
+
+
 async def test_every_parameter_of_a_chat_reaches_the_engine(client: openai.AsyncOpenAI, home: House) -> None:
     for parameters, expected in [*FOR_BOTH, *OF_CHATS]:
         request = await asked(client, home, **parameters)
@@ -158,6 +185,18 @@ async def test_every_parameter_of_a_completion_reaches_the_engine(client: openai
     for parameters, expected in [*FOR_BOTH, *OF_COMPLETIONS]:
         request = await asked_to_complete(client, home, **parameters)
         assert {name: getattr(request, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("name", sorted(UNSUPPORTED))
+async def test_what_is_not_served_is_refused_by_name(client: openai.AsyncOpenAI, home: House, name: str) -> None:
+    for refused in (
+        client.chat.completions.create(model="tiny", messages=HELLO, extra_body={name: "x"}),
+        client.completions.create(model="tiny", prompt="x", extra_body={name: "x"}),
+    ):
+        with pytest.raises(openai.BadRequestError) as caught:
+            await refused
+        assert (caught.value.code, caught.value.param) == ("unsupported_parameter", name)
+    assert home.engine.requests == []
 
 
 async def test_a_conversation_with_calls_reaches_the_engine(client: openai.AsyncOpenAI, home: House) -> None:
@@ -347,19 +386,37 @@ async def test_what_one_key_has_computed_serves_that_key_alone(client: openai.As
     assert len(set(secrets)) == 5
 
 
-@pytest.mark.parametrize("cache", [PromptCache(), None], ids=["another one", "none"])
-async def test_another_gateway(
-    client: openai.AsyncOpenAI, session: Session, home: House, cache: PromptCache | None
+async def test_another_gateway_shares_nothing_with_this_one(
+    client: openai.AsyncOpenAI, session: Session, home: House
 ) -> None:
-    """Shares nothing with this one; and none at all without a cache."""
     async with (
-        gateway_of(session, cache=cache) as port,
+        gateway_of(session, cache=PromptCache()) as port,
         openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="unused") as other,
     ):
         for key in ("one", None):
             await cached(client, key)
             assert await cached(other, key) == 0
-            assert (await cached(other, key) == 0) is (cache is None)
+            assert await cached(other, key) > 0
     secrets = {request.cache_secret for request in home.engine.requests}
-    assert len(secrets) == (3 if cache is None else 4)
-    assert (None in secrets) is (cache is None)
+    assert len(secrets) == 4
+    assert None not in secrets
+
+
+async def test_without_a_cache_nothing_is_shared_and_a_key_is_refused(
+    client: openai.AsyncOpenAI, session: Session, home: House
+) -> None:
+    async with (
+        gateway_of(session, cache=None) as port,
+        openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="unused") as other,
+    ):
+        await cached(client, None)
+        for _ in range(2):
+            assert await cached(other, None) == 0
+            assert home.engine.requests[-1].cache_secret is None
+        served = len(home.engine.requests)
+        with pytest.raises(openai.BadRequestError) as refused:
+            await cached(other, "one")
+        assert (refused.value.code, refused.value.param) == ("unsupported_parameter", "prompt_cache_key")
+        with pytest.raises(openai.BadRequestError):
+            await other.completions.create(model="tiny", prompt="x", extra_body={"prompt_cache_key": "one"})
+        assert len(home.engine.requests) == served

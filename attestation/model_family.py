@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from enclave.tool_calls import DEEPSEEK, HERMES, LLAMA, CallSyntax
-
 REASONING_START: Final = "<think>"
 REASONING_END: Final = "</think>"
 """Every family here whose models reason in the open writes these marks."""
@@ -31,17 +29,27 @@ class Family(StrEnum):
     UNKNOWN = "unknown"
 
 
+class CallFormat(StrEnum):
+    """A way in which models write calls of tools."""
+
+    HERMES = "hermes"
+    """Qwen's and SmolLM's too."""
+    LLAMA = "llama"
+    DEEPSEEK = "deepseek"
+
+
 @dataclass(frozen=True, slots=True)
 class ModelFamily:
     """How a model's answers are to be read."""
 
     family: Family
+    """What it is taken for."""
     reasons: bool
     """It may begin with its reasoning, between the marks."""
     opens_reasoning: bool
     """It does so by itself where the template has not begun for it, if it is to reason at all."""
-    call_syntax: CallSyntax | None
-    """How it calls tools; None where its template does not show that."""
+    calls: CallFormat | None
+    """How it calls tools by itself; None where its template does not show that."""
 
 
 def model_family(architecture: str | None, pre_tokenizer: str | None, template: str) -> ModelFamily:
@@ -50,7 +58,7 @@ def model_family(architecture: str | None, pre_tokenizer: str | None, template: 
     is_distill = family is Family.DEEPSEEK_R1_DISTILL
     reasons = is_distill or REASONING_START in template or REASONING_END in template
     opens = reasons and (is_distill or "enable_thinking" in template)
-    return ModelFamily(family, reasons, opens, _call_syntax(template))
+    return ModelFamily(family, reasons, opens, _call_format(template))
 
 
 def _family(architecture: str, pre_tokenizer: str, template: str) -> Family:
@@ -78,12 +86,12 @@ _ARCHITECTURES: Final = {
 _LLAMAS: Final = {"llama-bpe": Family.LLAMA, "llama3": Family.LLAMA, "llama-v3": Family.LLAMA, "smollm": Family.SMOLLM}
 
 
-def _call_syntax(template: str) -> CallSyntax | None:
+def _call_format(template: str) -> CallFormat | None:
     """The template writes old calls as the model would."""
     if "<tool_call>" in template and "<function=" not in template and "<arg_key>" not in template:
-        return HERMES
+        return CallFormat.HERMES
     if "<｜tool▁call▁begin｜>" in template and "```json" in template:
-        return DEEPSEEK
+        return CallFormat.DEEPSEEK
     if "<|start_header_id|>" in template and '"parameters": ' in template:
-        return LLAMA
+        return CallFormat.LLAMA
     return None
