@@ -6,6 +6,7 @@ It is open to programs of this machine and to nobody else: it checks Host (DNS r
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hmac
 import json
@@ -34,6 +35,8 @@ from vsockrpc.messages import Answer, Delta, Done, Start
 MAX_BODY_BYTES: Final = 4 << 20
 MAX_BODY_DEPTH: Final = 128
 """Of a body's JSON: a schema, which may be 64 deep, stands some levels within it."""
+MAX_WAITING_PIECES: Final = 64
+"""Of an answer, where a client reads more slowly than the enclave speaks."""
 NO_RETRY: Final = "x-should-retry"
 """OpenAI's own header: its clients do not try again when it says ``false``."""
 
@@ -166,7 +169,7 @@ async def _answered(
             says_dropped=isinstance(call.request, ChatRequest) and call.request.truncation == "auto",
         )
         if call.stream:
-            events = _events(shape, first, answers)
+            events = together(_events(shape, first, answers))
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         deltas, done = await unless_client_leaves(_gather(first, answers), request.receive)
     except StrongroomError as error:
@@ -221,6 +224,39 @@ async def _events(shape: AnswerShape, first: Answer, answers: AsyncGenerator[Ans
                         yield b"data: [DONE]\n\n"
     except StrongroomError as error:
         yield _event(api_error_of(error).body())
+
+
+async def together(pieces: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    """What is there at the same time goes out in one write: each wakes whoever reads, and costs more than its text."""
+    waiting: asyncio.Queue[bytes | Exception | None] = asyncio.Queue(MAX_WAITING_PIECES)
+
+    async def collect() -> None:
+        end: Exception | None = None
+        try:
+            async with contextlib.aclosing(pieces):
+                async for piece in pieces:
+                    await waiting.put(piece)
+        except Exception as error:
+            end = error
+        await waiting.put(end)
+
+    collecting = asyncio.create_task(collect())
+    try:
+        next_: bytes | Exception | None = b""
+        while isinstance(next_, bytes):
+            next_, together = await waiting.get(), bytearray()
+            while isinstance(next_, bytes):
+                together += next_
+                if waiting.empty():
+                    break
+                next_ = waiting.get_nowait()
+            if together:
+                yield bytes(together)
+        if next_ is not None:
+            raise next_
+    finally:
+        collecting.cancel()
+        await asyncio.wait({collecting})
 
 
 def _event(body: Mapping[str, object]) -> bytes:

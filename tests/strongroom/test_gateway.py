@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import replace
 
 import httpx2
@@ -16,7 +16,7 @@ from attestation.rules import Require
 from attestation.secret import Secret
 from enclave.generation import AnswerExceeded, EngineFailed, Overloaded
 from strongroom import gateway as gateway_module
-from strongroom.gateway import MAX_BODY_BYTES, Gateway
+from strongroom.gateway import MAX_BODY_BYTES, MAX_WAITING_PIECES, Gateway, together
 from strongroom.serving import _names_of
 from strongroom.session import Session
 from tests.gateways import gateway_of
@@ -596,3 +596,51 @@ async def test_a_forged_fault_does_not_make_a_client_ask_again(port: int, home: 
             await eager.chat.completions.create(model=MODEL_NAME, messages=[{"role": "user", "content": "once"}])
     assert caught.value.response.headers["x-should-retry"] == "false"
     assert len(home.engine.requests) == 1
+
+
+# --- Writes ----------------------------------------------------------------------------------------------------------
+
+
+async def said(
+    groups: list[list[bytes]], closed: list[bool], failure: Exception | None = None
+) -> AsyncGenerator[bytes]:
+    """Pieces, group after group; between two groups others have their turn."""
+    try:
+        for group in groups:
+            for piece in group:
+                yield piece
+            for _ in range(5):
+                await asyncio.sleep(0)
+        if failure is not None:
+            raise failure
+    finally:
+        closed.append(True)
+
+
+async def test_what_is_there_at_the_same_time_is_one_write() -> None:
+    closed: list[bool] = []
+    written = [each async for each in together(said([[b"a", b"b"], [b"c"], [b"d"] * 3], closed))]
+    assert written == [b"ab", b"c", b"ddd"]
+    assert closed == [True]
+
+
+async def test_of_much_at_once_no_piece_is_lost() -> None:
+    pieces = [b"%d " % number for number in range(5 * MAX_WAITING_PIECES)]
+    written = [each async for each in together(said([pieces], []))]
+    assert b"".join(written) == b"".join(pieces)
+
+
+async def test_what_came_before_an_error_is_written() -> None:
+    pieces = together(said([[b"a"], [b"b"]], [], OSError("gone")))
+    assert [await anext(pieces), await anext(pieces)] == [b"a", b"b"]
+    with pytest.raises(OSError, match="gone"):
+        await anext(pieces)
+
+
+@pytest.mark.parametrize("count", [2, 5 * MAX_WAITING_PIECES])
+async def test_whoever_leaves_ends_the_answer(count: int) -> None:
+    closed: list[bool] = []
+    pieces = together(said([[b"x"] * count] * 3, closed))
+    await anext(pieces)
+    await pieces.aclose()
+    assert closed == [True]
