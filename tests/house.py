@@ -23,8 +23,10 @@ from attestation.policy import AppraisalPolicy
 from attestation.rules import KeyRule
 from enclave.boot import Enclave, KeyManagement
 from enclave.config import EnclaveConfiguration, KmsSettings
+from enclave.engine import Engine
 from enclave.generation import GenerationEvent
 from enclave.log import EventLog, Phase
+from enclave.model import SealedModel
 from enclave.nsm import Nsm
 from enclave.server import Server
 from parent.modelstore import ModelStore
@@ -120,6 +122,8 @@ class EnclaveHouse:
     weights: bytes = WEIGHTS
     make_nsm: Callable[[], Nsm] = software_nsm
     make_kms: Callable[[KmsSettings, Nsm], KeyManagement] | None = None
+    make_engine: Callable[[EnclaveConfiguration, SealedModel], Engine] | None = None
+    """In place of the echo."""
     key_rules: Mapping[EnvelopePurpose, KeyRule] = field(default_factory=dict)
     """What the house's policy says of its KMS keys."""
     enclave: Enclave = field(init=False)
@@ -188,9 +192,11 @@ manifest = "sha384:{self.manifest.digest().hex()}"
 
     async def _boot(self) -> None:
         self.engine = HouseEngine()
-        self.enclave = Enclave(
-            self.configuration, self.make_nsm(), lambda *_: self.engine, EventLog(), make_kms=self.make_kms
-        )
+
+        def make(configuration: EnclaveConfiguration, model: SealedModel, _: EventLog) -> Engine:
+            return self.engine if self.make_engine is None else self.make_engine(configuration, model)
+
+        self.enclave = Enclave(self.configuration, self.make_nsm(), make, EventLog(), make_kms=self.make_kms)
         async with serve(self._store_address, self._store.handlers, on_error=_fail, limits=Limits(drain=0.1)):
             await self.enclave.boot()
 
@@ -375,8 +381,8 @@ class House:
 
 
 @contextlib.asynccontextmanager
-async def house(directory: Path, settings: str = SETTINGS) -> AsyncIterator[House]:
-    async with enclave_house(directory, settings) as behind:
+async def house(directory: Path, settings: str = SETTINGS, **options: Any) -> AsyncIterator[House]:
+    async with enclave_house(directory, settings, **options) as behind:
         proxy = Proxy(behind.address)
         hostile = Hostile(proxy.application())
         async with served(hostile) as url:

@@ -1,19 +1,22 @@
 """What batching does to the numbers, on the real model: nothing that a neighbour could cause, and little else.
 
 The bounds come from measurements of 60 prompts (SmolLM2-135M Q4_1, logits with a standard deviation of 3.2 to 3.7).
-Read in other chunks, or beside another prompt, they moved a logit by 2.3 at most, with a divergence of 0.0045 at most
-and 0.0005 on average, and the likeliest token was the same everywhere. What a neighbour says, and decoding beside
-others, moved nothing.
+Read in other chunks, or beside another prompt, they moved a logit by 2.3 at most, with a divergence of 0.0047 at most
+and 0.0005 on average, 0.0015 over the few prompts below, and the likeliest token was the same everywhere. What a
+neighbour says, and decoding beside others, moved nothing. The bounds leave room for other CPUs: a third more for a
+logit, twice as much for divergences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from enclave.config import EngineSettings
 from enclave.kv_cache import Truncate
 from enclave.llama import Llama
 from enclave.prompt import Segment
@@ -27,8 +30,10 @@ from vsockrpc.messages import Delta
 pytestmark = pytest.mark.model
 
 SETTINGS = engine_settings(context=256, parallel=4, batch=128, prefill=48)
-MAX_SHIFT = 5.0
-MAX_DIVERGENCE = 0.02
+SHARED = replace(SETTINGS, cells=256)
+"""All cells in common, and as many as one sequence may have: llama.cpp makes contexts of 256 cells or a multiple."""
+MAX_SHIFT = 3.0
+MAX_DIVERGENCE = 0.01
 MEAN_DIVERGENCE = 0.003
 MIN_AGREEMENT = 0.95
 RIVER = (
@@ -47,11 +52,9 @@ def llama(smollm2: Path) -> Llama:
     return Llama(str(smollm2), SETTINGS, threads=1)  # two would wait for each other beside other tests
 
 
-@pytest.fixture(autouse=True)
-def empty(llama: Llama) -> Iterator[None]:
-    yield
-    llama.decode([Truncate(slot, 0) for slot in range(SETTINGS.parallel)], [Row(0, 0, 0, [1], samples=False)])
-    llama._edit(Truncate(0, 0))
+@pytest.fixture(scope="module")
+def shared(smollm2: Path) -> Llama:
+    return Llama(str(smollm2), SHARED, threads=1)
 
 
 def forget(llama: Llama) -> None:
@@ -105,12 +108,44 @@ def test_answers_that_are_decoded_together_are_those_decoded_alone(llama: Llama)
         assert greedy(llama, {slot: prompt}, 48)[slot] == together[slot]
 
 
-def test_the_content_of_a_neighbour_does_not_show(llama: Llama) -> None:
-    """The canary: all but the neighbour's words is the same, and so is every number."""
+def fresh_beside(llama: Llama, prompt: Sequence[int], other: Sequence[int]) -> Logits:
+    """The other prompt is read beside the end of this one."""
+    return last_logits(llama, prompt, 48, beside=other)
+
+
+def answered_beside(llama: Llama, prompt: Sequence[int], other: Sequence[int]) -> Logits:
+    """The other stands in cells already, and is answered while this one is read and goes on."""
+    forget(llama)
+    llama.decode((), [Row(1, 1, 0, other[:-4], samples=False)])
+    found: Mapping[int, Logits] = {}
+    for step, (start, end) in enumerate(((0, 48), (48, 57), (57, 58), (58, len(prompt)))):
+        at = len(other) - 4 + step
+        rows = [Row(0, 0, start, prompt[start:end], samples=True), Row(1, 1, at, other[at : at + 1], samples=True)]
+        found = llama.decode((), rows)
+    return found[0].copy()
+
+
+def behind_in_its_slot(llama: Llama, prompt: Sequence[int], other: Sequence[int]) -> Logits:
+    """The other stood in this one's slot, and in the next, and was cut off: in one of them but for its beginning."""
+    forget(llama)
+    llama.decode((), [Row(0, 0, 0, other, samples=False), Row(1, 1, 0, other, samples=False)])
+    llama.decode([Truncate(0, 0), Truncate(1, 6)], [Row(0, 0, 0, prompt[:48], samples=False)])
+    return llama.decode([Truncate(1, 0)], [Row(0, 0, 48, prompt[48:], samples=True)])[0].copy()
+
+
+@pytest.mark.parametrize("cells", ["llama", "shared"], ids=["cells of its own", "cells in common"])
+@pytest.mark.parametrize("company", [fresh_beside, answered_beside, behind_in_its_slot])
+def test_the_content_of_a_neighbour_does_not_show(
+    request: pytest.FixtureRequest, cells: str, company: Callable[[Llama, Sequence[int], Sequence[int]], Logits]
+) -> None:
+    """The canary: all but the neighbour's words is the same, and so is every number. There is no bound: measured, not
+    one bit of a logit differed. What is not one's own has a weight of exactly zero, wherever it stands.
+    """
+    llama: Llama = request.getfixturevalue(cells)
     prompt = tokens_of(llama, RIVER * 3, 60)
-    beside = [tokens_of(llama, text, 20) for text in (IRON, CHESS)]
-    one, other = (last_logits(llama, prompt, 48, beside=each) for each in beside)
+    one, other = (company(llama, prompt, tokens_of(llama, text, 20)) for text in (IRON, CHESS))
     assert np.array_equal(one, other)
+    assert not np.array_equal(company(llama, [*prompt[:-1], prompt[0]], tokens_of(llama, IRON, 20)), one)
 
 
 @pytest.mark.parametrize("chunk", [16, 48, 100])
@@ -138,18 +173,37 @@ def test_a_prompt_beside_another_moves_within_the_bound(llama: Llama) -> None:
 # --- The same schedule, the same text ---------------------------------------------------------------------------
 
 
-def play(llama: Llama, prompts: Sequence[Sequence[int]], *, joins: Sequence[int]) -> tuple[list[str], list[Step]]:
+@dataclass
+class Played:
+    said: list[str]
+    steps: list[Step]
+    preempted: int
+    """How often a sequence had to give up its cells."""
+
+
+def play(
+    llama: Llama,
+    prompts: Sequence[Sequence[int]],
+    *,
+    joins: Sequence[int],
+    settings: EngineSettings = SETTINGS,
+    max_tokens: int = 24,
+    temperature: float = 1.0,
+) -> Played:
     """Requests with seeds, each of which arrives before the step that ``joins`` says."""
     forget(llama)
-    scheduler = scheduler_of(SETTINGS)
-    requests = [CompletionRequest("", max_tokens=24, temperature=1.0, seed=number) for number in range(len(prompts))]
+    scheduler = scheduler_of(settings)
+    requests = [
+        CompletionRequest("", max_tokens=max_tokens, temperature=temperature, seed=number)
+        for number in range(len(prompts))
+    ]
     samplers = [llama.sampler(request, prompt) for request, prompt in zip(requests, prompts, strict=True)]
     said, steps = [""] * len(prompts), list[Step]()
     waiting = sorted(range(len(prompts)), key=lambda number: joins[number])
     while waiting or not scheduler.idle:
         while waiting and joins[waiting[0]] <= len(steps):
             number = waiting.pop(0)
-            scheduler.admit(Admission(number, prompts[number], Reply(requests[number].stop), max_tokens=24))
+            scheduler.admit(Admission(number, prompts[number], Reply(requests[number].stop), max_tokens=max_tokens))
         step = scheduler.plan()
         assert step is not None
         steps.append(step)
@@ -162,23 +216,33 @@ def play(llama: Llama, prompts: Sequence[Sequence[int]], *, joins: Sequence[int]
                 said[number] += output.content
     for sampler in samplers:
         sampler.close()
-    return said, steps
+    return Played(said, steps, scheduler.preempted)
 
 
 def test_a_recorded_schedule_gives_the_same_text_again(llama: Llama) -> None:
     prompts = [tokens_of(llama, text) for text in (RIVER * 2, IRON, CHESS, RIVER, IRON)]
     joins = [0, 0, 2, 5, 9]
-    first, schedule = play(llama, prompts, joins=joins)
-    second, again = play(llama, prompts, joins=joins)
-    assert [step.rows for step in again] == [step.rows for step in schedule]
-    assert second == first
-    assert all(first)
+    first, again = play(llama, prompts, joins=joins), play(llama, prompts, joins=joins)
+    assert [step.rows for step in again.steps] == [step.rows for step in first.steps]
+    assert again.said == first.said
+    assert all(first.said)
 
 
 def test_a_neighbour_does_not_use_up_a_sequence_s_random_numbers(llama: Llama) -> None:
-    """With decode-only neighbours, whose number changes nothing, a seed gives the same text alone and in company."""
+    """A seed gives the same text alone and in company: here, of prompts that are read while it is answered."""
     prompt = tokens_of(llama, RIVER)
-    alone, _ = play(llama, [prompt], joins=[0])
+    alone = play(llama, [prompt], joins=[0])
     others = [tokens_of(llama, text, 12) for text in (IRON, CHESS)]
-    company, _ = play(llama, [prompt, *others], joins=[0, 3, 3])
-    assert company[0][: len(alone[0]) // 2] == alone[0][: len(alone[0]) // 2]
+    company = play(llama, [prompt, *others], joins=[0, 3, 3])
+    assert company.said[0] == alone.said[0]
+    assert len(alone.said[0].split()) > 6
+
+
+def test_whoever_gives_up_its_cells_goes_on_with_what_it_would_have_said(shared: Llama) -> None:
+    """llama.cpp's own cells run out: of 256, two answers want 160 each. What gave way is read again in other chunks."""
+    prompts = [tokens_of(shared, text * 4, 100) for text in (CHESS, IRON)]
+    options = {"settings": SHARED, "max_tokens": 60, "temperature": 0.0}
+    alone = [play(shared, [prompt], joins=[0], **options).said[0] for prompt in prompts]  # type: ignore[arg-type]
+    together = play(shared, prompts, joins=[0, 1], **options)  # type: ignore[arg-type]
+    assert together.preempted
+    assert together.said == alone

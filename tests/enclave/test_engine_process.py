@@ -374,6 +374,72 @@ async def test_a_count_says_nothing_of_how_long_an_answer_takes(
         await engine.close()
 
 
+@pytest.mark.parametrize(
+    ("seconds", "requests", "hint"),
+    [(0.0, 4, 1), (0.01, 64, 1), (2.0, 4, 4), (2.0, 12, 8), (2.0, 20, 16), (2.0, 64, 64), (30.0, 4, 64), (1e9, 64, 64)],
+)
+async def test_the_more_are_there_the_later_is_another_to_come_again(
+    tiny_weights: int, seconds: float, requests: int, hint: int
+) -> None:
+    """By what the last answers took: all that are there have theirs then, four at a time. A minute at most, about."""
+    engine = LlamaEngine(tiny_weights, CHAT_TEMPLATE, replace(SETTINGS, parallel=4, queue=requests - 4))
+    engine._requests, engine._seconds = requests, seconds
+    with pytest.raises(Overloaded) as caught:
+        await finish(engine, SHORT)
+    assert caught.value.retry_seconds == hint
+
+
+async def test_answers_that_give_up_their_cells_lose_nothing(tiny_weights: int) -> None:
+    """Each answer goes on until the context ends, and that is all cells that there are, of llama.cpp's too: so whoever
+    had begun before another ended had to give up its own.
+    """
+    everything = engine_settings(context=256, parallel=3, cells=256, batch=64, prefill=32, threads=1, queue=4, uid=UID)
+    engine = LlamaEngine(tiny_weights, CHAT_TEMPLATE, everything)
+    requests = [ChatRequest((ChatMessage("user", letter * 40),), temperature=0) for letter in "abc"]
+    order: list[tuple[str, int]] = []
+
+    async def answer(number: int) -> list[GenerationEvent]:
+        events: list[GenerationEvent] = []
+        async for event in engine.generate(requests[number]):
+            if not events:
+                order.append(("begins", number))
+            events.append(event)
+        order.append(("ends", number))
+        return events
+
+    await engine.start()
+    try:
+        alone = [await answer(number) for number in range(3)]
+        order.clear()
+        together = await asyncio.gather(*(answer(number) for number in range(3)))
+    finally:
+        await engine.close()
+    assert order[:3] == [("begins", 0), ("begins", 1), ("begins", 2)]
+    for events, expected in zip(together, alone, strict=True):
+        assert text_of(events) == text_of(expected)
+        assert events[-1] == expected[-1]
+        assert isinstance(events[-1], Done)
+        usage = events[-1].usage
+        assert usage.prompt_tokens + usage.completion_tokens == everything.cells
+
+
+@pytest.mark.parametrize(("threads", "expected"), [(0, 3), (1, 1), (2, 2)])
+async def test_as_many_threads_as_the_process_has_cpus_unless_it_is_told(
+    tiny_weights: int, monkeypatch: pytest.MonkeyPatch, threads: int, expected: int
+) -> None:
+    loads: list[Load] = []
+
+    async def launch(weights: int, load: Load, stall_seconds: float) -> EngineProcess:
+        loads.append(load)
+        raise OSError(errno.ENOMEM, "none")
+
+    monkeypatch.setattr(EngineProcess, "launch", launch)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 5, 6} if pid == 0 else set())
+    with pytest.raises(EngineRefused):
+        await LlamaEngine(tiny_weights, CHAT_TEMPLATE, replace(SETTINGS, threads=threads)).start()
+    assert [load.settings.threads for load in loads] == [expected]
+
+
 async def test_requests_do_not_wait_for_ever_for_a_process(tiny_weights: int, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = LlamaEngine(tiny_weights, CHAT_TEMPLATE, SETTINGS, wait_seconds=0.01)
     await engine.start()

@@ -519,7 +519,7 @@ def test_a_hostile_schema_is_refused_and_soon(schema: Any, message: str) -> None
     try:
         assert message in refusal(schema)
     finally:
-        assert time.process_time() - begin < 20  # against minutes: a machine that is ten times slower is none
+        assert time.process_time() - begin < 2  # CPU time, whoever else is busy; 0.05 s is the most that one takes
 
 
 @given(

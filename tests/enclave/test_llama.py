@@ -78,6 +78,13 @@ def logits_of(
     return llama.decode(edits, [row(tokens, slot=slot, start=start)])[0].copy()
 
 
+def test_another_prompt_is_not_alike(llama: Llama) -> None:
+    """What the others compare can differ: by the whole prompt, by its order, by one token and by one place."""
+    expected = logits_of(llama, PROMPT)
+    for other in (OTHER, [*PROMPT[-2::-1], PROMPT[-1]], [PROMPT[0] + 1, *PROMPT[1:]], PROMPT[1:]):
+        assert not alike(logits_of(llama, other, [Truncate(0, 0)]), expected)
+
+
 def test_only_rows_that_sample_have_logits(llama: Llama) -> None:
     rows = [
         row(PROMPT[:5], request=7),

@@ -197,9 +197,9 @@ def make_bench() -> Iterator[MakeBench]:
     """A step takes a second there: nothing is held back."""
     made: list[Bench] = []
 
-    def make(second: float = 1.0, **changes: Any) -> Bench:
+    def make(second: float = 1.0, *, clock: Callable[[], float] | None = None, **changes: Any) -> Bench:
         seconds = itertools.count()
-        made.append(Bench(lambda: second * next(seconds), **changes))
+        made.append(Bench(clock or (lambda: second * next(seconds)), **changes))
         return made[-1]
 
     yield make
@@ -318,12 +318,41 @@ def test_a_long_prompt_is_read_beside_an_answer(bench: Bench) -> None:
     ]
 
 
-def test_one_is_taken_in_between_two_steps(bench: Bench) -> None:
-    """So that a crowd that arrives at once holds nobody up for longer than one prompt takes to be cut into tokens."""
-    bench.send(ask(0, "x", 3), ask(1, "y", 1), ask(2, "z", 1))
+@pytest.mark.parametrize(("second", "taken"), [(1.0, 1), (0.006, 2), (0.004, 3), (0.0, 4)])
+def test_as_many_are_taken_in_between_two_steps_as_the_time_allows(
+    make_bench: MakeBench, second: float, taken: int
+) -> None:
+    """One at least, and a crowd together. ``second`` is what each takes to be cut into tokens."""
+    bench = make_bench(second, parallel=4)
+    bench.send(*(ask(number, "x", 1) for number in range(4)))
     bench.go()
-    bench.ends_of(0, 1, 2)
-    assert bench.llama.decoded == [[(0, 0, 1)], [(0, 1, 1), (1, 0, 1)], [(0, 2, 1), (2, 0, 1)]]
+    bench.ends_of(0, 1, 2, 3)
+    assert bench.llama.decoded[0] == [(number, 0, 1) for number in range(taken)]
+    assert sum(map(len, bench.llama.decoded)) == 4
+
+
+@pytest.mark.parametrize(("requests", "interval"), [(1, 3), (2, 3), (3, 3), (5, 5), (8, 8)])
+def test_the_more_are_answered_the_rarer_is_a_message_of_each(
+    make_bench: MakeBench, requests: int, interval: int
+) -> None:
+    """A step takes a hundredth of a second: an answer alone has text in one of three, one of eight in one of eight."""
+    now = [0.0]
+    bench = make_bench(clock=lambda: now[0], parallel=8, batch=16, queue=8)
+    bench.send(*(ask(number, "x", 2 * interval + 2) for number in range(requests)))
+    bench.llama.begun.acquire()
+    for _ in range(2 * interval + 1):
+        now[0] += 0.0101
+        bench.steps(1)
+    bench.go()
+    said: dict[int, list[int]] = {number: [] for number in range(requests)}
+    going_on = set(said)
+    while going_on:
+        message = bench.receive()
+        if isinstance(message, Piece):
+            said[message.id].append(len(message.delta.content))
+        elif isinstance(message, End):
+            going_on.remove(message.id)
+    assert all(sizes == [1, interval, interval, 1] for sizes in said.values())
 
 
 def test_a_count_needs_no_place(make_bench: MakeBench) -> None:

@@ -11,7 +11,8 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam, ChatCompletionToolParam
 
-from tests.end_to_end.conftest import Running, end
+from tests.end_to_end.conftest import Home, Running, end, start
+from tests.gguf_files import tiny_model
 
 pytestmark = [pytest.mark.processes, pytest.mark.model]
 
@@ -111,6 +112,46 @@ def test_a_biased_token_comes_always_unless_penalties_are_against_it(client: ope
     assert kinds(extra_body={"repetition_penalty": 4}) > 1
 
 
+@pytest.mark.parametrize("narrow", [{"top_p": 1e-6}, {"top_k": 1}, {"min_p": 1.0}])
+def test_where_only_the_likeliest_is_left_it_comes(client: openai.OpenAI, name: str, narrow: dict[str, Any]) -> None:
+    greedy, _ = chat(client, name, prompt_cache_key=f"greedy {narrow}")
+    wild: dict[str, Any] = {"temperature": 1.9, "seed": 5}
+    assert chat(client, name, prompt_cache_key=f"wild {narrow}", **wild)[0] != greedy
+    assert chat(client, name, prompt_cache_key=f"narrow {narrow}", **wild, extra_body=narrow)[0] == greedy
+
+
+def test_where_only_the_most_typical_is_left_chance_has_no_say(client: openai.OpenAI, name: str) -> None:
+    """It is not the likeliest: its surprise is the nearest to what is expected."""
+    one, other = (
+        chat(
+            client,
+            name,
+            prompt_cache_key=f"typical {seed}",
+            temperature=1.9,
+            seed=seed,
+            extra_body={"typical_p": 1e-6},
+        )[0]
+        for seed in (5, 6)
+    )
+    assert one == other
+
+
+def test_a_presence_penalty_makes_an_answer_say_more_kinds_of_things(client: openai.OpenAI, name: str) -> None:
+    def tokens(**penalty: Any) -> list[str]:
+        _, completion = chat(client, name, max_tokens=48, logprobs=True, **penalty)
+        return [entry.token for entry in completion.choices[0].logprobs.content]
+
+    plain, penalised = tokens(), tokens(presence_penalty=2)
+    assert len(set(plain)) < len(plain)
+    assert len(set(penalised)) > len(set(plain))
+
+
+def test_max_completion_tokens(client: openai.OpenAI, name: str) -> None:
+    text, completion = chat(client, name, max_tokens=openai.omit, max_completion_tokens=5)
+    assert (completion.usage.completion_tokens, completion.choices[0].finish_reason) == (5, "length")
+    assert chat(client, name)[0].startswith(text)
+
+
 def test_an_answer_by_a_schema(client: openai.OpenAI, name: str) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "paint", "schema": SCHEMA, "strict": True}}
     for temperature in (0, 1.5):
@@ -176,3 +217,71 @@ def test_counting(client: openai.OpenAI, name: str, url: str) -> None:
     _, completion = chat(client, name)
     counted = httpx2.post(f"{url}/chat/completions/input_tokens", json={"messages": SKY}, trust_env=False).json()
     assert counted["input_tokens"] == completion.usage.prompt_tokens
+
+
+# --- Tools and thinking ----------------------------------------------------------------------------------------------
+
+TEMPLATE = (
+    "{% for tool in tools %}{{ tool | tojson }}<|end|>{% endfor %}"
+    "{% for message in messages %}{{ '<|' + message.role + '|>' + message.content }}"
+    "{% for call in message.tool_calls %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|end|>"
+    "{% endfor %}<|assistant|>{% if enable_thinking and not tools %}<think>\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def other(home: Home) -> Iterator[openai.OpenAI]:
+    """Before a tiny model whose template has places for both. What it says is noise, but where a grammar governs."""
+    path = home.folder / "tiny.gguf"
+    path.write_bytes(tiny_model(chat_template=TEMPLATE).encode())
+    files = start(home, path, "tiny")
+    proxy, at = home.proxy("tiny")
+    serving, said = home.ready("serve", "--url", at, "--policy", str(files / "policy.toml"), "--listen", "127.0.0.1:0")
+    with openai.OpenAI(base_url=f"http://{said['listening']}/v1", api_key="none", max_retries=0) as client:
+        yield client
+    assert end(serving)[0] == 0
+    assert end(proxy)[0] == 0
+    home.run("stop", "tiny")
+
+
+def test_a_tool_that_has_to_be_called_is(other: openai.OpenAI) -> None:
+    calls: dict[str, Any] = {"tools": [PAINT], "parallel_tool_calls": False, "max_tokens": 300, "temperature": 1.5}
+    calls["extra_body"] = {"thinking_token_budget": 6}
+    for choice in ("required", {"type": "function", "function": {"name": "paint"}}):
+        _, completion = chat(other, "tiny", tool_choice=choice, seed=3, **calls)
+        [only] = completion.choices
+        [call] = only.message.tool_calls
+        assert (only.finish_reason, only.message.content, call.function.name) == ("tool_calls", None, "paint")
+        require_painted(json.loads(call.function.arguments))
+        turns = [*SKY, only.message.to_dict(), {"role": "tool", "tool_call_id": call.id, "content": "It is blue now."}]
+        _, done = chat(other, "tiny", messages=turns, tools=[PAINT], tool_choice="none")
+        assert done.choices[0].finish_reason == "length"
+
+
+def test_a_call_streams(other: openai.OpenAI) -> None:
+    stream = other.chat.completions.create(
+        model="tiny", messages=SKY, tools=[PAINT], tool_choice="required", parallel_tool_calls=False, max_tokens=300,
+        temperature=1.5, seed=3, stream=True, extra_body={"thinking_token_budget": 6},
+    )  # fmt: skip
+    chunks = [chunk.choices[0] for chunk in stream]
+    parts = [part for chunk in chunks for part in chunk.delta.tool_calls or ()]
+    assert {part.index for part in parts} == {0}
+    assert [part.function.name for part in parts if part.function is not None and part.function.name] == ["paint"]
+    require_painted(json.loads("".join(part.function.arguments or "" for part in parts if part.function is not None)))
+    assert chunks[-1].finish_reason == "tool_calls"
+
+
+def test_thinking_has_its_budget_and_a_place_of_its_own(other: openai.OpenAI) -> None:
+    text, completion = chat(other, "tiny", max_tokens=40, extra_body={"thinking_token_budget": 12})
+    assert text
+    assert completion.choices[0].message.reasoning_content
+    assert completion.usage.completion_tokens_details.reasoning_tokens == 12
+    assert "</think>" not in text + completion.choices[0].message.reasoning_content
+    stream = other.chat.completions.create(
+        model="tiny", messages=SKY, max_tokens=40, temperature=0, stream=True,
+        extra_body={"thinking_token_budget": 12},
+    )  # fmt: skip
+    deltas = [chunk.choices[0].delta for chunk in stream]
+    assert "".join(delta.content or "" for delta in deltas) == text
+    thought = "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas)
+    assert thought == completion.choices[0].message.reasoning_content
