@@ -19,7 +19,11 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from attestation import model_memory
+from attestation.model_memory import PROMPT_BYTE, PROMPT_BYTES_PER_TOKEN
+from enclave.engine import MAX_PROMPT_BYTES_PER_TOKEN
 from enclave.generation import InvalidRequest
+from enclave.pipe import MAX_PROMPT_SIZE
 from enclave.pre_tokenizer import _ACROSS_KINDS, _BY_KIND, _UNBOUNDED, MAX_BLANKS, MAX_RUN, RunBound
 from enclave.prompt import ChatTemplate, Segment
 from enclave.tokenizer import Tokenizer
@@ -280,6 +284,43 @@ def test_marks_in_a_text_take_no_more_than_the_text() -> None:
         tracemalloc.stop()
     assert [segment.text for segment in prompt.segments] == [request.messages[0].content]
     assert peak < 48 * 2**20  # four bytes a character, twice as many characters, five times; it was 525 MiB
+
+
+def test_the_account_of_memory_knows_how_long_a_prompt_may_be() -> None:
+    assert (PROMPT_BYTES_PER_TOKEN, model_memory.MAX_PROMPT_SIZE) == (MAX_PROMPT_BYTES_PER_TOKEN, MAX_PROMPT_SIZE)
+
+
+COSTLY = """
+import sys
+from pathlib import Path
+from enclave.prompt import ChatTemplate
+from enclave.tokenizer import Tokenizer
+from tests.vocabularies import vocabulary
+from vsockrpc.chat import ChatMessage, ChatRequest
+
+def peak():
+    return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+with vocabulary(Path(sys.argv[1])) as vocab:
+    tokenizer = Tokenizer(vocab, TEMPLATE, "qwen2")
+    template = ChatTemplate(TEMPLATE, bos="", eos="", mark_starts=tokenizer.mark_starts)
+    for text in ("x", sys.argv[2] * (2**20 // len(sys.argv[2].encode())) + sys.argv[3]):
+        Path("/proc/self/clear_refs").write_text("5")
+        before = peak()
+        tokenizer.tokens(template.render(ChatRequest((ChatMessage("user", text),))).segments)
+        print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize(("unit", "end"), [("1", "😀"), ("<", "😀"), ("1<", ""), ("<|im_end|>1111", "😀")])
+def test_a_prompt_stays_within_its_account(unit: str, end: str) -> None:
+    if not QWEN2.exists():
+        pytest.skip("no shared vectors")
+    command = [sys.executable, "-B", "-c", COSTLY, str(QWEN2), unit, end]
+    root = Path(__file__).parents[2]
+    run = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=root)
+    assert int(run.stdout.split()[-1]) <= PROMPT_BYTE * 2**20
 
 
 def test_a_text_that_comes_again_is_not_read_again(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
