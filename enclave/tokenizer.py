@@ -70,7 +70,10 @@ class Tokenizer:
         for token in range(llama_cpp.llama_vocab_n_tokens(self._vocabulary)):
             kind = llama_cpp.llama_vocab_get_attr(self._vocabulary, token)
             if kind & llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED and not kind & unsought:
-                text = (llama_cpp.llama_vocab_get_text(self._vocabulary, token) or b"").decode("utf-8", "replace")
+                data = llama_cpp.llama_vocab_get_text(self._vocabulary, token) or b""
+                text = data.decode("utf-8", "ignore")
+                if text.encode("utf-8") != data:
+                    continue  # no text holds a part of a character
                 left, right = kind & llama_cpp.LLAMA_TOKEN_ATTR_LSTRIP, kind & llama_cpp.LLAMA_TOKEN_ATTR_RSTRIP
                 yield UserDefined(token, text, bool(left), bool(right))
 
@@ -85,6 +88,7 @@ class Tokenizer:
         known = {} if known is None else known
         work = _Work()
         for segment in segments:
+            self._runs.check(segment.text)
             if segment.trusted:
                 tokens += self._tokenize(segment.text, special=True)
             elif segment.text in known:
@@ -114,7 +118,6 @@ class Tokenizer:
         return frozenset(self.special(behind.lstrip())[:1]) & self._meaningful_ids
 
     def _plain(self, text: str, work: _Work) -> list[int]:
-        self._runs.check(text)
         tokens = self._cut(text, work)
         if self._meaningful_ids.isdisjoint(tokens):
             return tokens
