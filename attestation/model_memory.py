@@ -33,7 +33,14 @@ SERVER: Final = 128 * MIB
 (64 times 1 MiB)."""
 ENGINE: Final = 64 * MIB
 """The engine's process without the model: 55 MiB resident measured, 24 of them mapped of the image; and what decoding
-threads work in."""
+threads work in. The rest, half of it, is a prompt's while it becomes tokens."""
+PROMPT_BYTES_PER_TOKEN: Final = 32
+"""Of a context: the most of a prompt that is read. Natural language has about 4."""
+MAX_PROMPT_SIZE: Final = 4 * MIB
+"""Bytes of a prompt, whatever the context."""
+PROMPT_BYTE: Final = 144
+"""Bytes for a byte of a prompt while it becomes tokens: 130 measured where each byte is a word of its own, 25 to 45 of
+ordinary text. Most of it are llama.cpp's words and symbols."""
 VOCABULARY_ENTRY: Final = 192
 """Bytes of a token or a merge in llama.cpp's tables: 133 to 177 measured on five vocabularies."""
 CANDIDATE: Final = 48
@@ -277,10 +284,17 @@ def engine_memory(shape: ModelShape, work: Work) -> EngineMemory:
                 shape.vocabulary * CANDIDATE + cells * streams * HELD_TOKEN,
                 f"{shape.vocabulary} candidates, and the books of the cache",
             ),
-            Part("engine", ENGINE, "Python, without the model"),
+            _engine(work.context),
         ),
         server=Part("server", SERVER, "Python, and a full queue of requests"),
     )
+
+
+def _engine(context: int) -> Part:
+    """One prompt at a time becomes tokens."""
+    prompt = min(context * PROMPT_BYTES_PER_TOKEN, MAX_PROMPT_SIZE)
+    size = ENGINE + max(0, prompt * PROMPT_BYTE - ENGINE // 2)
+    return Part("engine", size, f"Python, without the model, and a prompt of {prompt} bytes")
 
 
 def kernel_beside(used: int) -> Part:

@@ -186,7 +186,7 @@ class Llama:
 
     def tokenizer(self, template: str) -> Tokenizer:
         """The tokenizer for prompts that ``template`` renders."""
-        return Tokenizer(self._vocabulary, template)
+        return Tokenizer(self._vocabulary, template, self.metadata("tokenizer.ggml.pre"))
 
     def piece(self, token: int) -> bytes:
         """What a token stands for in text: nothing for a control token."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -25,6 +25,13 @@ _KEYS: Final = frozenset(
     | {"minLength", "maxLength", "minItems", "maxItems", "pattern", "$ref", "$defs", "nullable", "return"}
 )
 _VALUES: Final = frozenset({"function", "object", "array", "string", "number", "integer", "boolean", "null"})
+
+
+_INSIDE: Final = "\ufdd0"
+"""Behind every character of a text with which a special token could begin. Unicode promises that it stands for nothing
+(a noncharacter), and one character for one keeps a text of such characters within twice its size.
+"""
+_INSIDE_JSON: Final = json.dumps(_INSIDE).strip('"')
 
 
 class MarkError(Exception):
@@ -51,7 +58,8 @@ class Owner:
 class _Entry:
     owner: Owner
     text: str
-    marked: str
+    whole: str
+    """Marked, with its markers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +74,12 @@ class Segment:
 class Marks:
     """The marked texts of one prompt."""
 
-    def __init__(self, starts: re.Pattern[str]) -> None:
-        """``starts`` matches the characters with which the texts of special tokens begin. A stray part of a text has no
-        marker around it; with one inside every special token's text, it has none of those.
+    def __init__(self, starts: Iterable[str]) -> None:
+        """``starts`` are the characters with which the texts of special tokens begin. A stray part of a text has no
+        marker around it; with a mark inside every special token's text, it has none of those.
         """
         self.marker = secrets.token_hex(16)
-        self._starts = starts
+        self._starts = sorted(starts)
         self._entries: list[_Entry] = []
         self._owners: list[Owner] = []
         self.size = 0
@@ -86,10 +94,12 @@ class Marks:
         """``text`` between markers."""
         if len(self._entries) == MAX_TEXTS:
             raise MarkError("the chat template takes too much apart")
-        marked = self._starts.sub(lambda start: f"{start[0]}{self.marker}|", text)
         name = f"{self.marker}{len(self._entries):08x}"
-        self._entries.append(_Entry(owner, text, marked))
-        whole = f"{name}<{marked}{name}>"
+        whole = text
+        for start in self._starts:
+            whole = whole.replace(start, start + _INSIDE)
+        whole = f"{name}<{whole}{name}>"
+        self._entries.append(_Entry(owner, text, whole))
         self.size += len(whole)
         return whole
 
@@ -103,16 +113,15 @@ class Marks:
             index = int(opening[1], 16)
             if index >= len(self._entries):
                 raise MarkError("the chat template makes marks of its own")
-            entry, closing = self._entries[index], f"{self.marker}{index:08x}>"
-            end = opening.end() + len(entry.marked)
-            if not (rendered.startswith(entry.marked, opening.end()) and rendered.startswith(closing, end)):
+            entry = self._entries[index]
+            if not rendered.startswith(entry.whole, opening.start()):
                 raise MarkError(f"the chat template changes {entry.owner.name}")
             entry.owner.seen += 1
             segments.append(Segment(rendered[position : opening.start()], trusted=True))
             segments.append(Segment(entry.text, trusted=False))
-            position = end + len(closing)
+            position = opening.start() + len(entry.whole)
         segments.append(Segment(rendered[position:], trusted=True))
-        if any(self.marker in segment.text.lower() for segment in segments if segment.trusted):
+        if any(self._is_marked(segment.text.lower()) for segment in segments if segment.trusted):
             raise MarkError("the chat template takes a text apart")
         for owner in self._owners:
             if owner.seen < owner.least:
@@ -121,6 +130,9 @@ class Marks:
             if owner.most is not None and owner.seen > owner.most:
                 raise MarkError(f"the chat template repeats {owner.name}")
         return [segment for segment in segments if segment.text]
+
+    def _is_marked(self, text: str) -> bool:
+        return self.marker in text or _INSIDE in text or _INSIDE_JSON in text
 
 
 class Text(str):

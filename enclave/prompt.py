@@ -76,7 +76,7 @@ class ChatTemplate:
             raise TemplateError(f"the chat template does not compile ({type(error).__name__})") from error
         self._drops_reasoning = REASONING_END in source
         self._empty_content = None if _KNOWS_NO_CONTENT.search(source) else ""
-        self._mark_starts = re.compile(f"[{''.join(map(re.escape, sorted(mark_starts)))}]" if mark_starts else "$a")
+        self._mark_starts = mark_starts
         self._constants = {"bos_token": bos, "eos_token": eos, "add_generation_prompt": True}
 
     def render(self, request: ChatRequest) -> Prompt:

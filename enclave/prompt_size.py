@@ -4,15 +4,9 @@ up those that do.
 
 from __future__ import annotations
 
-from typing import Final
-
+from attestation.model_memory import MAX_PROMPT_SIZE, PROMPT_BYTES_PER_TOKEN
 from enclave.generation import ContextExceeded
 from vsockrpc.chat import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest
-
-MAX_PROMPT_SIZE: Final = 4 << 20
-"""Bytes of a prompt, whatever becomes of it."""
-MAX_BYTES_PER_TOKEN: Final = 32
-"""Of the context, in a prompt that is cut into tokens. Natural language has about 4."""
 
 
 def prompt_size(request: GenerationRequest) -> int:
@@ -30,7 +24,7 @@ def message_size(message: ChatMessage) -> int:
 
 def most_bytes(context: int) -> int:
     """Of a prompt that is cut into tokens."""
-    return min(context * MAX_BYTES_PER_TOKEN, MAX_PROMPT_SIZE)
+    return min(context * PROMPT_BYTES_PER_TOKEN, MAX_PROMPT_SIZE)
 
 
 def require_size(request: GenerationRequest, context: int) -> None:

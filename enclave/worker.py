@@ -218,16 +218,17 @@ class Loop:
         if isinstance(request, CompletionRequest):
             prompt, tokens = self._tokenized(Prompt((Segment(request.prompt, trusted=False),)))
         else:
-            render = self._template.render
+            render, known = self._template.render, dict[str, list[int]]()
             short, dropped = without_oldest(request, context=self._settings.context)
-            prompt, tokens = fitting(short, lambda part: self._tokenized(render(part)), self._settings)
+            prompt, tokens = fitting(short, lambda part: self._tokenized(render(part), known), self._settings)
             prompt = replace(prompt, dropped_messages=prompt.dropped_messages + dropped)
         if not tokens:
             raise InvalidRequest("the prompt is empty", expected="at least 1 token", got=0)
         return prompt, tokens
 
-    def _tokenized(self, prompt: Prompt) -> tuple[Prompt, list[int]]:
-        return prompt, self._tokenizer.tokens(prompt.segments)
+    def _tokenized(self, prompt: Prompt, known: dict[str, list[int]] | None = None) -> tuple[Prompt, list[int]]:
+        """``known``: of texts that may come again."""
+        return prompt, self._tokenizer.tokens(prompt.segments, known)
 
     def _begin(self, number: int, request: GenerationRequest, prompt: Prompt, tokens: list[int]) -> None:
         form = answer_format(request, self._family, prompt, most_reasoning=self._settings.reasoning_tokens or None)

@@ -175,6 +175,14 @@ def test_what_does_not_depend_on_the_work() -> None:
     assert (found["vocabulary"], found["engine"], found["server"]) == (1500 * VOCABULARY_ENTRY, ENGINE, SERVER)
 
 
+def test_a_prompt_s_share_grows_with_the_context_until_no_longer_prompt_is_read() -> None:
+    shape = replace(SMALL, trained_context=1 << 20)
+    found = {
+        context: sizes(shape, Work(context, 1))["engine"] // MIB for context in (4096, 8192, 16384, 1 << 17, 1 << 20)
+    }
+    assert found == {4096: 64, 8192: 68, 16384: 104, 1 << 17: 608, 1 << 20: 608}
+
+
 @given(st.integers(64, 4096), st.integers(1, 64), st.sampled_from(KvType), st.data())
 def test_sharing_cells_takes_no_more(context: int, parallel: int, kind: KvType, data: st.DataObject) -> None:
     cells = data.draw(st.integers(context, context * parallel))

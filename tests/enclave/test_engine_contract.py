@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from attestation.model_memory import MAX_PROMPT_SIZE
 from enclave.config import EngineSettings
 from enclave.engine import Engine, LlamaEngine
 from enclave.generation import AnswerExceeded, ContextExceeded, EngineFailed, Overloaded, Unavailable
-from enclave.prompt_size import MAX_PROMPT_SIZE, most_bytes
+from enclave.prompt_size import most_bytes
 from strongroom.profiles import PROFILES
 from tests.engines import EchoEngine, engine_settings
 from tests.gguf_files import CHAT_TEMPLATE

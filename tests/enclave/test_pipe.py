@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attestation.model_family import CallFormat, Family, ModelFamily
-from attestation.model_memory import KvType
+from attestation.model_memory import MAX_PROMPT_SIZE, KvType
 from enclave.generation import AnswerExceeded, ContextExceeded, EngineError, InvalidRequest, Overloaded
 from enclave.pipe import (
     MAX_DELTA_CHARACTERS,
@@ -32,7 +32,6 @@ from enclave.pipe import (
     read_to_server,
     read_to_worker,
 )
-from enclave.prompt_size import MAX_PROMPT_SIZE
 from tests.engines import engine_settings
 from tests.wire import CHATS, DELTAS, DONES, GENERATIONS
 from vsockrpc.chat import ChatMessage, ChatRequest, CompletionRequest

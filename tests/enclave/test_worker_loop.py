@@ -111,7 +111,7 @@ class CountingLlama:
 class BytesTokenizer:
     mark_starts = frozenset("<")
 
-    def tokens(self, segments: Sequence[Segment]) -> list[int]:
+    def tokens(self, segments: Sequence[Segment], known: dict[str, list[int]] | None = None) -> list[int]:
         return [byte for segment in segments for byte in segment.text.encode()]
 
 

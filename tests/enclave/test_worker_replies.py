@@ -94,7 +94,7 @@ class SpecialTokenizer:
 
     mark_starts = frozenset("<")
 
-    def tokens(self, segments: Sequence[Segment]) -> list[int]:
+    def tokens(self, segments: Sequence[Segment], known: dict[str, list[int]] | None = None) -> list[int]:
         return [
             token
             for part in segments
