@@ -41,7 +41,7 @@ from enclave.scheduler import Row
 from enclave.tokenizer import Tokenizer
 from enclave.worker import Gone, Loop, Pipe
 from tests.engines import engine_settings
-from vsockrpc.chat import ChatMessage, ChatRequest, CompletionRequest, Generation
+from vsockrpc.chat import ChatMessage, ChatRequest, CompletionRequest, Generation, JsonFormat
 from vsockrpc.messages import Delta, Done, MessageReader, Usage
 
 TEMPLATE = "{{ messages[0].content }}"
@@ -194,10 +194,10 @@ MakeBench = Callable[..., Bench]
 
 @pytest.fixture
 def make_bench() -> Iterator[MakeBench]:
-    """A step takes a second there: nothing is held back."""
+    """Each look at the clock finds it as much later as an ordinary step takes: nothing is held back."""
     made: list[Bench] = []
 
-    def make(second: float = 1.0, **changes: Any) -> Bench:
+    def make(second: float = 0.04, **changes: Any) -> Bench:
         seconds = itertools.count()
         made.append(Bench(lambda: second * next(seconds), **changes))
         return made[-1]
@@ -348,16 +348,52 @@ def test_a_format_that_cannot_go_on_costs_its_own_request(bench: Bench) -> None:
     assert bench.done(2) == Done("length", Usage(1, 1))
 
 
-def test_a_format_that_takes_for_ever_to_follow_has_an_end(bench: Bench) -> None:
-    """The choice of a token takes a second here."""
+JSON = JsonFormat('{"type":"array"}')
+
+
+@pytest.mark.parametrize(
+    ("options", "what", "tokens"),
+    [
+        ({}, "the tokens take, by these parameters, too long to choose", 5),
+        ({"response_format": JSON}, "the tokens of this format take too long to choose", 4),
+    ],
+)
+def test_what_takes_for_ever_to_choose_has_an_end(
+    make_bench: MakeBench, options: dict[str, Any], what: str, tokens: int
+) -> None:
+    """The choice of a token takes a second here, and so does the making of a grammar. That of the next is not begun
+    when it would be too much.
+    """
+    bench = make_bench(1.0)
     bench.go()
-    bench.send(ask(0, "x", 63))
-    while isinstance(message := bench.receive(), Piece):
-        pass
-    assert isinstance(message, Failed)
-    assert (message.id, message.error.expected) == (0, "<= 60 s for all tokens")
+    bench.send(ask(0, "x", 63, **options))
+    said = [bench.receive()]
+    while isinstance(said[-1], Piece | Alive):
+        said.append(bench.receive())
+    assert len([each for each in said if isinstance(each, Piece)]) == tokens
+    assert isinstance(failed := said[-1], Failed)
+    assert (failed.id, failed.error.message) == (0, what)
+    assert failed.error.expected == "<= 5 s over 0.05 s for each"
     bench.send(ask(1, "y", 1))
     assert bench.done(1) == Done("length", Usage(1, 1))
+
+
+def test_what_is_usual_for_a_token_may_be_taken_for_each(make_bench: MakeBench) -> None:
+    bench = make_bench(0.04, context=512)
+    bench.go()
+    bench.send(ask(0, "x", 400))
+    assert bench.done(0) == Done("length", Usage(1, 400))
+
+
+def test_the_server_hears_something_between_two_choices_that_take_long(make_bench: MakeBench) -> None:
+    bench = make_bench(2.0)
+    bench.send(ask(0, "x", 2), ask(1, "y", 1))
+    bench.go()
+    said = [bench.receive()]
+    while said[-1] != end(1, 1, 1):
+        said.append(bench.receive())
+    assert bench.llama.decoded[1] == [(0, 1, 1), (1, 0, 1)], "both are chosen for in one step"
+    assert Alive() in said[said.index(a(0)) :]
 
 
 # --- Who is gone -----------------------------------------------------------------------------------------------------
