@@ -124,7 +124,7 @@ class Grammar:
         for remainders in groups:
             edges: list[tuple[str, int | None]] = []
             for start, group in _by_first(remainders):
-                self.spend(len(group))
+                self.spend(1 + len(group) // 8)
                 if len(group) == 1:
                     edges.append((start + group[0], None))
                 else:
@@ -179,41 +179,60 @@ class Openings:
         """At the beginning of each rule."""
         corners = {name: list(_corners(alternatives, self._empty)) for name, alternatives in rules.items()}
         for name in _corners_first(corners):
-            self._firsts[name] = min(_MANY, sum(self._tails(each)[-1][0] for each in rules[name]))
+            self._firsts[name] = min(_MANY, sum(map(self._count, rules[name])))
         self._within: dict[str, int] = {}
         """At any place of each rule's own, but not in the rules that it names, nor behind its end."""
         self._most: dict[str, int] = {}
         """The same with what may follow it."""
         behind = dict.fromkeys(rules, 0)
+        tails: dict[str, list[tuple[str | None, int, bool]]] = {}
         waiting = {root: None}
         while waiting:
             name, _ = waiting.popitem()
             spend(1)
             within = most = self._firsts[name]
             most += behind[name] if name in self._empty else 0
-            for alternative in rules[name]:
-                tails = self._tails(alternative)
-                for element, (count, may_end) in zip(reversed(alternative), tails, strict=False):
-                    after = min(_MANY, count + (behind[name] if may_end else 0))
-                    within, most = max(within, count), max(most, after)
-                    if isinstance(element, Ref) and (after > behind[element.name] or element.name not in self._most):
-                        behind[element.name] = max(after, behind[element.name])
-                        waiting[element.name] = None
-                        self._most.setdefault(element.name, 0)
+            if name not in tails:
+                tails[name] = [tail for each in rules[name] for tail in self._tails(each)]
+            for after, count, may_end in tails[name]:
+                within = max(within, count)
+                if may_end:
+                    count = min(_MANY, count + behind[name])
+                most = max(most, count)
+                if after is not None and (count > behind[after] or after not in self._most):
+                    behind[after] = max(count, behind[after])
+                    waiting[after] = None
+                    self._most.setdefault(after, 0)
             self._within[name], self._most[name] = within, most
 
-    def _tails(self, alternative: Alternative) -> list[tuple[int, bool]]:
-        """The ways to go on before each of its elements, and whether it may end there: from its end to its start."""
+    def _count(self, alternative: Alternative) -> int:
+        """At its beginning."""
+        count = 0
+        for element in alternative:
+            if isinstance(element, Ref):
+                count += self._firsts[element.name]
+                if element.name not in self._empty:
+                    return count
+            elif element != _NOTHING:
+                return count + 1
+        return count
+
+    def _tails(self, alternative: Alternative) -> list[tuple[str | None, int, bool]]:
+        """The ways to go on behind each of its elements, whose name stands first if it is a rule's, and whether the
+        alternative may end there.
+        """
         count, may_end = 0, True
-        tails = [(count, may_end)]
+        tails: list[tuple[str | None, int, bool]] = []
         for element in reversed(alternative):
             if isinstance(element, Ref):
+                tails.append((element.name, count, may_end))
                 is_empty = element.name in self._empty
-                count = min(_MANY, self._firsts.get(element.name, 0) + (count if is_empty else 0))
+                count = min(_MANY, self._firsts[element.name] + (count if is_empty else 0))
                 may_end = may_end and is_empty
-            elif element != Literal(""):
-                count, may_end = 1, False
-            tails.append((count, may_end))
+            else:
+                tails.append((None, count, may_end))
+                if element != _NOTHING:
+                    count, may_end = 1, False
         return tails
 
     def first(self, ref: Ref) -> int:
@@ -241,6 +260,7 @@ class Openings:
 
 
 _MANY: Final = 1 << 20
+_NOTHING: Final = Literal("")
 
 
 def joined(moves: Iterable[tuple[str, Alternative]]) -> list[Alternative]:
