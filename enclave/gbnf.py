@@ -8,7 +8,8 @@ here, and the walks are counted before llama.cpp makes them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
@@ -17,6 +18,8 @@ from enclave.generation import InvalidRequest
 ROOT: Final = "root"
 MAX_RULES: Final = 20_000
 """Of a grammar, before those without a use are dropped."""
+MAX_SIZE: Final = 1 << 18
+"""Alternatives and what they consist of, ranges of characters one by one, before those without a use are dropped."""
 MAX_GRAMMAR_CHARACTERS: Final = 1 << 20
 MAX_BEGINNINGS: Final = 1 << 20
 """Steps that llama.cpp's check for left recursion takes, in all."""
@@ -25,6 +28,10 @@ MAX_BEGINNING_DEPTH: Final = 1024
 
 MAX_EFFORT: Final = 1 << 18
 """Steps of reading one request's schemas, patterns and unions: well under a second."""
+MAX_SECONDS: Final = 1.0
+"""Of the thread's CPU, from the first rule to the last, whatever the steps are."""
+_CALLS_PER_LOOK: Final = 64
+"""At the clock: each look is a system call."""
 
 Ranges: TypeAlias = tuple[tuple[int, int], ...]
 """Code points, from and to, both included; in order and apart."""
@@ -55,9 +62,15 @@ Alternative: TypeAlias = tuple[Element, ...]
 class Grammar:
     """Rules by name, each defined once. Whatever the rules are, only InvalidRequest is raised."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.thread_time) -> None:
+        """``clock`` gives seconds of work."""
+        self._clock = clock
+        self._deadline = clock() + MAX_SECONDS
+        self._calls = 0
         self._effort = 0
+        self._size = 0
         self._rules: dict[str, tuple[Alternative, ...]] = {}
+        self._shared: dict[frozenset[Alternative], Ref] = {}
         self._count = 0
 
     def name(self) -> Ref:
@@ -74,32 +87,62 @@ class Grammar:
         self._effort += steps
         if self._effort > MAX_EFFORT:
             raise InvalidRequest("the schema takes too long to read", expected=f"<= {MAX_EFFORT} steps")
+        self._look()
+
+    def _look(self) -> None:
+        self._calls += 1
+        if self._calls % _CALLS_PER_LOOK == 0 and self._clock() > self._deadline:
+            raise InvalidRequest("the schema takes too long to read", expected=f"<= {MAX_SECONDS:g} s")
 
     def define(self, ref: Ref, alternatives: Iterable[Alternative]) -> Ref:
-        self._rules[ref.name] = tuple(dict.fromkeys(alternatives))
+        self._rules[ref.name] = tuple(dict.fromkeys(map(self._counted, alternatives)))
         return ref
+
+    def _counted(self, alternative: Alternative) -> Alternative:
+        self._size += 1 + sum(map(_size, alternative))
+        if self._size > MAX_SIZE:
+            raise InvalidRequest("the schema needs too large a grammar", expected=f"<= {MAX_SIZE} parts")
+        self._look()
+        return alternative
 
     def rule(self, *alternatives: Alternative) -> Ref:
         return self.define(self.name(), alternatives)
 
+    def shared(self, alternatives: Iterable[Alternative]) -> Ref:
+        """A rule of these alternatives, the one that there is where there is one."""
+        key = frozenset(alternatives)
+        if key not in self._shared:
+            self._shared[key] = self.rule(*dict.fromkeys(alternatives))
+        return self._shared[key]
+
     def one_of(self, texts: Iterable[str]) -> Ref:
-        """One of these texts, with common beginnings read once: however many they are, there is one way to read."""
-        first = self.name()
-        waiting = [(first, sorted(set(texts)))]
-        while waiting:
-            ref, remainders = waiting.pop()
-            alternatives: list[Alternative] = []
+        """One of these texts, with common beginnings read once: however many they are, there is one way to read. Where
+        several characters may come that the same follows, they are one set.
+        """
+        groups: list[list[str]] = [sorted(set(texts))]
+        nodes: list[list[tuple[str, int | None]]] = []
+        for remainders in groups:
+            edges: list[tuple[str, int | None]] = []
             for start, group in _by_first(remainders):
-                if not start:
-                    alternatives.append(())
-                elif len(group) == 1:
-                    alternatives.append((Literal(start + group[0]),))
+                self.spend(1 + len(group) // 8)
+                if len(group) == 1:
+                    edges.append((start + group[0], None))
                 else:
-                    rest = self.name()
-                    alternatives.append((Literal(start), rest))
-                    waiting.append((rest, group))
-            self.define(ref, alternatives)
+                    edges.append((start, len(groups)))
+                    groups.append(group)
+            nodes.append(edges)
+        rules: dict[int | None, Alternative] = {None: ()}
+        for index in reversed(range(len(nodes))):
+            moves = [(text, rules[target]) for text, target in nodes[index] if text]
+            ends: list[Alternative] = [()] if ("", None) in nodes[index] else []
+            rules[index] = (self.shared([*ends, *joined(moves)]),)
+        [first] = rules[0]
+        assert isinstance(first, Ref)
         return first
+
+    def openings(self, root: Ref) -> Openings:
+        """Of all rules that ``root`` needs."""
+        return Openings(_reachable(self._rules, root.name), root.name, self.spend)
 
     def text(self, root: Ref) -> str:
         """The grammar from ``root`` on, whose rule is called ``root``.
@@ -121,6 +164,121 @@ class Grammar:
                     "the schema needs too large a grammar", expected=f"<= {MAX_GRAMMAR_CHARACTERS} characters"
                 )
         return "".join(lines)
+
+
+class Openings:
+    """How many ways there are to go on, at the place of a grammar where there are most. llama.cpp keeps a stack for
+    each of them and makes a pass over the vocabulary for each stack. Counted is what one reading of a text leaves open.
+    """
+
+    def __init__(self, rules: Mapping[str, tuple[Alternative, ...]], root: str, spend: Callable[[int], None]) -> None:
+        self._rules = rules
+        self._spend = spend
+        self._empty = _empty(rules)
+        self._firsts: dict[str, int] = {}
+        """At the beginning of each rule."""
+        corners = {name: list(_corners(alternatives, self._empty)) for name, alternatives in rules.items()}
+        for name in _corners_first(corners):
+            self._firsts[name] = min(_MANY, sum(map(self._count, rules[name])))
+        self._within: dict[str, int] = {}
+        """At any place of each rule's own, but not in the rules that it names, nor behind its end."""
+        self._most: dict[str, int] = {}
+        """The same with what may follow it."""
+        behind = dict.fromkeys(rules, 0)
+        tails: dict[str, list[tuple[str | None, int, bool]]] = {}
+        waiting = {root: None}
+        while waiting:
+            name, _ = waiting.popitem()
+            spend(1)
+            within = most = self._firsts[name]
+            most += behind[name] if name in self._empty else 0
+            if name not in tails:
+                tails[name] = [tail for each in rules[name] for tail in self._tails(each)]
+            for after, count, may_end in tails[name]:
+                within = max(within, count)
+                if may_end:
+                    count = min(_MANY, count + behind[name])
+                most = max(most, count)
+                if after is not None and (count > behind[after] or after not in self._most):
+                    behind[after] = max(count, behind[after])
+                    waiting[after] = None
+                    self._most.setdefault(after, 0)
+            self._within[name], self._most[name] = within, most
+
+    def _count(self, alternative: Alternative) -> int:
+        """At its beginning."""
+        count = 0
+        for element in alternative:
+            if isinstance(element, Ref):
+                count += self._firsts[element.name]
+                if element.name not in self._empty:
+                    return count
+            elif element != _NOTHING:
+                return count + 1
+        return count
+
+    def _tails(self, alternative: Alternative) -> list[tuple[str | None, int, bool]]:
+        """The ways to go on behind each of its elements, whose name stands first if it is a rule's, and whether the
+        alternative may end there.
+        """
+        count, may_end = 0, True
+        tails: list[tuple[str | None, int, bool]] = []
+        for element in reversed(alternative):
+            if isinstance(element, Ref):
+                tails.append((element.name, count, may_end))
+                is_empty = element.name in self._empty
+                count = min(_MANY, self._firsts[element.name] + (count if is_empty else 0))
+                may_end = may_end and is_empty
+            else:
+                tails.append((None, count, may_end))
+                if element != _NOTHING:
+                    count, may_end = 1, False
+        return tails
+
+    def first(self, ref: Ref) -> int:
+        """At its beginning."""
+        return self._firsts.get(ref.name, 0)
+
+    def most(self, alternatives: Iterable[Alternative], known: Mapping[str, int], *, to_the_end: bool = True) -> int:
+        """In these alternatives and all that they name, but not in the rules that are ``known``; without
+        ``to_the_end`` what follows does not count.
+        """
+        counts = self._most if to_the_end else self._within
+        waiting = [element.name for each in alternatives for element in each if isinstance(element, Ref)]
+        seen: set[str] = set()
+        most = 1
+        while waiting:
+            name = waiting.pop()
+            if name in known:
+                most = max(most, known[name])
+            elif name not in seen and name in self._rules:
+                seen.add(name)
+                self._spend(1)
+                most = max(most, counts[name])
+                waiting += [element.name for each in self._rules[name] for element in each if isinstance(element, Ref)]
+        return most
+
+
+_MANY: Final = 1 << 20
+_NOTHING: Final = Literal("")
+
+
+def joined(moves: Iterable[tuple[str, Alternative]]) -> list[Alternative]:
+    """Each text before what follows it; texts that differ in their first characters alone, and are followed by the
+    same, as one alternative.
+    """
+    firsts: dict[tuple[str, Alternative], list[str]] = {}
+    for text, after in moves:
+        if after and isinstance(after[0], Literal):
+            text, after = text + after[0].text, after[1:]
+        firsts.setdefault((text[1:], after), []).append(text[0])
+    found: list[Alternative] = []
+    for (rest, after), letters in firsts.items():
+        if len(letters) == 1:
+            found.append((Literal(letters[0] + rest), *after))
+        else:
+            found.append((Chars(ranges_of(letters)), *((Literal(rest),) if rest else ()), *after))
+    return found
 
 
 def ranges_of(characters: Iterable[str | int]) -> Ranges:
@@ -175,8 +333,8 @@ def _by_first(texts: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
 
 def _finite(rules: Mapping[str, tuple[Alternative, ...]]) -> dict[str, tuple[Alternative, ...]]:
     """Without the alternatives that need a rule which cannot end."""
-    users: dict[str, list[tuple[str, Alternative]]] = {}
-    missing: dict[tuple[str, Alternative], int] = {}
+    users: dict[str, list[tuple[str, int]]] = {}
+    missing: dict[tuple[str, int], int] = {}
     ends: set[str] = set()
     waiting: list[str] = []
 
@@ -186,11 +344,11 @@ def _finite(rules: Mapping[str, tuple[Alternative, ...]]) -> dict[str, tuple[Alt
             waiting.append(name)
 
     for name, alternatives in rules.items():
-        for alternative in alternatives:
+        for index, alternative in enumerate(alternatives):
             needed = {element.name for element in alternative if isinstance(element, Ref)}
-            missing[name, alternative] = len(needed)
+            missing[name, index] = len(needed)
             for each in needed:
-                users.setdefault(each, []).append((name, alternative))
+                users.setdefault(each, []).append((name, index))
             if not needed:
                 found(name)
     while waiting:
@@ -199,7 +357,7 @@ def _finite(rules: Mapping[str, tuple[Alternative, ...]]) -> dict[str, tuple[Alt
             if not missing[user]:
                 found(user[0])
     return {
-        name: tuple(alternative for alternative in alternatives if not missing[name, alternative])
+        name: tuple(alternative for index, alternative in enumerate(alternatives) if not missing[name, index])
         for name, alternatives in rules.items()
         if name in ends
     }
@@ -219,30 +377,43 @@ def _reachable(rules: Mapping[str, tuple[Alternative, ...]], root: str) -> dict[
 
 def _count_beginnings(rules: Mapping[str, tuple[Alternative, ...]]) -> None:
     """Refuses a grammar whose left corners llama.cpp would walk for too long, or for ever."""
-    empty = {name for name, alternatives in rules.items() if () in alternatives}
+    empty = _empty(rules)
     corners = {name: list(_corners(alternatives, empty)) for name, alternatives in rules.items()}
     steps: dict[str, int] = {}
     depths: dict[str, int] = {}
     total = 0
-    for start in rules:
+    for name in _corners_first(corners):
+        steps[name] = 1 + sum(steps[each] for each in corners[name])
+        depths[name] = 1 + max((depths[each] for each in corners[name]), default=0)
+        total += steps[name]
+        if total > MAX_BEGINNINGS or depths[name] > MAX_BEGINNING_DEPTH:
+            raise InvalidRequest("the schema's alternatives are nested too much", expected=f"<= {MAX_BEGINNINGS} steps")
+
+
+def _empty(rules: Mapping[str, tuple[Alternative, ...]]) -> set[str]:
+    """The rules that may stand for nothing: the compiler writes no other than those that say so themselves."""
+    return {name for name, alternatives in rules.items() if () in alternatives}
+
+
+def _corners_first(corners: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Each rule behind those that it may begin with. Raises InvalidRequest where that is itself."""
+    done: set[str] = set()
+    open_rules: set[str] = set()
+    for start in corners:
         waiting = [start]
-        open_rules: set[str] = set()
         while waiting:
             name = waiting[-1]
-            if name in steps:
-                waiting.pop()
+            unknown = [each for each in corners[name] if each not in done] if name not in done else []
+            if unknown:
+                if name in open_rules:
+                    raise InvalidRequest("the schema needs a grammar that begins with itself")
+                open_rules.add(name)
+                waiting += unknown
                 continue
-            unknown = [each for each in corners[name] if each not in steps]
-            if unknown and name in open_rules:
-                raise InvalidRequest("the schema needs a grammar that begins with itself")
-            open_rules.add(name)
-            waiting += unknown
-            if not unknown:
-                steps[name] = 1 + sum(steps[each] for each in corners[name])
-                depths[name] = 1 + max((depths[each] for each in corners[name]), default=0)
-        total += steps[start]
-        if total > MAX_BEGINNINGS or depths[start] > MAX_BEGINNING_DEPTH:
-            raise InvalidRequest("the schema's alternatives are nested too much", expected=f"<= {MAX_BEGINNINGS} steps")
+            waiting.pop()
+            if name not in done:
+                done.add(name)
+                yield name
 
 
 def _corners(alternatives: Iterable[Alternative], empty: set[str]) -> Iterator[str]:
@@ -253,6 +424,16 @@ def _corners(alternatives: Iterable[Alternative], empty: set[str]) -> Iterator[s
             yield element.name
             if element.name not in empty:
                 break
+
+
+def _size(element: Element) -> int:
+    match element:
+        case Literal(text):
+            return 1 + len(text) // 8
+        case Chars(ranges):
+            return len(ranges)
+        case Ref():
+            return 1
 
 
 def _alternative(alternative: Alternative) -> str:

@@ -89,16 +89,41 @@ def refused(message: str, pointer: str, *, expected: object | None = None, got: 
     return InvalidRequest(f"the JSON schema: {message}, at {pointer}", expected=expected, got=got)
 
 
-def canonical(value: Json) -> object:
-    """Equal for values that JSON Schema calls equal, and only for these: 1 is 1.0 and not true."""
-    match value:
-        case bool():
-            return ("boolean", value)
-        case list():
-            return ("array", tuple(canonical(each) for each in value))
-        case dict():
-            return ("object", frozenset((name, canonical(each)) for name, each in value.items()))
-    return value
+class Numbers:
+    """One number for all values of a document that JSON Schema calls equal, and only for these: 1 is 1.0 and not true.
+    Whatever is compared, and however often, each value is walked once.
+    """
+
+    def __init__(self, spend: Callable[[int], None]) -> None:
+        """``spend`` is told of the steps, and may stop it with an error of its own."""
+        self.spend = spend
+        self._numbers: dict[object, int] = {}
+        self._known: dict[int, tuple[Json, int]] = {}
+        """Of lists and objects, which are kept beside their identities."""
+
+    def of(self, value: Json) -> int:
+        self.spend(1)
+        form: object
+        match value:
+            case list():
+                if id(value) in self._known:
+                    return self._known[id(value)][1]
+                form = "array", tuple(map(self.of, value))
+            case dict():
+                if id(value) in self._known:
+                    return self._known[id(value)][1]
+                form = "object", frozenset((name, self.of(each)) for name, each in value.items())
+            case int() | float() if not isinstance(value, bool):
+                form = "number", value
+            case _:
+                form = type(value), value
+        number = self._numbers.setdefault(form, len(self._numbers))
+        if isinstance(value, list | dict):
+            self._known[id(value)] = value, number
+        return number
+
+    def are_same(self, one: Json, other: Json) -> bool:
+        return one is other or self.of(one) == self.of(other)
 
 
 def below(pointer: str, name: str) -> str:
@@ -156,8 +181,9 @@ def _types_of(value: Json) -> frozenset[str]:
     return frozenset({"object"})
 
 
-def merged(one: Facts, other: Facts) -> Facts:
+def merged(one: Facts, other: Facts, numbers: Numbers) -> Facts:
     """Both. Raises InvalidRequest where that is no simple union."""
+    numbers.spend(1 + len(one) + len(other))
     if not one or not other:
         return one or other
     for facts, against in ((one, other), (other, one)):
@@ -173,28 +199,28 @@ def merged(one: Facts, other: Facts) -> Facts:
     result = dict(one)
     for keyword, fact in other.items():
         known = result.get(keyword)
-        result[keyword] = fact if known is None else Fact(_both(keyword, known, fact), known.raw, known.pointer)
+        result[keyword] = (
+            fact if known is None else Fact(_both(keyword, known, fact, numbers), known.raw, known.pointer)
+        )
     return result
 
 
-def _both(keyword: str, one: Fact, other: Fact) -> Any:
+def _both(keyword: str, one: Fact, other: Fact, numbers: Numbers) -> Any:
     if keyword == "type":
         types = (each.value | {"integer"} if "number" in each.value else each.value for each in (one, other))
         return frozenset.intersection(*types)
+    if keyword in ("required", "properties"):
+        numbers.spend(len(one.value) + len(other.value))
     if keyword == "required":
         return tuple(dict.fromkeys((*one.value, *other.value)))
     if keyword == "properties":
         for name, place in other.value.items():
-            if name in one.value and not _are_same(one.value[name].value, place.value):
+            if name in one.value and not numbers.are_same(one.value[name].value, place.value):
                 raise refused("a property with two schemas", place.pointer, expected=one.value[name].pointer)
         return {**one.value, **{name: place for name, place in other.value.items() if name not in one.value}}
-    if not _are_same(one.raw, other.raw):
+    if not numbers.are_same(one.raw, other.raw):
         raise refused(f"{keyword!r} stands twice for the same value", other.pointer, expected=one.pointer)
     return one.value
-
-
-def _are_same(one: Json, other: Json) -> bool:
-    return one is other or canonical(one) == canonical(other)
 
 
 # --- Keywords ------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ Numbers have a bounded number of digits (:mod:`enclave.numerals`, :mod:`enclave.
 a document stands nothing, a blank, or a line's end and an indentation. What may go on without a bound is a string, an
 array, and an object of properties that are not named, where the schema sets none.
 
-What would make the sampler slow is refused: alternatives that look the same for long (``MAX_READINGS``).
+What would make the sampler slow is refused: too many ways to go on at one place (``MAX_OPEN``).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from itertools import combinations
 from typing import Final, TypeAlias
 
 from attestation.strict_json import Json
-from enclave.gbnf import Alternative, Grammar, Literal, Ref
+from enclave.gbnf import Alternative, Grammar, Literal, Openings, Ref
 from enclave.generation import InvalidRequest
 from enclave.json_facts import Fact, Facts, Leaf, Place, properties, refused, required
 from enclave.json_schema import Schema
@@ -29,8 +29,10 @@ from enclave.numerals import MAX_DIGITS, OutOfReach, decimals, integers
 from enclave.regular import NotSupported
 from vsockrpc.chat import NamedTool, Tool
 
-MAX_READINGS: Final = 64
-"""Ways in which the beginning of an answer may be read at once. Each costs the sampler a pass over the vocabulary."""
+MAX_OPEN: Final = 128
+"""Ways to go on that may be open at one place: the characters, or sets of them, that different rest follows, in each of
+the readings of what is there. Each costs the sampler a pass over the vocabulary.
+"""
 MAX_CALLS: Final = 16
 """Of tools, in one answer."""
 
@@ -140,6 +142,9 @@ class _Compiler:
         self._leaves: dict[int, tuple[list[Alternative], list[Place]]] = {}
         """By the identity of the facts, which the schema keeps."""
         self._children: dict[_Key, list[tuple[Leaf, list[Place]]]] = {}
+        self._counted: dict[_Key, list[Alternative]] = {}
+        """The alternatives of counted values."""
+        self._next: dict[tuple[int, int], frozenset[str] | None] = {}
 
     def root(self, *, of_objects: bool = False) -> Ref:
         """The rule of the whole schema, which with ``of_objects`` admits nothing else."""
@@ -149,7 +154,7 @@ class _Compiler:
         root = self._rule(place)
         while self._waiting:
             self._define(self._waiting.pop())
-        self._limit_readings(place)
+        self._limit_openings(place, root)
         return root
 
     def _rule(self, place: Place) -> Ref:
@@ -160,6 +165,7 @@ class _Compiler:
 
     def _define(self, place: Place) -> None:
         alternatives: list[Alternative] = []
+        counted: list[Alternative] = []
         scalars: list[Json] = []
         children = self._children[place.key] = []
         for leaf in self._schema.leaves(place):
@@ -170,13 +176,26 @@ class _Compiler:
                 more, below = self._leaves[id(leaf.facts)]
                 alternatives += more
             else:
+                self._grammar.spend(len(leaf.values))
                 scalars += [each for each in leaf.values if not isinstance(each, list | dict)]
                 composites = [each for each in leaf.values if isinstance(each, list | dict)]
-                alternatives += [(self._values.constant(each),) for each in composites]
+                counted += [(self._values.constant(each),) for each in composites]
             children.append((leaf, below))
         if scalars:
-            alternatives.append((self._values.one_of(scalars),))
-        self._grammar.define(self._rules[place.key], alternatives)
+            counted.append((self._values.one_of(scalars),))
+        self._counted[place.key] = counted
+        self._grammar.define(self._rules[place.key], [*self._opened_once(alternatives), *counted])
+
+    def _opened_once(self, alternatives: list[Alternative]) -> list[Alternative]:
+        """Objects have one brace and what may follow it in common, and arrays theirs."""
+        rests: dict[Alternative, list[Alternative]] = {}
+        for each in alternatives:
+            is_open = each[0] in (Literal("{"), Literal("["))
+            rests.setdefault(each[:2] if is_open else each, []).append(each[2:] if is_open else ())
+        return [
+            (*opening, *each[0]) if len(each) == 1 else (*opening, self._grammar.rule(*each))
+            for opening, each in rests.items()
+        ]
 
     def _made(self, leaf: Leaf) -> tuple[list[Alternative], list[Place]]:
         """The alternatives of values that are not counted, and the places that they hold."""
@@ -261,70 +280,98 @@ class _Compiler:
                 "no number fits, or bounds of too many digits", fact.pointer, expected=f"<= {MAX_DIGITS} digits"
             ) from None
 
-    # --- Readings ----------------------------------------------------------------------------------------------------
+    # --- Openings ----------------------------------------------------------------------------------------------------
 
-    def _limit_readings(self, root: Place) -> None:
-        """Refuses what leaves the sampler too many ways at once to read the same text."""
-        readings: dict[_Key, int] = {}
+    def _limit_openings(self, root: Place, rule: Ref) -> None:
+        """Refuses what leaves the sampler too many ways at once to go on."""
+        openings = self._grammar.openings(rule)
+        open_ways: dict[_Key, int] = {}
+        known: dict[str, int] = {}
         waiting = [root]
         while waiting:
-            place = waiting[-1]
-            unknown = [each for _, below in self._children[place.key] for each in below if each.key not in readings]
-            if unknown and place.key not in readings:
-                waiting += unknown
+            place = waiting.pop()
+            if place.key in open_ways:
                 continue
-            waiting.pop()
-            readings[place.key] = self._readings(place, readings)
-            if readings[place.key] > MAX_READINGS:
+            unknown = [each for _, below in self._children[place.key] for each in below if each.key not in open_ways]
+            if unknown:
+                waiting += [place, *unknown]
+                continue
+            count = open_ways[place.key] = known[self._rules[place.key].name] = self._open(place, openings, known)
+            if count > MAX_OPEN:
                 raise refused(
-                    "alternatives look the same for too long",
+                    "alternatives look the same for too long, or too many characters may come next",
                     place.pointer,
-                    expected=f"<= {MAX_READINGS} ways to read a text; alternatives whose first properties differ",
+                    expected=f"<= {MAX_OPEN} ways to go on; alternatives whose first properties differ",
                 )
 
-    def _readings(self, place: Place, readings: dict[_Key, int]) -> int:
+    def _open(self, place: Place, openings: Openings, known: dict[str, int]) -> int:
+        """The most ways to go on in one of its values."""
+        counted = [openings.most([each], {}) for each in self._counted[place.key]]
         groups: dict[str, list[tuple[Leaf, int]]] = {}
-        for leaf, below in self._children[place.key]:
-            own = max((readings[each.key] for each in below), default=1)
-            if leaf.values is not None:
-                own = max(1, sum(isinstance(each, list | dict) for each in leaf.values))
-            for kind in leaf.types:
-                if leaf.values is None or kind in ("object", "array"):
+        for leaf, _ in self._children[place.key]:
+            if leaf.values is None:
+                alternatives, _ = self._leaves[id(leaf.facts)]
+                own = openings.most(alternatives, known)
+                for kind in leaf.types:
                     groups.setdefault("number" if kind == "integer" else kind, []).append((leaf, own))
-        most = 1
+        most = max(openings.first(self._rules[place.key]), sum(counted))
         for group in groups.values():
             each_own = [own for _, own in group]
-            if len(group) > 1 and not all(
-                self._differ_early(one, other) for (one, _), (other, _) in combinations(group, 2)
-            ):
-                most = max(most, sum(each_own))
+            parts = [self._differ_early(one, other) for (one, _), (other, _) in combinations(group, 2)]
+            if len(group) == 1 or any(each is None for each in parts):
+                count = sum(each_own)
             else:
-                most = max(most, len(group), *each_own)
+                after = max(each for each in parts if each is not None)
+                count = max(sum(self._early(leaf, own, after, openings) for leaf, own in group), *each_own)
+            most = max(most, count + sum(counted))
         return most
 
-    def _differ_early(self, one: Leaf, other: Leaf) -> bool:
-        """Two objects of which no text is the beginning of both for longer than a few plain properties."""
-        if one.types != {"object"} or other.types != {"object"} or one.values is not None or other.values is not None:
-            return False
+    def _early(self, leaf: Leaf, own: int, index: int, openings: Openings) -> int:
+        """The ways to go on until the name of the property ``index``, or its value, tells other objects apart."""
+        names = self._next_names(leaf.facts, index)
+        assert names is not None, "it tells them apart"
+        if index or len(names) > 1:
+            return own
+        [name] = names or {""}
+        value = properties(leaf.facts).get(name)
+        if value is None:
+            return 2
+        place = self._schema.resolved(value)
+        return max(2, openings.most([(self._rules[place.key],)], {}, to_the_end=False))
+
+    def _next_names(self, facts: Facts, index: int) -> frozenset[str] | None:
+        """The names that may come next, behind ``index`` properties that are all required. None where any may."""
+        key = id(facts), index
+        if key not in self._next:
+            self._grammar.spend(1 + len(properties(facts)) + len(required(facts)))
+            self._next[key] = _next_names(facts, index)
+        return self._next[key]
+
+    def _differ_early(self, one: Leaf, other: Leaf) -> int | None:
+        """Two objects of which no text is the beginning of both for longer than a few plain properties: behind how many
+        they differ, by the next one's name or value.
+        """
+        if one.types != {"object"} or other.types != {"object"}:
+            return None
         for index in range(_EARLY):
+            first, second = self._next_names(one.facts, index), self._next_names(other.facts, index)
             self._grammar.spend(1)
-            first, second = _next_names(one.facts, index), _next_names(other.facts, index)
             if first is None or second is None:
-                return False
+                return None
             if first.isdisjoint(second):
-                return True
+                return index
             if first != second or len(first) > 1:
-                return False
+                return None
             [name] = first
             left, right = (
                 self._schema.leaves(self._schema.resolved(properties(each.facts)[name])) for each in (one, other)
             )
             pairs = [(each, another) for each in left for another in right]
             if all(self._schema.are_disjoint(*pair, depth=_NO_DEEPER) for pair in pairs):
-                return True
+                return index
             if any({"object", "array"} & leaf.types for leaf in (*left, *right)):
-                return False
-        return False
+                return None
+        return None
 
 
 _EARLY: Final = 8
@@ -333,19 +380,18 @@ _NO_DEEPER: Final = 3
 _EDGES: Final = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
 
 
-def _next_names(facts: Facts, index: int) -> set[str] | None:
-    """The names that may come next, behind ``index`` properties that are all required. None where any may."""
-    names = list(properties(facts))
-    if not all(name in required(facts) for name in names[:index]):
+def _next_names(facts: Facts, index: int) -> frozenset[str] | None:
+    names, needed = list(properties(facts)), set(required(facts))
+    if not needed.issuperset(names[:index]):
         return None
     found: set[str] = set()
     for name in names[index:]:
         found.add(name)
-        if name in required(facts):
-            return found
+        if name in needed:
+            return frozenset(found)
     additional = facts.get("additionalProperties")
     is_closed = additional.raw is False if additional is not None else "properties" in facts
-    return found if is_closed and set(required(facts)) <= set(names) else None
+    return frozenset(found) if is_closed and needed <= set(names) else None
 
 
 def _bounds(facts: Facts, low: str, high: str) -> tuple[int, int | None]:

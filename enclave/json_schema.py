@@ -21,9 +21,9 @@ from enclave.json_facts import (
     Fact,
     Facts,
     Leaf,
+    Numbers,
     Place,
     below,
-    canonical,
     leaf_of,
     merged,
     properties,
@@ -60,6 +60,7 @@ class Schema:
     def __init__(self, text: str, grammar: Grammar) -> None:
         """``grammar`` counts the steps."""
         self._spend = grammar.spend
+        self._numbers = Numbers(grammar.spend)
         self._document = _parse(text)
         self._facts: dict[tuple[str, int], Facts | None] = {}
         self._leaves: dict[tuple[str, int], list[Leaf]] = {}
@@ -84,9 +85,7 @@ class Schema:
 
     def facts(self, place: Place) -> Facts | None:
         """What ``place`` asserts; None if nothing fulfils it."""
-        if place.key not in self._facts:
-            self._facts[place.key] = self._conjunction(place, ())
-        return self._facts[place.key]
+        return self._conjunction(place, ())
 
     def leaves(self, place: Place) -> list[Leaf]:
         """The alternatives of a value. Those of a ``oneOf`` are disjoint."""
@@ -140,6 +139,7 @@ class Schema:
             leads[pointer] = {target for target, _ in found}
             waiting += found
         while True:  # what leads only to ends is an end
+            self._spend(len(leads))
             rest = {pointer: targets for pointer, targets in leads.items() if targets & leads.keys()}
             if len(rest) == len(leads):
                 return set(rest)
@@ -163,7 +163,14 @@ class Schema:
     # --- Conjunction -------------------------------------------------------------------------------------------------
 
     def _conjunction(self, place: Place, path: tuple[str, ...]) -> Facts | None:
-        self._spend(8)
+        """``path`` are the references that led here."""
+        self._spend(1)
+        if place.key not in self._facts:
+            self._spend(8 + len(place.pointer) // 64)
+            self._facts[place.key] = self._read(place, path)
+        return self._facts[place.key]
+
+    def _read(self, place: Place, path: tuple[str, ...]) -> Facts | None:
         if place.recursions < 0 or place.value is False:
             return None
         if place.value is True:
@@ -199,7 +206,7 @@ class Schema:
             more = self._conjunction(other, way)
             if more is None:
                 return None
-            result = merged(result, more)
+            result = merged(result, more, self._numbers)
         return result
 
     # --- Unions ------------------------------------------------------------------------------------------------------
@@ -209,12 +216,14 @@ class Schema:
             raise refused(
                 "alternatives lead to themselves, or to too many others", place.pointer, expected=f"<= {MAX_UNIONS}"
             )
+        self._spend(1)
         own = self.facts(self.resolved(place))
         if own is None:
             return
-        facts = merged(inherited, own)
+        facts = merged(inherited, own, self._numbers)
         keyword = next((each for each in ("anyOf", "oneOf") if each in facts), None)
         if keyword is None:
+            self._spend(1 + (len(facts["enum"].value) if "enum" in facts else 0))
             leaf = leaf_of(facts)
             if leaf is not None:
                 yield leaf
@@ -240,8 +249,7 @@ class Schema:
         """No value fulfils both. False where that is not plain."""
         self._spend(1)
         if one.values is not None and other.values is not None:
-            self._spend(len(one.values) + len(other.values))
-            return {canonical(each) for each in one.values}.isdisjoint(canonical(each) for each in other.values)
+            return set(map(self._numbers.of, one.values)).isdisjoint(map(self._numbers.of, other.values))
         types, others = (
             each.possible | {"integer"} if "number" in each.possible else each.possible for each in (one, other)
         )

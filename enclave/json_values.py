@@ -7,16 +7,20 @@ Where a text could be read in two ways, the sampler follows both, so the rules l
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from attestation.strict_json import Json
-from enclave.gbnf import Alternative, Chars, Grammar, Literal, Ranges, Ref, common, merged, ranges_of, without
+from enclave.gbnf import Alternative, Chars, Grammar, Literal, Ranges, Ref, common, joined, merged, ranges_of, without
+from enclave.generation import InvalidRequest
 from enclave.regular import ANY, State, automaton, lengths
 
 MAX_FREE_DEPTH: Final = 16
 """Objects and arrays within each other where a value is left open."""
+MAX_NAME: Final = 1024
+"""Characters of a property's name."""
 MAX_INDENTATION: Final = 24
 """Blanks behind a line's end."""
 MAX_DIGITS: Final = 15
@@ -157,7 +161,15 @@ class Values:
             high = None
         if shortest is not None and shortest >= low:
             low = 0
-        written = [[(*_written(ranges), target) for ranges, target in state.moves] for state in states]
+        known: dict[Ranges, tuple[Chars | None, Chars | None]] = {}
+
+        def written_of(ranges: Ranges) -> tuple[Chars | None, Chars | None]:
+            if ranges not in known:
+                self._grammar.spend(len(ranges))
+                known[ranges] = _written(ranges)
+            return known[ranges]
+
+        written = [[(*written_of(ranges), target) for ranges, target in state.moves] for state in states]
         rules: dict[tuple[int, int], Ref] = {}
         waiting: list[tuple[int, int]] = []
 
@@ -228,46 +240,77 @@ class Values:
         """An object: ``members`` in this order, those left out that are not required, and then any with other names and
         values of ``others``, where there are others.
         """
+        longest = max((len(member.name) for member in members), default=0)
+        if longest > MAX_NAME:
+            raise InvalidRequest("the schema has too long a name", expected=f"<= {MAX_NAME} characters", got=longest)
         closing: Alternative = (self._space, Literal("}"))
-        name: Ref | None = None
+        names: _Names | None = None
         """From within the quotation marks of the next name on."""
         may_end = True
         if others is None:
             after = self._grammar.rule(closing)
         else:
             after = self._grammar.name()
-            name = self._grammar.rule((self._other_name(members), self._blank, others, after))
-            self._grammar.define(after, ((Literal(","), self._space, Literal('"'), name), closing))
+            names = self._other_names(members, (self._blank, others, after))
+            self._grammar.define(after, ((Literal(","), self._space, Literal('"'), *names.start), closing))
         for member in reversed(members):
-            text = json.dumps(member.name, ensure_ascii=False)[1:] + ":"
-            skips: list[Alternative] = [] if member.is_required or name is None else [(name,)]
-            name = self._grammar.rule((Literal(text), self._blank, member.value, after), *skips)
+            value: Alternative = (Literal('":'), self._blank, member.value, after)
+            if member.is_required or names is None:
+                names = self._tree((), {}, None)
+            names = self._named(names, member.name, (value,))
             may_end = may_end and not member.is_required
-            more: Alternative = (Literal(","), self._space, Literal('"'), name)
+            more: Alternative = (Literal(","), self._space, Literal('"'), *names.start)
             after = self._grammar.rule(more, *([closing] if may_end else []))
-        opening: list[Alternative] = [] if name is None else [(Literal('"'), name)]
+        opening: list[Alternative] = [] if names is None else [(Literal('"'), *names.start)]
         return (Literal("{"), self._space, self._grammar.rule(*opening, *([(Literal("}"),)] if may_end else [])))
 
-    def _other_name(self, members: Sequence[Member]) -> Ref:
-        """The rest of a name that is none of the members', and a colon. Such names have no escapes, so that there is
-        one way to write each.
+    def _other_names(self, members: Sequence[Member], value: Alternative) -> _Names:
+        """Names that are none of the members', each with a colon and ``value`` behind it. Such names have no escapes,
+        so that there is one way to write each.
         """
-        known = [each.name for each in members if all(common(_PLAIN, ranges_of(letter)) for letter in each.name)]
-        first = self._grammar.name()
-        waiting = [(first, known)]
-        while waiting:
-            ref, names = waiting.pop()
-            below: dict[str, list[str]] = {}
-            for each in names:
-                if each:
-                    below.setdefault(each[0], []).append(each[1:])
-            alternatives: list[Alternative] = [] if "" in names else [(Literal('":'),)]
-            for letter, rests in below.items():
-                waiting.append((self._grammar.name(), rests))
-                alternatives.append((Chars(ranges_of(letter)), waiting[-1][0]))
-            alternatives.append((Chars(without(_PLAIN, ranges_of(below))), self._rest_of_name))
-            self._grammar.define(ref, alternatives)
-        return first
+        names = self._tree(((Literal('":'), *value),), {}, value)
+        for member in members:
+            if all(common(_PLAIN, ranges_of(letter)) for letter in member.name):
+                names = self._named(names, member.name, ())
+        return names
+
+    def _named(self, names: _Names, name: str, ends: tuple[Alternative, ...]) -> _Names:
+        """``names``, and ``name`` with ``ends`` behind it, whatever was there. Only its own letters' rules are new."""
+        others = names.others
+        nothing = _Names((), () if others is None else ((Literal('":'), *others),), {}, others)
+        letters = _LETTER.findall(json.dumps(name, ensure_ascii=False)[1:-1])
+        way = [names]
+        for letter in letters:
+            way.append(way[-1].letters.get(letter, nothing))
+        made = self._tree(ends, way.pop().letters, others)
+        for letter, above in zip(reversed(letters), reversed(way), strict=True):
+            made = self._tree(above.ends, {**above.letters, letter: made}, others)
+        return made
+
+    def _tree(self, ends: tuple[Alternative, ...], letters: Mapping[str, _Names], others: Alternative | None) -> _Names:
+        self._grammar.spend(1 + len(letters))
+        alternatives = [*ends, *joined((letter, after.start) for letter, after in letters.items())]
+        if others is not None:
+            rest = without(_PLAIN, ranges_of(letter for letter in letters if len(letter) == 1))
+            alternatives.append((Chars(rest), self._rest_of_name, *others))
+        start = alternatives[0] if len(alternatives) == 1 else (self._grammar.shared(alternatives),)
+        return _Names(start, ends, letters, others)
+
+
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """Names of properties, letter by letter, in rules that common beginnings share."""
+
+    start: Alternative
+    ends: tuple[Alternative, ...]
+    """What follows where a name ends here."""
+    letters: Mapping[str, _Names]
+    """Each as it is written: a character or an escape."""
+    others: Alternative | None
+    """What follows a name that is none of these, and its colon, where there may be any."""
+
+
+_LETTER: Final = re.compile(r"\\u[0-9a-f]{4}|\\.|.", re.DOTALL)
 
 
 def _written(ranges: Ranges) -> tuple[Chars | None, Chars | None]:

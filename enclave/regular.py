@@ -62,7 +62,7 @@ def automaton(pattern: str, spend: Callable[[int], None]) -> list[State]:
     """
     if len(pattern) > MAX_PATTERN_CHARACTERS:
         raise NotSupported(f"it is longer than {MAX_PATTERN_CHARACTERS} characters")
-    return _deterministic(*_build(_Parser(pattern).parse()), spend)
+    return _smaller(_deterministic(*_build(_Parser(pattern).parse()), spend))
 
 
 def lengths(states: Sequence[State]) -> tuple[int | None, int | None]:
@@ -362,6 +362,34 @@ def _deterministic(build: _Build, start: int, end: int, spend: Callable[[int], N
             moves.setdefault(numbers[key], []).append((low, high))
         result.append(State(end in states, tuple((merged(ranges), target) for target, ranges in moves.items())))
     return result
+
+
+def _smaller(states: list[State]) -> list[State]:
+    """With one state for those of which the same can be seen to follow, from the last on: words with equal endings
+    share them.
+    """
+    same = list(range(len(states)))
+    known: dict[State, int] = {}
+    for index in reversed(range(len(states))):
+        same[index] = known.setdefault(_moved(states[index], same), index)
+    numbers = {same[0]: 0}
+    order = list(numbers)
+    result: list[State] = []
+    for index in order:
+        state = _moved(states[index], same)
+        for _, target in state.moves:
+            if target not in numbers:
+                numbers[target] = len(numbers)
+                order.append(target)
+        result.append(State(state.accepts, tuple((ranges, numbers[target]) for ranges, target in state.moves)))
+    return result
+
+
+def _moved(state: State, targets: Sequence[int]) -> State:
+    moves: dict[int, list[tuple[int, int]]] = {}
+    for ranges, target in state.moves:
+        moves.setdefault(targets[target], []).extend(ranges)
+    return State(state.accepts, tuple((merged(ranges), target) for target, ranges in sorted(moves.items())))
 
 
 def _segments(parts: list[tuple[Ranges, int]]) -> Iterator[tuple[int, int, set[int]]]:

@@ -77,10 +77,17 @@ ADMIT_SECONDS = 0.01
 """Between two steps so many of those who arrived are taken in, one at least, as have their prompts rendered and cut
 into tokens in this time: nobody in work is held up for longer, and a crowd is read together.
 """
-MAX_SAMPLING_SECONDS = 60.0
-"""For the choice of all tokens of one answer, which everybody beside it waits for: llama.cpp follows a grammar over a
-whole vocabulary, and what that takes is the grammar's to say. Without one a token takes some 0.00005 s.
+USUAL_SAMPLING_SECONDS = 0.05
+"""For the choice of one token. With a grammar that allows as much as it may at once (``json_grammar.MAX_OPEN``) and a
+vocabulary of 152,000 tokens a pass takes 0.01 to 0.026 s on average and 0.048 s at most, where an honest schema is
+concerned, and 0.1 s where one was made to be slow; without a grammar some 0.00005 s.
 """
+MAX_SAMPLING_SECONDS = 5.0
+"""For the choice of all tokens of one answer, over what is usual for each, and the making of its grammar: everybody
+beside it waits meanwhile.
+"""
+ALIVE_SECONDS = 5.0
+"""The server hears something so often at least while one token after the other is chosen."""
 
 
 class Gone(Exception):
@@ -130,8 +137,11 @@ class _Request:
     held: list[Delta] = field(default_factory=list)
     """What waits for the interval to pass."""
     due: float = 0.0
+    has_format: bool = False
     sampling: float = 0.0
-    """Seconds that the choice of its tokens has taken."""
+    """Seconds that its grammar and the choice of its tokens have taken, over the usual ones."""
+    last: float = 0.0
+    """Those of the token before."""
     failure: EngineError | None = None
     """Why it has no answer."""
 
@@ -231,9 +241,12 @@ class Loop:
         return prompt, self._tokenizer.tokens(prompt.segments, known)
 
     def _begin(self, number: int, request: GenerationRequest, prompt: Prompt, tokens: list[int]) -> None:
+        begun = self._clock()
         form = answer_format(request, self._family, prompt, most_reasoning=self._settings.reasoning_tokens or None)
         pieces = self._pieces_of(form.marks)
         sampler = self._llama.sampler(request, tokens, grammar=form.grammar, marks=pieces.keys(), ends=self._ends)
+        has_format = form.grammar is not None
+        spent = self._clock() - begun if has_format else 0.0
         admission = Admission(
             number,
             tokens,
@@ -247,7 +260,7 @@ class Loop:
         except BaseException:
             sampler.close()
             raise
-        self._requests[number] = _Request(form.reply, sampler, pieces)
+        self._requests[number] = _Request(form.reply, sampler, pieces, has_format=has_format, sampling=spent)
 
     def _pieces_of(self, marks: frozenset[str]) -> dict[int, bytes]:
         """The marks that are tokens: llama.cpp writes nothing for those that are control tokens."""
@@ -256,7 +269,10 @@ class Loop:
 
     def _work(self, step: Step) -> None:
         logits = self._llama.decode(step.edits, step.rows)
-        sampled = {number: self._sample(self._requests[number], row) for number, row in logits.items()}
+        sampled: dict[int, Sampled] = {}
+        for number, row in logits.items():
+            sampled[number] = self._sample(self._requests[number], row)
+            self._stay_alive()
         messages, now = list[ToServer](), self._clock()
         for number, output in self._scheduler.apply(step, sampled):
             request = self._requests[number]
@@ -279,15 +295,26 @@ class Loop:
             self._pipe.send(*messages)
             self._spoke = now
 
+    def _stay_alive(self) -> None:
+        now = self._clock()
+        if now - self._spoke >= ALIVE_SECONDS:
+            self._pipe.send(Alive())
+            self._spoke = now
+
     def _has_failed(self, number: int) -> bool:
-        """Whoever asks for a format that takes for ever to follow has no answer, and the others theirs in time."""
         request = self._requests.get(number)
-        if request is None:
+        return request is not None and request.failure is not None
+
+    def _is_too_slow(self, request: _Request) -> bool:
+        """Whoever asks for what takes for ever to choose has no answer, and the others theirs in time. The next token
+        is taken to need as long as the last.
+        """
+        if request.sampling + request.last <= MAX_SAMPLING_SECONDS:
             return False
-        if request.failure is None and request.sampling > MAX_SAMPLING_SECONDS:
-            limit = f"<= {MAX_SAMPLING_SECONDS:g} s for all tokens"
-            request.failure = InvalidRequest("the tokens of this format take too long to choose", expected=limit)
-        return request.failure is not None
+        what = "of this format take" if request.has_format else "take, by these parameters,"
+        limit = f"<= {MAX_SAMPLING_SECONDS:g} s over {USUAL_SAMPLING_SECONDS:g} s for each"
+        request.failure = InvalidRequest(f"the tokens {what} too long to choose", expected=limit)
+        return True
 
     def _give_up(self, number: int) -> Failed:
         request = self._requests.pop(number)
@@ -302,13 +329,16 @@ class Loop:
             self._force(request, reply.forced)
         if request.forced:
             return self._forced(request)
+        if self._is_too_slow(request):
+            return Sampled(0, b"", ends=True)  # nothing of it is sent
         begun = self._clock()
         try:
             token = llama.sample(request.sampler, logits, is_constrained=reply.is_constrained)
         except InvalidRequest as error:
             request.failure = error
             return Sampled(0, b"", ends=True)  # nothing of it is sent
-        request.sampling += self._clock() - begun
+        request.last = max(0.0, self._clock() - begun - USUAL_SAMPLING_SECONDS)
+        request.sampling += request.last
         ends = llama.ends(token) or token in self._ends
         if ends and reply.forced_at_end is not None:
             self._force(request, reply.forced_at_end)

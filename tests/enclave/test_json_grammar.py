@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from enclave import gbnf
 from enclave.generation import InvalidRequest
-from enclave.json_grammar import BARE, FORMATS, HERMES, LLAMA, CallStyle, json_grammar, tool_call_grammar
+from enclave.json_grammar import BARE, FORMATS, HERMES, LLAMA, MAX_OPEN, CallStyle, json_grammar, tool_call_grammar
 from tests.gbnf import Reader
 from tests.json_schemas import REALISTIC, schemas
 from vsockrpc.chat import NamedTool, Tool
@@ -267,7 +268,8 @@ def test_a_definition_holds_itself_so_often() -> None:
 def test_many_optional_properties_and_alternatives_stay_small() -> None:
     properties = {f"p{index}": {"type": "string"} for index in range(256)}
     grammar = json_grammar(json.dumps({"type": "object", "properties": properties}))
-    assert grammar.count("\n") < 1100
+    assert grammar.count("\n") < 1200
+    assert Reader.of(grammar).readings('{"p1":"a","p25":"') <= 16
     tagged = [
         {"type": "object", "properties": {"t": {"const": f"t{index}"}, "x": {"$ref": "#"}}, "required": ["t"]}
         for index in range(20)
@@ -476,6 +478,32 @@ def _chain(count: int, link: Any) -> Any:
     return {"$defs": {**definitions, f"d{count}": {"type": "string"}}, "$ref": "#/$defs/d0"}
 
 
+HAN = "".join(map(chr, range(0x4E00, 0x4E00 + 1200)))
+
+
+def _words(count: int, step: int) -> list[str]:
+    """All with another first character and another rest."""
+    return [chr(0x4E00 + step * 1000 + index) + str(index) for index in range(count)]
+
+
+def _alike(size: int, never: Any) -> Any:
+    """Two values that are the same, compared again and again, for a schema that in the end admits nothing."""
+    value: list[Any] = [{}] * size
+    both = [{"$ref": "#/$defs/a"}, *[{"$ref": "#/$defs/b"}] * 60]
+    definitions = {"a": {"const": value}, "b": {"const": list(value)}, "x": {"allOf": both}}
+    return {"$defs": definitions, "allOf": [{"$ref": "#/$defs/x"}] * 220, "type": "string"}
+
+
+def _compared(count: int) -> Any:
+    """Many alternatives, each of which has many values, and no value stands twice."""
+    each_has = 3500 // count
+    alike = [
+        {"properties": {"p": {"enum": [[index, each] for each in range(each_has)]}}, "required": ["p"]}
+        for index in range(count)
+    ]
+    return {"type": "object", "oneOf": alike}
+
+
 _BOTH = {"type": "array", "items": {"anyOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}]}}
 
 
@@ -486,7 +514,6 @@ _BOTH = {"type": "array", "items": {"anyOf": [{"$ref": "#/$defs/a"}, {"$ref": "#
             _chain(20, lambda ref: {"allOf": [{"$ref": ref}] * 256}),
             "a reference leads to itself, or over too many others",
         ),
-        (_chain(7, lambda ref: {"allOf": [{"$ref": ref}] * 256}), "takes too long"),
         (
             _chain(20, lambda ref: {"anyOf": [{"$ref": ref}] * 16}),
             "alternatives lead to themselves, or to too many others",
@@ -503,7 +530,7 @@ _BOTH = {"type": "array", "items": {"anyOf": [{"$ref": "#/$defs/a"}, {"$ref": "#
             },
             "too large a grammar",
         ),
-        ({"items": {"anyOf": [{"$ref": "#"}, {"$ref": "#"}]}}, "look the same for too long, at #/items"),
+        ({"items": {"anyOf": [{"$ref": "#"}, {"$ref": "#"}]}}, "may come next, at #/items"),
         ({"$defs": {"a": _BOTH, "b": _BOTH}, "$ref": "#/$defs/a"}, "look the same for too long"),
         ({"type": "string", "pattern": "^(a{1000}){1000}$"}, "4096 states, at #/pattern"),
         ({"type": "string", "pattern": "(((((((((){999}){999}){999}){9}){9}){9}){9}){9}){9}"}, "4096 states"),
@@ -512,14 +539,112 @@ _BOTH = {"type": "array", "items": {"anyOf": [{"$ref": "#/$defs/a"}, {"$ref": "#
         ({"type": "string", "pattern": "(" * 40 + ")" * 40}, "groups are within each other"),
         ({"type": "string", "pattern": "a" * 5000}, "longer than 4096 characters"),
         ({"type": "string", "pattern": "^(ab?c?d?e?f?)*$", "maxLength": 60000}, "too large a grammar"),
+        ({"type": "string", "pattern": f"^(?:{'+|'.join(HAN[:40])}+)*$", "maxLength": 470}, "<= 262144 parts"),
+        (_alike(10_000, {}), "the schema admits no value"),
+        (
+            {"type": "array", "items": {"anyOf": [{"enum": _words(1000, each)} for each in range(15)]}},
+            "too many characters may come next, at #/items",
+        ),
+        ({"enum": _words(200, 0)}, "too many characters may come next, at #"),
+        ({"type": "string", "pattern": f"^(?:{'|'.join(_words(200, 0))})$"}, "too many characters may come next, at #"),
+        ({"anyOf": [{"type": "string", "pattern": f"^{each}"} for each in _words(200, 0)]}, "too many characters may"),
+        (
+            {"anyOf": [{"properties": {"a": {"enum": _words(9, 0)}, "b": {}}, "required": ["a"]}] * 20},
+            "too many characters may come next, at #",
+        ),
+        ({"type": "object", "properties": {each: {} for each in _words(200, 0)}}, "too many characters may come next"),
+        ({"type": "object", "properties": {"k" * 60_000: {}}}, "too long a name"),
+        (
+            {
+                "anyOf": [{"$ref": "#/$defs/a", "required": [f"q{each}"]} for each in range(256)],
+                "$defs": {"a": {"properties": {f"p{each}": {} for each in range(256)}}},
+            },
+            "too large a grammar",
+        ),
+        ({"enum": [[]] * 1000, "anyOf": [{"anyOf": [{}] * 16}] * 16}, "takes too long"),
+        (_compared(128), "takes too long"),
     ],
 )
 def test_a_hostile_schema_is_refused_and_soon(schema: Any, message: str) -> None:
     begin = time.process_time()
     try:
-        assert message in refusal(schema)
+        said = refusal(schema)
+        assert message in said or said.endswith("expected <= 1 s")  # on a slow machine
     finally:
-        assert time.process_time() - begin < 2  # CPU time, whoever else is busy; 0.05 s is the most that one takes
+        assert time.process_time() - begin < 2
+
+
+def test_what_is_said_often_is_read_once() -> None:
+    assert admits(_chain(7, lambda ref: {"allOf": [{"$ref": ref}] * 256}), '"a"', "1") == [True, False]
+
+
+def test_however_few_its_steps_are_a_schema_has_an_end_by_the_clock() -> None:
+    """Each look at the clock finds a second gone."""
+    seconds = itertools.count(0.0, 0.9)
+    grammar = gbnf.Grammar(lambda: next(seconds))
+    with pytest.raises(InvalidRequest, match="takes too long to read") as caught:
+        for _ in range(1000):
+            grammar.spend(1)
+    assert caught.value.expected == "<= 1 s"
+    seconds = itertools.count(0.0, 0.9)
+    grammar = gbnf.Grammar(lambda: next(seconds))
+    with pytest.raises(InvalidRequest, match="takes too long to read"):
+        for _ in range(1000):
+            grammar.rule((gbnf.Literal("a"),))
+
+
+def test_characters_that_the_same_follows_are_one_way_to_go_on() -> None:
+    reader = reader_of({"type": "array", "items": {"enum": [*HAN[:1000]]}})
+    assert reader.readings('["' + HAN[3] + '","' + HAN[999]) <= 16
+    assert reader.admits(json.dumps([HAN[0], HAN[999]], ensure_ascii=False))
+    assert not reader.admits(json.dumps([HAN[1000]], ensure_ascii=False))
+    words = [each + "国" for each in HAN[:300]]
+    for schema in ({"enum": words}, {"type": "string", "pattern": f"^(?:{'|'.join(words)})$"}):
+        reader = reader_of(schema)
+        assert [reader.admits(f'"{each}"') for each in (HAN[7] + "国", HAN[7], HAN[300] + "国")] == [True, False, False]
+
+
+def test_large_enumerations_and_unions_are_accepted() -> None:
+    source = random.Random(3)
+    names = sorted({"".join(source.choices("abcdefghijklmnopqrstuvwxyzéß' -", k=9)).title() for _ in range(1000)})
+    reader = reader_of({"type": "object", "properties": {"c": {"enum": names}}, "required": ["c"]})
+    for name in names[::50]:
+        text = json.dumps({"c": name}, ensure_ascii=False)
+        assert reader.admits(text)
+        assert reader.readings(text) <= 64
+    tagged = [
+        {"type": "object", "properties": {"t": {"const": f"t{index}"}, "x": {"type": "number"}}, "required": ["t"]}
+        for index in range(64)
+    ]
+    assert reader_of({"anyOf": tagged}).readings('{"t": "t63", "x": 1') <= 128
+
+
+@given(schema=schemas(), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=100, deadline=None)
+def test_never_are_more_ways_open_than_is_said(schema: Any, seed: int) -> None:
+    try:
+        grammar = json_grammar(json.dumps(schema))
+    except InvalidRequest:
+        return
+    reader, source = Reader.of(grammar), random.Random(seed)
+    for _ in range(3):
+        assert reader.readings(reader.derived(source, length=100)) <= MAX_OPEN
+
+
+def test_names_that_begin_alike_and_have_escapes_are_told_apart() -> None:
+    properties = {"a": 1, 'a"': 2, "a\n": 3, "a\t": 4, "ab": 5, "": 6, "é": 7}
+    schema: dict[str, Any] = {"type": "object", "properties": {name: {"const": n} for name, n in properties.items()}}
+    for others in ({}, {"additionalProperties": {"type": "null"}}):
+        reader = reader_of(schema | others)
+        assert reader.admits(json.dumps(properties, ensure_ascii=False))
+        for name, value in properties.items():
+            assert reader.admits(json.dumps({name: value}, ensure_ascii=False))
+            assert not reader.admits(json.dumps({name: 8}, ensure_ascii=False))
+            assert not reader.admits(json.dumps({name: None}, ensure_ascii=False))
+        assert not reader.admits('{"ab":5,"a":1}')
+        for name in ("abc", "b", "éa"):
+            assert reader.admits(json.dumps({"ab": 5, name: None}, ensure_ascii=False)) == bool(others)
+        assert not reader.admits(r'{"a\x":null}')
 
 
 @given(

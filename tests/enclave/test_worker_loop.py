@@ -4,9 +4,11 @@ when, and what no longer is once it was cancelled.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import socket
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import replace
 from typing import Any, cast
@@ -41,7 +43,7 @@ from enclave.scheduler import Row
 from enclave.tokenizer import Tokenizer
 from enclave.worker import Gone, Loop, Pipe
 from tests.engines import engine_settings
-from vsockrpc.chat import ChatMessage, ChatRequest, CompletionRequest, Generation
+from vsockrpc.chat import ChatMessage, ChatRequest, CompletionRequest, Generation, JsonFormat
 from vsockrpc.messages import Delta, Done, MessageReader, Usage
 
 TEMPLATE = "{{ messages[0].content }}"
@@ -163,6 +165,14 @@ class Bench:
             self._arrived += read_to_server(self._messages, data)
         return self._arrived.pop(0)
 
+    def said(self) -> list[ToServer]:
+        """What has come by now."""
+        with contextlib.suppress(BlockingIOError):
+            while data := self.server.recv(4096, socket.MSG_DONTWAIT):
+                self._arrived += read_to_server(self._messages, data)
+        arrived, self._arrived = self._arrived, []
+        return arrived
+
     def ends_of(self, *numbers: int) -> dict[int, Done | EngineError]:
         """How these ended, whatever else is said until then."""
         ends: dict[int, Done | EngineError] = {}
@@ -194,10 +204,10 @@ MakeBench = Callable[..., Bench]
 
 @pytest.fixture
 def make_bench() -> Iterator[MakeBench]:
-    """A step takes a second there: nothing is held back."""
+    """Each look at the clock finds it as much later as an ordinary step takes: nothing is held back."""
     made: list[Bench] = []
 
-    def make(second: float = 1.0, *, clock: Callable[[], float] | None = None, **changes: Any) -> Bench:
+    def make(second: float = 0.04, *, clock: Callable[[], float] | None = None, **changes: Any) -> Bench:
         seconds = itertools.count()
         made.append(Bench(clock or (lambda: second * next(seconds)), **changes))
         return made[-1]
@@ -338,21 +348,16 @@ def test_the_more_are_answered_the_rarer_is_a_message_of_each(
     """A step takes a hundredth of a second: an answer alone has text in one of three, one of eight in one of eight."""
     now = [0.0]
     bench = make_bench(clock=lambda: now[0], parallel=8, batch=16, queue=8)
-    bench.send(*(ask(number, "x", 2 * interval + 2) for number in range(requests)))
+    bench.send(*(ask(number, "x", 2 * interval + 3) for number in range(requests)))
     bench.llama.begun.acquire()
+    tokens: dict[int, list[int]] = {number: [] for number in range(requests)}
     for _ in range(2 * interval + 1):
         now[0] += 0.0101
         bench.steps(1)
-    bench.go()
-    said: dict[int, list[int]] = {number: [] for number in range(requests)}
-    going_on = set(said)
-    while going_on:
-        message = bench.receive()
-        if isinstance(message, Piece):
-            said[message.id].append(len(message.delta.content))
-        elif isinstance(message, End):
-            going_on.remove(message.id)
-    assert all(sizes == [1, interval, interval, 1] for sizes in said.values())
+        pieces = Counter(message.id for message in bench.said() if isinstance(message, Piece))
+        for number, count in pieces.items():
+            tokens[number].append(count)
+    assert all(counts == [1, interval, interval] for counts in tokens.values())
 
 
 def test_a_count_needs_no_place(make_bench: MakeBench) -> None:
@@ -384,16 +389,52 @@ def test_a_format_that_cannot_go_on_costs_its_own_request(bench: Bench) -> None:
     assert bench.done(2) == Done("length", Usage(1, 1))
 
 
-def test_a_format_that_takes_for_ever_to_follow_has_an_end(bench: Bench) -> None:
-    """The choice of a token takes a second here."""
+JSON = JsonFormat('{"type":"array"}')
+
+
+@pytest.mark.parametrize(
+    ("options", "what", "tokens"),
+    [
+        ({}, "the tokens take, by these parameters, too long to choose", 5),
+        ({"response_format": JSON}, "the tokens of this format take too long to choose", 4),
+    ],
+)
+def test_what_takes_for_ever_to_choose_has_an_end(
+    make_bench: MakeBench, options: dict[str, Any], what: str, tokens: int
+) -> None:
+    """The choice of a token takes a second here, and so does the making of a grammar. That of the next is not begun
+    when it would be too much.
+    """
+    bench = make_bench(1.0)
     bench.go()
-    bench.send(ask(0, "x", 63))
-    while isinstance(message := bench.receive(), Piece):
-        pass
-    assert isinstance(message, Failed)
-    assert (message.id, message.error.expected) == (0, "<= 60 s for all tokens")
+    bench.send(ask(0, "x", 63, **options))
+    said = [bench.receive()]
+    while isinstance(said[-1], Piece | Alive):
+        said.append(bench.receive())
+    assert len([each for each in said if isinstance(each, Piece)]) == tokens
+    assert isinstance(failed := said[-1], Failed)
+    assert (failed.id, failed.error.message) == (0, what)
+    assert failed.error.expected == "<= 5 s over 0.05 s for each"
     bench.send(ask(1, "y", 1))
     assert bench.done(1) == Done("length", Usage(1, 1))
+
+
+def test_what_is_usual_for_a_token_may_be_taken_for_each(make_bench: MakeBench) -> None:
+    bench = make_bench(0.04, context=512)
+    bench.go()
+    bench.send(ask(0, "x", 400))
+    assert bench.done(0) == Done("length", Usage(1, 400))
+
+
+def test_the_server_hears_something_between_two_choices_that_take_long(make_bench: MakeBench) -> None:
+    bench = make_bench(2.0)
+    bench.send(ask(0, "x", 2), ask(1, "y", 1))
+    bench.go()
+    said = [bench.receive()]
+    while said[-1] != end(1, 1, 1):
+        said.append(bench.receive())
+    assert bench.llama.decoded[1] == [(0, 1, 1), (1, 0, 1)], "both are chosen for in one step"
+    assert Alive() in said[said.index(a(0)) :]
 
 
 # --- Who is gone -----------------------------------------------------------------------------------------------------
