@@ -5,6 +5,7 @@ when, and what no longer is once it was cancelled.
 from __future__ import annotations
 
 import itertools
+import json
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence, Set
@@ -13,6 +14,8 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from enclave.generation import ContextExceeded, EngineError, InvalidRequest, Overloaded
 from enclave.kv_cache import Copy, Edit, Truncate
@@ -41,7 +44,7 @@ from enclave.scheduler import Row
 from enclave.tokenizer import Tokenizer
 from enclave.worker import Gone, Loop, Pipe
 from tests.engines import engine_settings
-from vsockrpc.chat import ChatMessage, ChatRequest, CompletionRequest, Generation
+from vsockrpc.chat import ChatMessage, ChatRequest, CompletionRequest, Generation, JsonFormat
 from vsockrpc.messages import Delta, Done, MessageReader, Usage
 
 TEMPLATE = "{{ messages[0].content }}"
@@ -282,6 +285,54 @@ def test_a_token_of_much_text_goes_out_in_pieces(bench: Bench, size: int) -> Non
         text += message.delta.content
     assert text == "x" * size
     assert isinstance(message, End)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        '{"properties": {"\\u0000\\n": {"not": 1}}}',
+        '{"properties": {"' + "x" * 2000 + '": {"not": 1}}}',
+        '{"$ref": "#/\\u0007"}',
+        '{"properties": {"\u00a0": {"not": 1}}}',
+        '{"properties": {"\\ud800": {"not": 1}}}',
+        '{"\\u0000": ' * 3 + "1" + "}" * 3,
+        '"\\u0000"',
+        "\0",
+    ],
+)
+def test_a_refusal_may_quote_whatever_a_schema_holds(bench: Bench, schema: str) -> None:
+    bench.go()
+    bench.send(ask(0, "x", 1, response_format=JsonFormat(schema)), ask(1, "x", 1))
+    message = bench.receive()
+    assert isinstance(message, Failed)
+    assert (message.id, message.error.code) == (0, "invalid_request")
+    assert bench.done(1) == Done("length", Usage(1, 1))
+
+
+SCHEMAS = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 5) | st.text(st.characters(max_codepoint=0x110), max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["type", "properties", "not", "$ref", "anyOf", "items", "enum", "pattern"])
+            | st.text(max_size=4)
+            | st.just("\0" * 600),
+            inner,
+            max_size=3,
+        )
+    ),
+    max_leaves=6,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
+@given(schema=SCHEMAS.map(json.dumps) | st.text(max_size=8))
+def test_whatever_the_schema_the_server_understands_what_comes_of_it(bench: Bench, schema: str) -> None:
+    bench.go()
+    bench.send(ask(0, "x", 1, response_format=JsonFormat(schema)))
+    while not isinstance(message := bench.receive(), End | Failed):
+        assert isinstance(message, Piece | Alive)
+    assert message.id == 0
 
 
 # --- Side by side ----------------------------------------------------------------------------------------------------
