@@ -94,7 +94,25 @@ class Cancel:
         return encode_message({"cancel": self.id})
 
 
-ToWorker: TypeAlias = Load | Generate | Count | Cancel
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """The answer is not read as fast as it is made: it gives its place at work to others until :class:`Resume`."""
+
+    id: int
+
+    def encode(self) -> bytes:
+        return encode_message({"pause": self.id})
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    id: int
+
+    def encode(self) -> bytes:
+        return encode_message({"resume": self.id})
+
+
+ToWorker: TypeAlias = Load | Generate | Count | Cancel | Pause | Resume
 
 
 def read_to_worker(reader: MessageReader, data: bytes) -> Iterator[ToWorker]:
@@ -111,6 +129,10 @@ def read_to_worker(reader: MessageReader, data: bytes) -> Iterator[ToWorker]:
                 yield Count(_uint(id_, _MAX_ID), _decoded(ChatRequest.decode, request))
             case "cancel", id_:
                 yield Cancel(_uint(id_, _MAX_ID))
+            case "pause", id_:
+                yield Pause(_uint(id_, _MAX_ID))
+            case "resume", id_:
+                yield Resume(_uint(id_, _MAX_ID))
             case _:
                 raise PipeError("unknown message", got=kind)
 

@@ -24,10 +24,12 @@ from enclave.pipe import (
     Failed,
     Generate,
     Load,
+    Pause,
     Piece,
     PipeError,
     Ready,
     Refused,
+    Resume,
     ToServer,
     ToWorker,
     line,
@@ -61,6 +63,8 @@ TO_WORKER: list[ToWorker] = [
     Generate(1, CompletionRequest(prompt="Es war", echo=True, stop=("x",))),
     Count(2, REQUEST),
     Cancel(3),
+    Pause(4),
+    Resume(2**63 - 1),
 ]
 USAGE = Usage(3, 4, 2, 1)
 TO_SERVER: list[ToServer] = [
@@ -147,7 +151,7 @@ def test_whatever_an_error_says_gets_to_the_server(text: str, other: str | None)
     assert refused.message == line(text)
 
 
-@given(st.text(st.characters(exclude_categories=("Cs",)), max_size=600) | st.sampled_from(["x" * 2000, "two\nlines"]))
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=600) | st.sampled_from(["x" * 2000, "two\nlines"]))
 def test_an_ill_text_of_a_failure_is_mended_on_the_other_side_too(text: str) -> None:
     [failed] = to_server(encode_message({"failed": [0, "invalid_request", text, text, None]}))
     assert isinstance(failed, Failed)
@@ -267,6 +271,10 @@ def test_settings_are_a_map_of_all_of_them() -> None:
         {"count": [0]},
         {"cancel": "x"},
         {"cancel": -1},
+        {"pause": "x"},
+        {"pause": -1},
+        {"resume": [1]},
+        {"resume": -1},
         {"alive": None},
         {"piece": [0, {"content": "x"}]},
     ],
@@ -320,6 +328,8 @@ KINDS = (
     "complete",
     "count",
     "cancel",
+    "pause",
+    "resume",
 )
 
 
