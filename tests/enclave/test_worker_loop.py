@@ -33,9 +33,12 @@ from enclave.pipe import (
     Failed,
     Generate,
     Load,
+    Pause,
     Piece,
     PipeError,
+    Resume,
     ToServer,
+    ToWorker,
     read_to_server,
 )
 from enclave.prompt import ChatTemplate, Segment
@@ -145,7 +148,7 @@ class Bench:
         finally:
             self._theirs.close()
 
-    def send(self, *messages: Generate | Count | Cancel | Load) -> None:
+    def send(self, *messages: ToWorker) -> None:
         self.server.sendall(b"".join(message.encode() for message in messages))
 
     def steps(self, count: int) -> None:
@@ -578,6 +581,30 @@ def test_many_log_probabilities_at_once_go_out_in_pieces(make_bench: MakeBench, 
     bench.go()
     bench.send(ask(0, "x", 300, top_logprobs=20, stop=("a" * 255 + "b",)))
     assert logprobs_of(bench) == 300
+
+
+# --- Pauses ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_paused_answer_rests_and_gives_its_slot_to_others(make_bench: MakeBench) -> None:
+    bench = make_bench(parallel=1)
+    bench.send(ask(0, "x", 4))
+    bench.llama.begun.acquire()
+    bench.send(Pause(0), ask(1, "y", 2), Pause(7), Resume(7))
+    bench.go()
+    assert [bench.receive() for _ in range(4)] == [a(0), a(1), a(1), end(1, 1, 2)]
+    bench.send(Resume(0), Resume(0))
+    assert [bench.receive() for _ in range(4)] == [a(0), a(0), a(0), end(0, 1, 4)]
+    assert bench.llama.decoded[-3:] == [[(0, 0, 2)], [(0, 2, 1)], [(0, 3, 1)]]
+
+
+def test_a_paused_answer_can_be_cancelled(bench: Bench) -> None:
+    bench.send(ask(0, "x", 4))
+    bench.llama.begun.acquire()
+    bench.send(Pause(0), Cancel(0), Resume(0), ask(1, "y", 1))
+    bench.go()
+    assert [bench.receive() for _ in range(3)] == [a(0), a(1), end(1, 1, 1)]
+    assert [sampler.closed for sampler in bench.llama.samplers] == [1, 1]
 
 
 # --- The end ---------------------------------------------------------------------------------------------------------
