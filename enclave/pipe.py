@@ -22,8 +22,8 @@ from vsockrpc.messages import Delta, Done, MessageReader, encode_message
 
 R = TypeVar("R")
 
-MAX_TO_SERVER: Final = 64 << 10
-"""Bytes of one message from the engine process."""
+MAX_TO_SERVER: Final = 128 << 10
+"""Bytes of one message from the engine process: a piece that is full in every part has 98 KiB."""
 MAX_TO_WORKER: Final = 8 << 20
 """Bytes of one message to it: a prompt within :data:`MAX_PROMPT_SIZE`, in CBOR, with every parameter."""
 MAX_PROMPT_SIZE: Final = 4 << 20

@@ -45,10 +45,19 @@ from enclave.prompt import ChatTemplate, Segment
 from enclave.sampler import GrammarRefused, Logits
 from enclave.scheduler import Row
 from enclave.tokenizer import Tokenizer
-from enclave.worker import Gone, Loop, Pipe
+from enclave.worker import Gone, Loop, Pipe, _parts
 from tests.engines import engine_settings
 from vsockrpc.chat import ChatMessage, ChatRequest, CompletionRequest, Generation, JsonFormat
-from vsockrpc.messages import Delta, Done, MessageReader, Usage
+from vsockrpc.messages import (
+    MAX_TOKEN_SIZE,
+    Alternative,
+    Delta,
+    Done,
+    MessageReader,
+    TokenLogprob,
+    ToolCallDelta,
+    Usage,
+)
 
 TEMPLATE = "{{ messages[0].content }}"
 ALICE, BOB = bytes(32), bytes(range(32))
@@ -581,6 +590,17 @@ def test_many_log_probabilities_at_once_go_out_in_pieces(make_bench: MakeBench, 
     bench.go()
     bench.send(ask(0, "x", 300, top_logprobs=20, stop=("a" * 255 + "b",)))
     assert logprobs_of(bench) == 300
+
+
+def test_a_piece_that_is_full_in_every_part_is_a_message() -> None:
+    """Whatever comes together in one, it may not be what the server ends the process for."""
+    sun, size = "🌞", MAX_DELTA_CHARACTERS
+    calls = tuple(ToolCallDelta(index, sun * (size // 128), "x" * 29, "x" * 64) for index in range(128))
+    alternatives = (Alternative(b"x" * MAX_TOKEN_SIZE, -0.1),) * 20
+    full = Delta(sun * size, sun * size, calls, (TokenLogprob(b"x" * MAX_TOKEN_SIZE, -0.1, alternatives),) * 16)
+    assert list(_parts(full)) == [full]
+    message = Piece(2**63 - 1, full)
+    assert list(read_to_server(MessageReader(MAX_TO_SERVER), message.encode())) == [message]
 
 
 # --- Pauses ----------------------------------------------------------------------------------------------------------
