@@ -42,15 +42,16 @@ from vsockrpc.messages import Delta, Done, MessageReader
 
 _CHUNK: Final = 64 << 10
 _ENDED: Final = "the engine process ended"
-_OBJECT: Final = 64
+_OBJECT: Final = 128
+"""Bytes that Python takes for a piece, a call or a token beside its text: measured."""
 PAUSE_ABOVE: Final = 256 << 10
-"""Of one answer that a client has not read, as :func:`_size` counts: the process is told to make no more of it. Text is
-far from that; log probabilities fill it in a hundred tokens.
+"""Of one answer that a client has not read, as :func:`_size` counts: the process is told to make no more of it. Two
+thousand tokens of text have that, or ninety with all log probabilities.
 """
 RESUME_BELOW: Final = PAUSE_ABOVE // 2
 PAUSE_SECONDS: Final = 60.0
 """How long an answer may stay paused, which holds the place of a request beside an engine that has nothing to do."""
-MAX_UNREAD: Final = 4 << 20
+MAX_UNREAD: Final = 8 << 20
 """Of one answer: a prompt that is echoed, and what was on its way already when the process was told."""
 R = TypeVar("R", bound=GenerationRequest)
 

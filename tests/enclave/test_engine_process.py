@@ -311,7 +311,7 @@ async def test_an_answer_that_begins_with_its_prompt_has_room_for_it(tiny_weight
 # --- Slow readers ----------------------------------------------------------------------------------------------------
 
 HEAVY = Delta(logprobs=(TokenLogprob(b"x" * 128, 0.0, (Alternative(b"x" * 128, 0.0),) * 20),) * 16)
-"""About 64 KiB."""
+"""About 84 KiB."""
 ALL_LOGGED = CompletionRequest(prompt="hello", temperature=0, top_logprobs=20)
 
 
@@ -322,7 +322,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 async def test_an_answer_that_is_not_read_pauses_and_goes_on_when_it_is() -> None:
     flow: list[bool] = []
-    answer = Answer(0, 1000, on_flow=lambda answer: flow.append(answer.is_paused))
+    answer = Answer(0, 10_000, on_flow=lambda answer: flow.append(answer.is_paused))
     while not answer.is_paused:
         answer.add(HEAVY)
     assert PAUSE_ABOVE < answer.unread < PAUSE_ABOVE + 100_000
@@ -332,7 +332,7 @@ async def test_an_answer_that_is_not_read_pauses_and_goes_on_when_it_is() -> Non
         await anext(events)
     assert answer.unread <= RESUME_BELOW
     with pytest.raises(PipeError, match="was to pause"):
-        for _ in range(100):
+        for _ in range(200):
             answer.add(HEAVY)
 
 
@@ -403,7 +403,7 @@ async def test_an_answer_that_is_whole_takes_no_place_however_slowly_it_is_read(
 async def test_of_too_much_that_nobody_reads_the_oldest_goes(
     engine: LlamaEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("enclave.engine.MAX_UNREAD", 3000)
+    monkeypatch.setattr("enclave.engine.MAX_UNREAD", 10_000)
     request = replace(SHORT, max_tokens=20, top_logprobs=1)
     async with aclosing(engine.generate(request)) as first, aclosing(engine.generate(request)) as second:
         for slow in (first, second):
