@@ -15,7 +15,8 @@ import hashlib
 import math
 import os
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final, Protocol, TypeVar
 
 from attestation.gguf import read_header
@@ -29,7 +30,7 @@ from enclave.generation import (
 )
 from enclave.model import available_memory
 from enclave.pipe import Load, Ready
-from enclave.process import EngineProcess
+from enclave.process import Answer, EngineProcess
 from enclave.prompt_size import require_size
 from vsockrpc.chat import ChatRequest, GenerationRequest
 
@@ -50,6 +51,8 @@ MAX_FAILED_STARTS: Final = 5
 RECENT_ANSWERS: Final = 16
 """How many answers the estimate of the next one's time goes back, about."""
 MAX_RETRY_SECONDS: Final = 64
+MAX_UNREAD: Final = 16 << 20
+"""Of all answers together that are whole and not read, in the units of :data:`enclave.process.PAUSE_ABOVE`."""
 _CLOSED: Final = "the engine is closed"
 _NAMESPACE_LABEL: Final = b"strongroom prefix cache 1"
 Q = TypeVar("Q", bound=GenerationRequest)
@@ -81,6 +84,16 @@ class Engine(Protocol):
         """Ends the engine. Requests in flight raise EngineFailed. May be called twice, and before or while
         :meth:`start` runs.
         """
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Of a request among those that an engine works on or has waiting."""
+
+    worker: EngineProcess
+    begun: float
+    leave: Callable[[], None]
+    """Somebody else may have it. May be called again."""
 
 
 class LlamaEngine:
@@ -116,6 +129,8 @@ class LlamaEngine:
         """No process will come up any more."""
         self._keeper: asyncio.Task[None] | None = None
         self._requests = 0
+        self._unread: dict[Answer, None] = {}
+        """Those that are whole, in the order in which they became so."""
         self._seconds = 0.0
         """That an answer took lately, from its request on."""
 
@@ -145,30 +160,43 @@ class LlamaEngine:
         await self._announce()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
-        begun = asyncio.get_running_loop().time()
-        async with self._place(request) as worker:
-            answer = await worker.submit(_with_namespace(request))
+        async with self._place(request) as place:
+            answer = await place.worker.submit(_with_namespace(request), partial(self._answered, place))
             try:
                 async for event in answer:
                     yield event
             finally:
-                worker.withdraw(answer)
-        self._seconds += (asyncio.get_running_loop().time() - begun - self._seconds) / RECENT_ANSWERS
+                self._unread.pop(answer, None)
+                place.worker.withdraw(answer)
+
+    def _answered(self, place: _Place, answer: Answer) -> None:
+        """The process works on it no more. What nobody has read yet takes no place from others, but memory: where there
+        is too much of that, whoever has waited longest to be read is given up.
+        """
+        place.leave()
+        if answer.is_whole:
+            seconds = asyncio.get_running_loop().time() - place.begun
+            self._seconds += (seconds - self._seconds) / RECENT_ANSWERS
+            self._unread[answer] = None
+        while sum(each.unread for each in self._unread) > MAX_UNREAD:
+            oldest = next(each for each in self._unread if each.unread)
+            del self._unread[oldest]
+            oldest.give_up()
 
     async def count(self, request: ChatRequest) -> int:
-        async with self._place(request) as worker:
-            answer = await worker.count(replace(request, cache_secret=None))
+        async with self._place(request) as place:
+            answer = await place.worker.count(replace(request, cache_secret=None))
             try:
                 return await answer.number_of_tokens()
             finally:
-                worker.withdraw(answer)
+                place.worker.withdraw(answer)
 
     @contextlib.asynccontextmanager
-    async def _place(self, request: GenerationRequest) -> AsyncGenerator[EngineProcess]:
+    async def _place(self, request: GenerationRequest) -> AsyncGenerator[_Place]:
         """One among those who may ask at once. Whoever finds none is told when there may be one."""
         try:
-            async with self._counted(request) as worker:
-                yield worker
+            async with self._counted(request) as place:
+                yield place
         except Overloaded as error:
             error.retry_seconds = self._retry_seconds()
             raise
@@ -179,16 +207,19 @@ class LlamaEngine:
         return min(1 << math.ceil(math.log2(max(expected, 1))), MAX_RETRY_SECONDS)
 
     @contextlib.asynccontextmanager
-    async def _counted(self, request: GenerationRequest) -> AsyncGenerator[EngineProcess]:
+    async def _counted(self, request: GenerationRequest) -> AsyncGenerator[_Place]:
+        begun = asyncio.get_running_loop().time()
         require_size(request, self._settings.context)
         most = self._settings.parallel + self._settings.queue
         if self._requests >= most:
             raise Overloaded(expected=f"<= {most} at once", got=self._requests + 1)
-        self._requests += 1
-        try:
-            yield await self._serving()
-        finally:
-            self._requests -= 1
+        with contextlib.ExitStack() as stack:
+            self._requests += 1
+            stack.callback(self._leave)
+            yield _Place(await self._serving(), begun, stack.close)
+
+    def _leave(self) -> None:
+        self._requests -= 1
 
     @property
     def ended(self) -> bool:

@@ -52,6 +52,13 @@ class Overloaded(EngineError):
         self.retry_seconds = retry_seconds
 
 
+class NotRead(EngineError):
+    """The client took too long to read what there is of its answer."""
+
+    def __init__(self) -> None:
+        super().__init__("deadline_exceeded", "the answer was not read in time")
+
+
 class EngineFailed(EngineError):
     """The engine process ended, fell silent or broke its protocol while it worked on the request."""
 

@@ -23,14 +23,16 @@ from vsockrpc.messages import Delta, Done, MessageReader, encode_message
 
 R = TypeVar("R")
 
-MAX_TO_SERVER: Final = 64 << 10
-"""Bytes of one message from the engine process."""
+MAX_TO_SERVER: Final = 128 << 10
+"""Bytes of one message from the engine process: a piece that is full in every part has 98 KiB."""
 MAX_TO_WORKER: Final = 8 << 20
 """Bytes of one message to it: the largest prompt (:mod:`enclave.prompt_size`), in CBOR, with every parameter."""
 MAX_DELTA_CHARACTERS: Final = 3 << 10
 """Of a piece, in each of its texts."""
 MAX_DELTA_TOKENS: Final = 16
 """Whose log probabilities a piece has."""
+MAX_LINE_CHARACTERS: Final = 512
+"""Of each text of an error."""
 _MAX_ID: Final = 2**63 - 1
 _MAX_TOKENS: Final = 2**32
 """Of a prompt that is counted, as the client's protocol has it: one that fits into no context has a number, too."""
@@ -92,7 +94,25 @@ class Cancel:
         return encode_message({"cancel": self.id})
 
 
-ToWorker: TypeAlias = Load | Generate | Count | Cancel
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """The answer is not read as fast as it is made: it gives its place at work to others until :class:`Resume`."""
+
+    id: int
+
+    def encode(self) -> bytes:
+        return encode_message({"pause": self.id})
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    id: int
+
+    def encode(self) -> bytes:
+        return encode_message({"resume": self.id})
+
+
+ToWorker: TypeAlias = Load | Generate | Count | Cancel | Pause | Resume
 
 
 def read_to_worker(reader: MessageReader, data: bytes) -> Iterator[ToWorker]:
@@ -109,6 +129,10 @@ def read_to_worker(reader: MessageReader, data: bytes) -> Iterator[ToWorker]:
                 yield Count(_uint(id_, _MAX_ID), _decoded(ChatRequest.decode, request))
             case "cancel", id_:
                 yield Cancel(_uint(id_, _MAX_ID))
+            case "pause", id_:
+                yield Pause(_uint(id_, _MAX_ID))
+            case "resume", id_:
+                yield Resume(_uint(id_, _MAX_ID))
             case _:
                 raise PipeError("unknown message", got=kind)
 
@@ -158,7 +182,7 @@ class Refused:
     got: str | None
 
     def encode(self) -> bytes:
-        return encode_message({"refused": [self.code, self.message, self.expected, self.got]})
+        return encode_message({"refused": _texts(self.code, self.message, self.expected, self.got)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,14 +226,14 @@ class Counted:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The request was refused, for a reason of its own."""
+    """The request was refused, for a reason of its own. What is said of it may quote the request."""
 
     id: int
     error: EngineError
 
     def encode(self) -> bytes:
         error = self.error
-        return encode_message({"failed": [self.id, error.code, error.message, error.expected, error.got]})
+        return encode_message({"failed": [self.id, *_texts(error.code, error.message, error.expected, error.got)]})
 
 
 ToServer: TypeAlias = Ready | Refused | Alive | Piece | End | Counted | Failed
@@ -228,7 +252,7 @@ def read_to_server(reader: MessageReader, data: bytes) -> Iterator[ToServer]:
             case "counted", [id_, tokens]:
                 yield Counted(_uint(id_, _MAX_ID), _uint(tokens, _MAX_TOKENS))
             case "failed", [id_, code, message, expected, got]:
-                yield Failed(_uint(id_, _MAX_ID), _error(code, _line(message), _detail(expected), _detail(got)))
+                yield Failed(_uint(id_, _MAX_ID), _error(code, message, expected, got))
             case "ready", [bool() as own_user, bool() as seccomp, family]:
                 yield Ready(own_user, seccomp, _family(family))
             case "refused", [code, message, expected, got]:
@@ -247,7 +271,16 @@ def _family(value: object) -> ModelFamily:
     raise PipeError("malformed family", got=value)
 
 
-def _error(code: object, message: str, expected: str | None, got: str | None) -> EngineError:
+def _error(code: object, message: object, expected: object, got: object) -> EngineError:
+    """Its texts may quote a request: one that is no line is made one. Nobody's request may end the process."""
+    return _typed(code, _line(_mended(message)), _detail(_mended(expected)), _detail(_mended(got)))
+
+
+def _mended(value: object) -> object:
+    return line(value) if isinstance(value, str) else value
+
+
+def _typed(code: object, message: str, expected: str | None, got: str | None) -> EngineError:
     match code:
         case "invalid_request":
             return InvalidRequest(message, expected=expected, got=got)
@@ -287,8 +320,18 @@ def _uint(value: object, high: int) -> int:
     return value
 
 
+def line(text: str) -> str:
+    """``text`` as one printable line: what cannot be printed is escaped, and what is too long cut."""
+    shown = text[:MAX_LINE_CHARACTERS]
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in shown)[:MAX_LINE_CHARACTERS]
+
+
+def _texts(*texts: str | None) -> list[str | None]:
+    return [None if text is None else line(text) for text in texts]
+
+
 def _line(value: object) -> str:
-    if not isinstance(value, str) or len(value) > 512 or not value.isprintable():
+    if not isinstance(value, str) or len(value) > MAX_LINE_CHARACTERS or not value.isprintable():
         raise PipeError("a text is no printable line", got=value)
     return value
 

@@ -17,6 +17,8 @@ from enclave.scheduler import Sampled
 from enclave.tool_calls import CallReader
 from vsockrpc.messages import MAX_TOKEN_SIZE, Alternative, Delta, FinishReason, TokenLogprob, ToolCallDelta
 
+MAX_HELD_LOGPROBS: Final = 16
+"""Tokens whose log probabilities wait for their text to become certain. Each has 2.5 kB."""
 _BEGIN_REASONING: Final = f"{REASONING_START}\n"
 _END_REASONING: Final = f"\n{REASONING_END}\n\n"
 
@@ -113,7 +115,12 @@ class Reply:
         if self._reading.has_grammar and before is not _Stage.ANSWER:
             answer = ""  # the grammar governs the answer from its first token on, and this one began before
         content, calls = self._read([answer] if self._calls is None else self._calls.push(answer))
-        if is_thought or self._begins or calls:
+        if (
+            is_thought
+            or self._begins
+            or calls
+            or (self._holds_many and self._calls is not None and self._calls.is_within)
+        ):
             self._logprobs.clear()
         return self._delta(content, reasoning, calls)
 
@@ -181,13 +188,17 @@ class Reply:
                 calls.append(part)
         return content, calls
 
+    @property
+    def _holds_many(self) -> bool:
+        return len(self._logprobs) >= MAX_HELD_LOGPROBS
+
     def _delta(
         self, content: str, reasoning: str, calls: list[ToolCallDelta], *, is_last: bool = False
     ) -> Delta | None:
         content, self._echo = self._echo + content, ""
-        if not (content or reasoning or calls or (is_last and self._logprobs)):
-            return None
         logprobs: tuple[TokenLogprob, ...] = ()
-        if content or is_last:
+        if content or is_last or self._holds_many:
             logprobs, self._logprobs = tuple(self._logprobs), []
+        if not (content or reasoning or calls or logprobs):
+            return None
         return Delta(content, reasoning, tuple(calls), logprobs)

@@ -3,6 +3,10 @@
 llama.cpp's own samplers make the choice, each request's chain with a generator of its own, so that no neighbour uses up
 another's random numbers. What would cost Python or llama.cpp a pass over the whole vocabulary that nobody needs is
 spared: the likeliest token of all is one call of numpy.
+
+They compute in 32-bit floats, and where these overflow or are none they fall back on some token, be it one that the
+grammar forbids, by which llama.cpp ends the process. So logits are bounded before a chain sees them, and no token gets
+to the grammar that it was not asked about.
 """
 
 from __future__ import annotations
@@ -26,10 +30,27 @@ _CANDIDATE: Final = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.
 """``llama_token_data``."""
 _ANSWER_WINDOW: Final = 1 << 13
 """Tokens of an answer that penalties look back on."""
+_MAX_LOGIT: Final = 1e30
+"""The likeliest token's at most, either way. The least temperature and the penalties bring it to 1e35 at most, and 32
+bits hold 3e38.
+"""
+_TYPICAL_OF: Final = 1000
+"""So many of the likeliest tokens locally typical sampling chooses from: it sorts all that it gets."""
+_LEAST_SHARE: Final = 1e-30
+"""Of the likeliest token's probability. llama.cpp's locally typical sampling multiplies 0 by the logarithm of 0 where
+one has none.
+"""
 
 
 class GrammarRefused(InvalidRequest):
     """llama.cpp does not take a grammar that was made for a request."""
+
+
+class NoNumbers(InvalidRequest):
+    """What the model computed is nothing that a token can be chosen by."""
+
+    def __init__(self) -> None:
+        super().__init__("the model's logits are no numbers that a token can be chosen by")
 
 
 class Sampler:
@@ -57,6 +78,8 @@ class Sampler:
         self._top_logprobs = request.top_logprobs
         self._vocabulary = vocabulary
         self._unspoken = np.empty(0, np.int32) if unspoken is None else unspoken
+        self._biased = np.array([token for token, _ in request.logit_bias], np.intp)
+        self._biases = np.array([bias for _, bias in request.logit_bias], np.float32)
         self._grammar = None if grammar is None else self._make_grammar(grammar)
         self._chain: Any = None
         if not _takes_the_likeliest(request):
@@ -75,11 +98,6 @@ class Sampler:
         """In llama.cpp's own order. Repetition counts from the prompt on, frequency and presence in the answer alone,
         as OpenAI's API has it.
         """
-        if request.logit_bias:
-            biases = (llama_cpp.llama_logit_bias * len(request.logit_bias))(
-                *(llama_cpp.llama_logit_bias(token, bias) for token, bias in request.logit_bias)
-            )
-            self._add(llama_cpp.llama_sampler_init_logit_bias(size, len(biases), biases))
         if request.repetition_penalty != 1:
             repeated = llama_cpp.llama_sampler_init_penalties(
                 size, len(prompt) + _ANSWER_WINDOW, request.repetition_penalty, 0, 0
@@ -99,6 +117,9 @@ class Sampler:
         if request.top_k > 0:
             self._add(llama_cpp.llama_sampler_init_top_k(request.top_k))
         if request.typical_p < 1:
+            if request.top_k == 0:
+                self._add(llama_cpp.llama_sampler_init_top_k(_TYPICAL_OF))
+            self._add(llama_cpp.llama_sampler_init_min_p(_LEAST_SHARE, 1))
             self._add(llama_cpp.llama_sampler_init_typical(request.typical_p, 1))
         if request.top_p < 1:
             self._add(llama_cpp.llama_sampler_init_top_p(request.top_p, 1))
@@ -117,26 +138,37 @@ class Sampler:
 
         The choice is made without the grammar first, and again with it only if it was none that the grammar allows: a
         pass of the grammar over a whole vocabulary costs as much as the decoding. Raises GrammarRefused where no token
-        can come.
+        can come, and NoNumbers.
         """
+        if len(self._biased):
+            logits = logits.copy()
+            logits[self._biased] += self._biases
         token = self._choose(logits, candidates, grammar=None)
         if self._grammar is not None and is_constrained:
-            if token in self._unspoken or not candidates.allows(self._grammar, token):
+            if not self._allows(candidates, token):
                 token = self._choose(logits, candidates, grammar=self._grammar)
+                if not self._allows(candidates, token):
+                    raise GrammarRefused("the token that was chosen is none with which the requested format goes on")
             llama_cpp.llama_sampler_accept(self._grammar, token)
         if self._chain is not None:
             llama_cpp.llama_sampler_accept(self._chain, token)
         return token
 
+    def _allows(self, candidates: Candidates, token: int) -> bool:
+        return token not in self._unspoken and candidates.allows(self._grammar, token)
+
     def _choose(self, logits: Logits, candidates: Candidates, *, grammar: Any) -> int:
         if self._chain is None and grammar is None:
-            return int(logits.argmax())
+            token = int(logits.argmax())
+            _require_number(logits[token])
+            return token
         candidates.fill(logits)
         if grammar is not None:
             candidates.exclude(self._unspoken)
             candidates.apply(grammar)
-            if not candidates.are_any:
+            if not candidates.drop_excluded():
                 raise GrammarRefused("the model's vocabulary has no token with which the requested format could go on")
+        _require_number(candidates.highest)
         return candidates.likeliest() if self._chain is None else candidates.choose(self._chain)
 
     def logprobs(self, logits: Logits, token: int) -> tuple[float, list[tuple[int, float]]] | None:
@@ -158,11 +190,16 @@ class Sampler:
                 llama_cpp.llama_sampler_free(made)
 
 
+def _require_number(logit: float) -> None:
+    """Of the likeliest token: one that is not among numbers shows there, too. Raises NoNumbers."""
+    if not -_MAX_LOGIT <= logit <= _MAX_LOGIT:
+        raise NoNumbers
+
+
 def _takes_the_likeliest(request: Generation) -> bool:
-    """Of all tokens, by their logits as they are."""
+    """Of all tokens, by their logits and biases alone."""
     return (
         request.temperature == 0
-        and not request.logit_bias
         and request.repetition_penalty == 1
         and request.frequency_penalty == request.presence_penalty == 0
     )
@@ -190,21 +227,32 @@ class Candidates:
     def apply(self, sampler: Any) -> None:
         llama_cpp.llama_sampler_apply(sampler, ctypes.byref(self._array))
 
+    def drop_excluded(self) -> int:
+        """Leaves those that are not ruled out, whose number is returned: no rounding can choose another then."""
+        kept = self._data[self._data["logit"] != -np.inf]
+        self._data[: len(kept)] = kept
+        self._array.size = len(kept)
+        return len(kept)
+
     def choose(self, chain: Any) -> int:
-        """What a chain selects."""
+        """What a chain selects. Raises NoNumbers where it selects none."""
         self.apply(chain)
         selected = self._array.selected
         if not 0 <= selected < self._array.size:
-            raise RuntimeError("the samplers selected no token")
+            raise NoNumbers
         return int(self._array.data[selected].id)
 
     @property
-    def are_any(self) -> bool:
-        """One at least is not ruled out."""
-        return bool(self._data["logit"].max() > -np.inf)
+    def highest(self) -> float:
+        """NaN if any is."""
+        return float(self._left["logit"].max())
 
     def likeliest(self) -> int:
-        return int(self._data["id"][self._data["logit"].argmax()])
+        return int(self._left["id"][self._left["logit"].argmax()])
+
+    @property
+    def _left(self) -> npt.NDArray[Any]:
+        return self._data[: self._array.size]
 
     def allows(self, grammar: Any, token: int) -> bool:
         self._one[0] = (token, 1.0, 0.0)

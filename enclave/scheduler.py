@@ -194,12 +194,15 @@ class Scheduler:
         self._active: list[_Sequence] = []
         """In the order of their arrival."""
         self._waiting = _Waiting()
+        self._paused: dict[int, _Sequence] = {}
+        """By request: neither at work nor waiting for it."""
         self._arrived = 0
         self.preempted = 0
         """How often a sequence had to give up its cells."""
 
     @property
     def idle(self) -> bool:
+        """There is nothing to do."""
         return not self._active and not self._waiting
 
     @property
@@ -258,7 +261,26 @@ class Scheduler:
             if sequence.admission.request == request:
                 self._waiting.remove(sequence)
                 return True
-        return False
+        return self._paused.pop(request, None) is not None
+
+    def pause(self, request: int) -> None:
+        """Takes a request from work until :meth:`resume`; one that is no more, or has not begun, stays what it is. Its
+        slot goes to whoever waits: it is read again then, if its cells are not there any more.
+        """
+        for sequence in self._active:
+            if sequence.admission.request == request:
+                self._leave(sequence)
+                self._paused[request] = sequence
+                return
+        for sequence in self._waiting.resumed:
+            if sequence.admission.request == request:
+                self._waiting.remove(sequence)
+                self._paused[request] = sequence
+                return
+
+    def resume(self, request: int) -> None:
+        if (sequence := self._paused.pop(request, None)) is not None:
+            self._waiting.resumed.append(sequence)
 
     # --- A step ------------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from attestation.commitment import Evidence, Purpose, UserData
 from attestation.envelope import LENGTH_SIZE, MAX_OPENING, MAX_TERMS, PROMPT_RECORD
 from attestation.errors import StrongroomError
 from attestation.verifier import NONCE_SIZE
+from enclave.arrivals import ARRIVAL_SECONDS, Arrivals
 from enclave.boot import Enclave
 from enclave.identity import OfferedKey
 from enclave.kms_errors import KmsError
@@ -45,8 +46,6 @@ from vsockrpc.transport import Fault, Handler, IncomingCall
 
 EVIDENCE_QUEUE = 32
 OPENING_QUEUE = 256
-MAX_HALF_READ = 64 << 20
-"""Bytes of all requests together that have begun to arrive and have not ended."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -88,7 +87,7 @@ class Server:
         self._log = enclave.log
         self._attesting = BoundedWorker("evidence", EVIDENCE_QUEUE)
         self._opening = BoundedWorker("opening", OPENING_QUEUE)
-        self._half_read = 0
+        self._arrivals = Arrivals()
 
     @property
     def handlers(self) -> Mapping[str, Handler]:
@@ -181,7 +180,7 @@ class Server:
         self._accepted_key(key_id)  # before anything is waited for
         body = _Body(call)
         try:
-            async with asyncio.timeout(self._enclave.configuration.limits.request_seconds):
+            async with asyncio.timeout(min(ARRIVAL_SECONDS, self._enclave.configuration.limits.request_seconds)):
                 sealed = split_opening(await body.exactly(OPENING_SIZE))
             key = self._accepted_key(key_id)  # the opening may have come when the key had expired
             keys = await self._opening.run(key.private.open, sealed, key.commitment)
@@ -275,19 +274,14 @@ class Server:
         return bytes(content)
 
     async def _bounded(self, body: _Body, limit: int) -> AsyncGenerator[bytes]:
-        """What arrives, up to ``limit`` bytes, and as long as all requests that are arriving have not too many."""
+        """What arrives, up to ``limit`` bytes. Raises TimeoutError, MessageError, StrongroomError ``overloaded``."""
         received = 0
-        try:
-            async for chunk in body.rest():
+        async with contextlib.aclosing(self._arrivals.receive(body.rest())) as chunks:
+            async for chunk in chunks:
                 received += len(chunk)
-                self._half_read += len(chunk)
-                if self._half_read > MAX_HALF_READ:
-                    raise StrongroomError("overloaded", "too many requests are arriving at once")
                 if received > limit:
                     raise MessageError("the request is too large", param="request", expected=f"<= {limit}", got="more")
                 yield chunk
-        finally:
-            self._half_read -= received
 
     def _decode(self, content: bytes) -> Request:
         messages = MessageReader(self._enclave.configuration.limits.request_bytes)

@@ -154,6 +154,11 @@ class CallReader:
     def is_full(self) -> bool:
         return self.count >= self._most
 
+    @property
+    def is_within(self) -> bool:
+        """What came last is a call's, if that becomes one."""
+        return self._phase is not _Phase.TEXT
+
     def push(self, text: str) -> list[str | ToolCallDelta]:
         """What ``text`` makes certain: text that is no call's, and parts of calls, in order."""
         while text:

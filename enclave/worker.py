@@ -42,10 +42,12 @@ from enclave.pipe import (
     Failed,
     Generate,
     Load,
+    Pause,
     Piece,
     PipeError,
     Ready,
     Refused,
+    Resume,
     ToServer,
     ToWorker,
     read_to_worker,
@@ -208,6 +210,10 @@ class Loop:
                     self._arrived = deque(entry for entry in self._arrived if entry.id != number)
                     if self._scheduler.cancel(number):
                         self._requests.pop(number).sampler.close()
+                case Pause(id=number):
+                    self._scheduler.pause(number)
+                case Resume(id=number):
+                    self._scheduler.resume(number)
                 case Load():
                     raise PipeError("loaded twice")
 

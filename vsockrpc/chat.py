@@ -37,7 +37,11 @@ MAX_BIASES: Final = 300
 MAX_BIAS: Final = 100
 MAX_TOKEN: Final = 2**31 - 1
 MAX_PENALTY: Final = 2
+MIN_REPETITION_PENALTY: Final = 0.01
 MAX_REPETITION_PENALTY: Final = 4
+MIN_TEMPERATURE: Final = 0.001
+"""Beside 0. By less than that, logits leave what 32-bit floats hold."""
+MAX_TEMPERATURE: Final = 2
 MAX_TOP_LOGPROBS: Final = 20
 MAX_TOOLS: Final = 128
 MAX_TOOL_CALLS: Final = 128
@@ -193,7 +197,7 @@ class Generation:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     repetition_penalty: float = 1.0
-    """More than 0; 1 for none."""
+    """1 for none."""
     seed: int | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
     """Tokens, each once, and what is added to their logits."""
@@ -234,14 +238,16 @@ def _options_of(fields: Mapping[str, object]) -> dict[str, object]:
     options: dict[str, object] = {
         "model": None if model is None else text_of(model, "model", MAX_MODEL_CHARACTERS),
         "max_tokens": None if tokens is None else integer_of(tokens, "max_tokens", 1, MAX_COMPLETION_TOKENS),
-        "temperature": number_of(given("temperature"), "temperature", 0, 2),
+        "temperature": _temperature(given("temperature")),
         "top_p": _above_zero(given("top_p"), "top_p", 1),
         "top_k": integer_of(given("top_k"), "top_k", 0, MAX_TOP_K),
         "min_p": number_of(given("min_p"), "min_p", 0, 1),
         "typical_p": _above_zero(given("typical_p"), "typical_p", 1),
         "frequency_penalty": number_of(given("frequency_penalty"), "frequency_penalty", -MAX_PENALTY, MAX_PENALTY),
         "presence_penalty": number_of(given("presence_penalty"), "presence_penalty", -MAX_PENALTY, MAX_PENALTY),
-        "repetition_penalty": _above_zero(given("repetition_penalty"), "repetition_penalty", MAX_REPETITION_PENALTY),
+        "repetition_penalty": number_of(
+            given("repetition_penalty"), "repetition_penalty", MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY
+        ),
         "seed": None if seed is None else integer_of(seed, "seed", 0, MAX_SEED),
         "logit_bias": _biases(given("logit_bias")),
         "stop": tuple(text_of(stop, f"stop[{index}]", MAX_STOP_CHARACTERS) for index, stop in enumerate(stops)),
@@ -251,6 +257,14 @@ def _options_of(fields: Mapping[str, object]) -> dict[str, object]:
     if "" in stops:
         raise MessageError("an empty stop string stops everything", param="stop", expected="text", got="''")
     return options
+
+
+def _temperature(value: object) -> float:
+    number = number_of(value, "temperature", 0, MAX_TEMPERATURE)
+    if 0 < number < MIN_TEMPERATURE:
+        expected = f"0, or {MIN_TEMPERATURE}..{MAX_TEMPERATURE}"
+        raise MessageError("temperature is out of range", param="temperature", expected=expected, got=number)
+    return number
 
 
 def _above_zero(value: object, param: str, high: float) -> float:

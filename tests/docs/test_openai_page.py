@@ -40,7 +40,7 @@ PARSERS: Mapping[str, tuple[Callable[[object], Call[Any]], dict[str, object]]] =
 NUMBERS = {
     name: found
     for name, (_, bounds, _, _) in ROWS.items()
-    if (found := re.fullmatch(r"(above )?(-?\d) to ([\d,]+)", bounds))
+    if (found := re.fullmatch(r"(above |0, or )?(-?[\d.]+) to ([\d,]+)", bounds))
 }
 
 
@@ -60,8 +60,9 @@ def accepts(kind: str, fields: dict[str, object]) -> bool:
     return True
 
 
-def number(text: str) -> int:
-    return int(text.replace(",", ""))
+def number(text: str) -> int | float:
+    plain = text.replace(",", "")
+    return float(plain) if "." in plain else int(plain)
 
 
 @pytest.mark.parametrize(("kind", "served"), [("chats", CHAT_PARAMETERS), ("completions", COMPLETION_PARAMETERS)])
@@ -76,13 +77,16 @@ def test_the_bounds_of_numbers_are_read() -> None:
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_bounds_are_those_of_the_code(name: str) -> None:
-    above, low, high = NUMBERS[name].groups()
+    beside_them, low, high = NUMBERS[name].groups()
     beside = {"logprobs": True} if name == "top_logprobs" else {}
     for kind in of_both(name):
         assert accepts(kind, {**beside, name: number(high)})
         assert not accepts(kind, {**beside, name: number(high) + 1})
-        assert accepts(kind, {**beside, name: number(low)}) is not bool(above)
+        assert accepts(kind, {**beside, name: number(low)}) is (beside_them != "above ")
         assert not accepts(kind, {**beside, name: number(low) - 1})
+        if "." in low:
+            assert not accepts(kind, {**beside, name: number(low) * 0.99})
+            assert accepts(kind, {**beside, name: 0}) is (beside_them == "0, or ")
 
 
 def test_bounds_in_words() -> None:

@@ -24,15 +24,17 @@ from attestation.model_family import Family, ModelFamily
 from enclave.config import EngineSettings
 from enclave.engine import MAX_RETRY_SECONDS, LlamaEngine
 from enclave.generation import (
+    EngineError,
     EngineFailed,
     EngineRefused,
     GenerationEvent,
     InvalidRequest,
+    NotRead,
     Overloaded,
     Unavailable,
 )
 from enclave.pipe import Counted, End, Load, Piece, PipeError, Ready, ToServer
-from enclave.process import Answer, EngineProcess
+from enclave.process import MAX_UNREAD, PAUSE_ABOVE, RESUME_BELOW, Answer, EngineProcess
 from tests.enclave.conftest import sealed
 from tests.engines import engine_settings
 from tests.gguf_files import CHAT_TEMPLATE, TEXT, tiny_model
@@ -321,6 +323,113 @@ async def test_an_answer_that_begins_with_its_prompt_has_room_for_it(tiny_weight
         await engine.close()
 
 
+# --- Slow readers ----------------------------------------------------------------------------------------------------
+
+HEAVY = Delta(logprobs=(TokenLogprob(b"x" * 128, 0.0, (Alternative(b"x" * 128, 0.0),) * 20),) * 16)
+"""About 84 KiB."""
+ALL_LOGGED = CompletionRequest(prompt="hello", temperature=0, top_logprobs=20)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110 - nobody tells
+        await asyncio.sleep(0.01)
+
+
+async def test_an_answer_that_is_not_read_pauses_and_goes_on_when_it_is() -> None:
+    flow: list[bool] = []
+    answer = Answer(0, 10_000, on_flow=lambda answer: flow.append(answer.is_paused))
+    while not answer.is_paused:
+        answer.add(HEAVY)
+    assert PAUSE_ABOVE < answer.unread < PAUSE_ABOVE + 100_000
+    answer.add(HEAVY)  # it was on its way
+    events = aiter(answer)
+    while flow != [True, False]:
+        await anext(events)
+    assert answer.unread <= RESUME_BELOW
+    with pytest.raises(PipeError, match="was to pause"):
+        for _ in range(200):
+            answer.add(HEAVY)
+
+
+async def test_the_process_makes_no_more_of_what_is_not_read(engine: LlamaEngine) -> None:
+    """Whoever reads nothing neither fills the server's memory nor holds up others, and misses nothing."""
+    async with aclosing(engine.generate(ALL_LOGGED)) as slow:
+        events = [await anext(slow)]
+        assert engine._worker is not None
+        [answer] = engine._worker._answers.values()
+        await until(lambda: answer.is_paused)
+        assert (await finish(engine, SHORT)).completion_tokens == 3
+        assert PAUSE_ABOVE < answer.unread < MAX_UNREAD
+        events += [event async for event in slow]
+    done = events.pop()
+    assert isinstance(done, Done)
+    assert sum(len(event.logprobs) for event in events if isinstance(event, Delta)) == done.usage.completion_tokens
+    assert done.usage.completion_tokens > 3000
+
+
+async def test_a_paused_answer_is_no_silence(engine: LlamaEngine) -> None:
+    """The process owes nothing then, and may be quiet for longer than one that has hung."""
+    pid = engine.pid
+    async with aclosing(engine.generate(ALL_LOGGED)) as slow:
+        await anext(slow)
+        await asyncio.sleep(2.5)
+        assert [type(event) async for event in slow][-1] is Done
+    assert engine.pid == pid
+
+
+async def test_a_process_that_rested_has_all_of_its_time_for_the_next_request(
+    engine: LlamaEngine, events: Events
+) -> None:
+    await asyncio.sleep(1.5)
+    os.kill(pid_of(engine), signal.SIGSTOP)
+    asked = asyncio.create_task(finish(engine, SHORT))
+    await asyncio.sleep(1)  # 2.5 s of silence, 1 s of them with something to do
+    os.kill(pid_of(engine), signal.SIGCONT)
+    assert (await asked).completion_tokens == 3
+    assert events.exits == 0
+
+
+async def test_whoever_leaves_an_answer_paused_for_too_long_gets_no_more_of_it(
+    engine: LlamaEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("enclave.process.PAUSE_SECONDS", 0.05)
+    async with aclosing(engine.generate(ALL_LOGGED)) as slow:
+        await anext(slow)
+        await until(lambda: engine._requests == 0)
+        with pytest.raises(NotRead) as caught:
+            await anext(slow)
+    assert caught.value.code == "deadline_exceeded"
+    assert (await finish(engine, SHORT)).completion_tokens == 3
+
+
+async def test_an_answer_that_is_whole_takes_no_place_however_slowly_it_is_read(tiny_weights: int) -> None:
+    engine = LlamaEngine(tiny_weights, CHAT_TEMPLATE, replace(SETTINGS, parallel=1, cells=4096, queue=0))
+    await engine.start()
+    try:
+        async with aclosing(engine.generate(replace(SHORT, max_tokens=50))) as slow:
+            await anext(slow)
+            await until(lambda: engine._requests == 0)
+            assert (await finish(engine, SHORT)).completion_tokens == 3
+            assert isinstance([event async for event in slow][-1], Done)
+    finally:
+        await engine.close()
+
+
+async def test_of_too_much_that_nobody_reads_the_oldest_goes(
+    engine: LlamaEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("enclave.engine.MAX_UNREAD", 10_000)
+    request = replace(SHORT, max_tokens=20, top_logprobs=1)
+    async with aclosing(engine.generate(request)) as first, aclosing(engine.generate(request)) as second:
+        for slow in (first, second):
+            await anext(slow)
+            await until(lambda: engine._requests == 0)
+        with pytest.raises(NotRead):
+            await anext(first)
+        assert isinstance([event async for event in second][-1], Done)
+    assert not engine._unread
+
+
 @asynccontextmanager
 async def crowded(engine: LlamaEngine) -> AsyncIterator[None]:
     """One is answered and another waits: all that an engine takes with ``parallel`` and ``queue`` of 1."""
@@ -354,16 +463,16 @@ async def test_a_count_says_nothing_of_how_long_an_answer_takes(
     settings = replace(SETTINGS, parallel=1, cells=4096, queue=1)
     engine = LlamaEngine(tiny_weights, CHAT_TEMPLATE, settings, stall_seconds=1e9)
     await engine.start()
-    loop, withdraw, late = asyncio.get_running_loop(), EngineProcess.withdraw, 0.0
+    loop, finished, late = asyncio.get_running_loop(), Answer.finish, 0.0
     real = loop.time
 
-    def withdraw_late(process: EngineProcess, answer: Answer) -> None:
+    def finish_late(answer: Answer, end: Done | int | EngineError) -> None:
         nonlocal late
         late += 100_000
-        withdraw(process, answer)
+        finished(answer, end)
 
     monkeypatch.setattr(loop, "time", lambda: real() + late)
-    monkeypatch.setattr(EngineProcess, "withdraw", withdraw_late)
+    monkeypatch.setattr(Answer, "finish", finish_late)
     try:
         await (engine.count(SHORT) if counts else finish(engine, SHORT))
         async with crowded(engine):

@@ -13,6 +13,7 @@ from enclave.generation import AnswerExceeded, ContextExceeded, EngineError, Inv
 from enclave.pipe import (
     MAX_DELTA_CHARACTERS,
     MAX_DELTA_TOKENS,
+    MAX_LINE_CHARACTERS,
     MAX_TO_SERVER,
     MAX_TO_WORKER,
     Alive,
@@ -23,12 +24,15 @@ from enclave.pipe import (
     Failed,
     Generate,
     Load,
+    Pause,
     Piece,
     PipeError,
     Ready,
     Refused,
+    Resume,
     ToServer,
     ToWorker,
+    line,
     read_to_server,
     read_to_worker,
 )
@@ -59,6 +63,8 @@ TO_WORKER: list[ToWorker] = [
     Generate(1, CompletionRequest(prompt="Es war", echo=True, stop=("x",))),
     Count(2, REQUEST),
     Cancel(3),
+    Pause(4),
+    Resume(2**63 - 1),
 ]
 USAGE = Usage(3, 4, 2, 1)
 TO_SERVER: list[ToServer] = [
@@ -133,6 +139,36 @@ def test_errors_keep_their_type(error: EngineError) -> None:
     assert failed.error.as_json() == error.as_json()
 
 
+ILL_TEXTS = ["/properties/\0\n", "x" * 2000, "#/\a", "no\u00a0break", "\ud800", "\0" * 512, "", "ü🌞"]
+
+
+@given(st.text(st.characters(), max_size=600) | st.sampled_from(ILL_TEXTS), st.none() | st.text(st.characters()))
+def test_whatever_an_error_says_gets_to_the_server(text: str, other: str | None) -> None:
+    """It may quote a client's schema, and one client's schema may not end everybody's process."""
+    for error in (InvalidRequest(text, expected=other, got=text), ContextExceeded("x", expected=text, got=other)):
+        [failed] = to_server(Failed(7, error).encode())
+        assert isinstance(failed, Failed)
+        assert type(failed.error) is type(error)
+        for said, shown in ((error.message, failed.error.message), (error.got, failed.error.got)):
+            assert (said is None) == (shown is None)
+            assert shown is None or (len(shown) <= MAX_LINE_CHARACTERS and shown.isprintable())
+    [refused] = to_server(Refused("model_refused", text, other, text).encode())
+    assert isinstance(refused, Refused)
+    assert refused.message == line(text)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=600) | st.sampled_from(["x" * 2000, "two\nlines"]))
+def test_an_ill_text_of_a_failure_is_mended_on_the_other_side_too(text: str) -> None:
+    [failed] = to_server(encode_message({"failed": [0, "invalid_request", text, text, None]}))
+    assert isinstance(failed, Failed)
+    assert (failed.error.message, failed.error.expected, failed.error.got) == (line(text), line(text), None)
+
+
+def test_a_line_that_is_one_stays_as_it_is() -> None:
+    assert line("pointer /properties/ü🌞: got 'x'") == "pointer /properties/ü🌞: got 'x'"
+    assert line("a\0\nb\u00a0c") == r"a\x00\nb\xa0c"
+
+
 # --- What nobody may say ---------------------------------------------------------------------------------------------
 
 COUNTS = {"prompt_tokens": 1, "completion_tokens": 1, "cached_tokens": 0, "reasoning_tokens": 0}
@@ -179,8 +215,8 @@ DONE = {"finish_reason": "stop", "usage": COUNTS, "dropped_messages": 0}
         {"counted": [0, True]},
         {"counted": [-1, 0]},
         {"failed": [0, "engine_failed", "x", None, None]},
-        {"failed": [0, "overloaded", "x" * 513, None, None]},
-        {"failed": [0, "overloaded", "two\nlines", None, None]},
+        {"failed": [0, "overloaded", None, None, None]},
+        {"failed": [0, "overloaded", "x", 1, None]},
         {"failed": [0, ["overloaded"], "x", None, None]},
         {"refused": ["code", "message", 1, None]},
         {"cancel": 1},
@@ -249,6 +285,10 @@ def test_settings_are_a_map_of_all_of_them() -> None:
         {"count": [0]},
         {"cancel": "x"},
         {"cancel": -1},
+        {"pause": "x"},
+        {"pause": -1},
+        {"resume": [1]},
+        {"resume": -1},
         {"alive": None},
         {"piece": [0, {"content": "x"}]},
     ],
@@ -302,6 +342,8 @@ KINDS = (
     "complete",
     "count",
     "cancel",
+    "pause",
+    "resume",
 )
 
 

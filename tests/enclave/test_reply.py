@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from enclave.answer import AnswerText
-from enclave.reply import PLAIN, Reading, Reply
+from enclave.reply import MAX_HELD_LOGPROBS, PLAIN, Reading, Reply
 from enclave.scheduler import Sampled
 from enclave.tool_calls import BARE, DEEPSEEK, HERMES, LLAMA, CallReader, CallSyntax
 from vsockrpc.messages import Delta, FinishReason
@@ -492,6 +492,30 @@ def test_log_probabilities_come_with_the_text_that_they_made_certain() -> None:
     assert (delta.content, told([delta])) == ("EF", [b"E", b"F"])
     reply.push(logged("E"))
     assert told([reply.finish("stop")[0]]) == [b"E"]
+
+
+@pytest.mark.parametrize("pieces", [[""] * 100, ["a"] * 100], ids=["tokens of no text", "held back for a stop string"])
+def test_log_probabilities_do_not_wait_for_ever(pieces: list[str]) -> None:
+    reply = Reply(("a" * 200 + "b",))
+    deltas = [reply.push(logged(piece)) for piece in pieces]
+    assert [len(delta.logprobs) for delta in deltas if delta is not None] == [MAX_HELD_LOGPROBS] * 6
+    assert len(told([*deltas, reply.finish("stop")[0]])) == 100
+
+
+def test_an_open_call_holds_no_log_probabilities() -> None:
+    """Neither as long as it is one, nor when it was none."""
+    call = ["<tool_call>", '{"name": "clock", "arguments": {"a": "', *["x"] * 100]
+    reply = Reply((), PLAIN, reader(HERMES))
+    deltas = [reply.push(logged(piece)) for piece in ["I", *call]]
+    assert len(reply._logprobs) < MAX_HELD_LOGPROBS
+    assert told([*deltas, reply.push(logged('"}}</tool_call>')), reply.finish("stop")[0]]) == [b"I"]
+    reply = Reply((), PLAIN, reader(HERMES))
+    last = [reply.push(logged(piece)) for piece in ["I", *call]][-1]
+    assert last is None
+    end, _ = reply.finish("stop")
+    assert end is not None
+    assert end.content == "".join(call)
+    assert len(end.logprobs) < MAX_HELD_LOGPROBS
 
 
 def test_an_echo_comes_first_and_stops_nothing() -> None:

@@ -15,9 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from enclave.generation import InvalidRequest
-from enclave.sampler import Candidates, GrammarRefused, Logits, Sampler
+from enclave.sampler import Candidates, GrammarRefused, Logits, NoNumbers, Sampler
 from tests.gguf_files import EOS, tiny_model
 from tests.vocabularies import vocabulary
+from tests.wire import OPTIONS
 from vsockrpc.chat import CompletionRequest
 
 SIZE = 262
@@ -245,6 +246,39 @@ def test_what_is_typical_need_not_be_the_likeliest(samplers: Samplers) -> None:
         assert set(drawn(sampler, values, 20)) <= {B, C, D}
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
+@given(seed=st.integers(0, 2**32 - 1), spread=st.floats(0.1, 80), share=st.floats(0.05, 0.95))
+def test_typical_tokens_are_those_whose_surprise_is_nearest_to_the_expected(
+    samplers: Samplers, seed: int, spread: float, share: float
+) -> None:
+    """Also where most tokens have next to no probability: a logarithm of none spoils nothing."""
+    values = np.random.default_rng(seed).normal(0, spread, SIZE).astype(np.float32)
+    p = softmax(values)
+    surprise = -np.log(np.maximum(p, 1e-300))
+    order = np.argsort(np.abs(surprise - float((p * surprise).sum())), kind="stable")
+    until = int(np.searchsorted(p[order].cumsum(), share))
+    typical = set(order[: until + 2].tolist())  # one more: the sums are rounded
+    with samplers.of(typical_p=share, seed=1) as sampler:
+        assert set(drawn(sampler, values, 20)) <= typical
+
+
+def test_what_is_typical_is_looked_for_among_the_likeliest(tiny: Any) -> None:
+    """What more than a thousand tokens have together does not count where it is next to nothing."""
+    size = 5000
+    values = np.full(size, -30, np.float32)
+    values[:900] = np.random.default_rng(1).normal(0, 2, 900)
+    p = softmax(values)
+    surprise = -np.log(p)
+    order = np.argsort(np.abs(surprise - float((p * surprise).sum())), kind="stable")
+    until = int(np.searchsorted(p[order].cumsum(), 0.6))
+    request = CompletionRequest(prompt="", typical_p=0.6, seed=1)
+    candidates = Candidates(size)
+    with closing(Sampler(tiny, size, request, ())) as sampler:
+        said = {sampler.sample(values, candidates, is_constrained=False) for _ in range(3000)}
+    assert said <= set(order[: until + 2].tolist())
+    assert len(said) > until * 0.8
+
+
 def test_a_temperature_is_what_the_logits_are_divided_by(samplers: Samplers) -> None:
     values = logits(a=6, b=5.3)
     expected = softmax(values / np.float32(0.7))[A]
@@ -329,6 +363,79 @@ def test_a_broken_grammar_is_refused(samplers: Samplers, grammar: str) -> None:
     with pytest.raises(GrammarRefused) as caught, samplers.of(grammar=grammar):
         pass
     assert caught.value.code == "invalid_request"
+
+
+# --- Numbers that are none -------------------------------------------------------------------------------------------
+
+SINGLES = st.floats(width=32) | st.sampled_from([-math.inf, math.inf, math.nan, 3.4e38, -3.4e38, 1e30, 1.1e30, 0.0])
+HOSTILE = {name: strategy for name, strategy in OPTIONS.items() if name not in ("model", "logit_bias", "cache_secret")}
+EXTREMES: dict[str, list[float]] = {
+    "temperature": [0, 0.001, 2],
+    "repetition_penalty": [0.01, 4],
+    "typical_p": [5e-324, 1e-46, 0.5, 1 - 2**-53],
+    "top_p": [5e-324, 1e-46, 0.5, 1 - 2**-53],
+    "min_p": [5e-324, 1e-46, 0.5, 1],
+    "top_k": [0, 1, 1000],
+    "presence_penalty": [-2, 1e-46, 2],
+    "frequency_penalty": [-2, 1e-46, 2],
+}
+BIASES = st.dictionaries(st.sampled_from([A, B, C, D, EOS]) | st.integers(0, SIZE - 1), st.floats(-100, 100))
+
+
+def test_every_option_s_bounds_are_among_the_extremes() -> None:
+    for name, values in EXTREMES.items():
+        for value in values:
+            CompletionRequest.decode({"prompt": "", name: value})
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
+@given(data=st.data(), biases=BIASES, base=SINGLES, seed=st.none() | st.integers(0, 2**32 - 2))
+def test_whatever_is_asked_of_whatever_logits_a_token_comes_that_may(
+    samplers: Samplers, data: st.DataObject, biases: dict[int, float], base: float, seed: int | None
+) -> None:
+    """llama.cpp ends the process for one that its grammar forbids."""
+    options = {
+        name: data.draw(st.sampled_from(values) | HOSTILE[name], label=name)
+        for name, values in EXTREMES.items()
+        if data.draw(st.booleans())
+    }
+    values = np.full(SIZE, base, np.float32)
+    for token, value in data.draw(st.dictionaries(st.integers(0, SIZE - 1), SINGLES, max_size=6)).items():
+        values[token] = value
+    kept = values.copy()
+    request = CompletionRequest.decode({"prompt": "", "logit_bias": list(biases.items()), "seed": seed, **options})
+    chosen = {name: getattr(request, name) for name in (*options, "logit_bias", "seed")}
+    for grammar, allowed in (("root ::= [bc] [bc] [bc]", {B, C}), (None, set(range(SIZE)))):
+        with samplers.of([A, B], grammar=grammar, **chosen) as sampler:
+            for _ in range(3):
+                try:
+                    token = sampler.choose(values)
+                except InvalidRequest as error:
+                    assert isinstance(error, GrammarRefused | NoNumbers)  # noqa: PT017 - a token may come, too
+                    break
+                assert token in allowed
+                assert grammar is None or values[token] > -np.inf
+    assert np.array_equal(values, kept, equal_nan=True)
+
+
+@pytest.mark.parametrize("option", [{}, {"temperature": 0}, {"typical_p": 0.5}, {"top_p": 0.5}, {"min_p": 0.5}])
+@pytest.mark.parametrize("number", [math.nan, math.inf, 3e38])
+def test_logits_that_are_no_numbers_are_a_refusal(samplers: Samplers, option: dict[str, Any], number: float) -> None:
+    for grammar in (None, "root ::= [bc]+"):
+        with samplers.of(grammar=grammar, **option) as sampler, pytest.raises(NoNumbers) as caught:
+            sampler.choose(logits(b=number))
+        assert caught.value.code == "invalid_request"
+
+
+def test_a_grammar_s_token_that_the_model_rules_out_does_not_come(samplers: Samplers) -> None:
+    values = np.zeros(SIZE, np.float32)
+    values[[B, C]] = -np.inf
+    for temperature in (0, 1):
+        with (
+            samplers.of(grammar="root ::= [bc]+", temperature=temperature) as sampler,
+            pytest.raises(GrammarRefused, match="no token with which"),
+        ):
+            sampler.choose(values)
 
 
 # --- Log probabilities -----------------------------------------------------------------------------------------------

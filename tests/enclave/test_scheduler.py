@@ -344,7 +344,9 @@ PROMPTS = st.lists(st.integers(1, 2), min_size=1, max_size=CONTEXT + 2)
 
 
 class Arrivals(RuleBasedStateMachine):
-    """Requests arrive, are cancelled, and between all that steps are done, over cells that do not suffice for all."""
+    """Requests arrive, are cancelled, pause and go on, and between all that steps are done, over cells that do not
+    suffice for all.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -353,6 +355,8 @@ class Arrivals(RuleBasedStateMachine):
         )
         self.asked: dict[int, tuple[list[int], int]] = {}
         self.cancelled: set[int] = set()
+        self.paused: set[int] = set()
+        """Those that had begun."""
         self.number = 0
 
     @rule(
@@ -399,9 +403,33 @@ class Arrivals(RuleBasedStateMachine):
         )
         self.machine.require_freed()
         self.cancelled.add(request)
+        self.paused.discard(request)
         seen = len(self.machine.steps)
         self.machine.step()
         assert all(row.request != request for step in self.machine.steps[seen:] for row in step.rows)
+
+    @precondition(lambda self: len(self.paused) < SLOTS)
+    @rule(data=st.data())
+    def pause(self, data: st.DataObject) -> None:
+        request = data.draw(st.integers(0, self.number))
+        scheduler = self.machine.scheduler
+        before = scheduler.active + scheduler.waiting
+        scheduler.pause(request)
+        if scheduler.active + scheduler.waiting < before:
+            self.paused.add(request)
+
+    @rule(data=st.data())
+    def resume(self, data: st.DataObject) -> None:
+        request = data.draw(st.sampled_from([0, *sorted(self.paused)]))
+        self.machine.scheduler.resume(request)
+        self.paused.discard(request)
+
+    @invariant()
+    def what_is_paused_rests(self) -> None:
+        seen = len(self.machine.steps)
+        self.machine.step()
+        assert all(row.request not in self.paused for step in self.machine.steps[seen:] for row in step.rows)
+        assert not self.paused & self.machine.done.keys()
 
     @invariant()
     def budgets_hold(self) -> None:
@@ -411,9 +439,12 @@ class Arrivals(RuleBasedStateMachine):
             reading = sum(len(row.tokens) for row in step.rows) - answering
             assert 0 < answering + reading <= STEP
             assert reading <= BESIDE or at_work - answering > answering
-        assert self.machine.scheduler.waiting <= QUEUE + SLOTS  # who gave way is not turned away
+        assert self.machine.scheduler.waiting <= QUEUE + 2 * SLOTS  # who gave way or paused is not turned away
 
     def teardown(self) -> None:
+        self.machine.run()
+        for request in self.paused:
+            self.machine.scheduler.resume(request)
         self.machine.run()
         for request, (prompt, budget) in self.asked.items():
             if request in self.cancelled:

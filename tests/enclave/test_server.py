@@ -696,17 +696,25 @@ async def test_requests_that_arrive_at_once_hold_a_bounded_memory(
 ) -> None:
     first, second = [await client.sealed(chat("x" * 10_000)) for _ in range(2)]
     arriving = len(first.body) - OPENING_SIZE
-    monkeypatch.setattr("enclave.server.MAX_HALF_READ", arriving)
+    monkeypatch.setattr("enclave.arrivals.MAX_HALF_READ", arriving)
     server = client.house.server
     async with client.rpc.call("sealed", {"key_id": first.key_id}) as call:
         await call.send(first.body[:-1])
-        while server._half_read < arriving - 1:  # noqa: ASYNC110 - the server tells nobody
+        while server._arrivals.size < arriving - 1:  # noqa: ASYNC110 - the server tells nobody
             await asyncio.sleep(0)
-        assert await client.refusal(second) == "overloaded"
-        assert server._half_read == arriving - 1
-        await call.send(first.body[-1:], end=True)
-        assert (await client.read(call, first))[0] == Start("tiny")
-    assert server._half_read == 0
+        assert (await client.send(second))[0] == Start("tiny")  # the oldest goes, and not the newcomer
+        [failure] = await client.read(call, first)
+        assert isinstance(failure, Failure)
+        assert failure.code == "overloaded"
+    assert server._arrivals.size == 0
+
+
+async def test_a_request_larger_than_all_together_may_be_is_refused(
+    client: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("enclave.arrivals.MAX_HALF_READ", 1000)
+    assert await client.refusal(await client.sealed(chat("x" * 10_000))) == "overloaded"
+    assert client.house.server._arrivals.size == 0
 
 
 @pytest.mark.parametrize("size", [1, 4094, 4095, 8188, 20_000, 1 << 20])
@@ -1301,7 +1309,7 @@ async def test_an_envelope_larger_than_any_prompt_is_not_read_to_its_end(sender:
     envelope, _ = sender.sealing.prompt(bytes(8 << 20))
     assert len(envelope) > longest_envelope(sender.house.configuration.limits.request_bytes)
     assert await sender.fault(envelope) == "malformed"
-    assert sender.house.server._half_read == 0
+    assert sender.house.server._arrivals.size == 0
 
 
 @pytest.mark.parametrize("size", [4096, 8188, 20_000, 1 << 20])
@@ -1319,20 +1327,21 @@ async def test_envelopes_that_arrive_at_once_hold_a_bounded_memory(
     sender: Sender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One budget with the sealed calls."""
-    (first, reply), (second, _) = (sender.sealing.prompt("x" * 10_000) for _ in range(2))
-    monkeypatch.setattr("enclave.server.MAX_HALF_READ", len(first))
+    (first, _), (second, reply) = (sender.sealing.prompt("x" * 10_000) for _ in range(2))
+    monkeypatch.setattr("enclave.arrivals.MAX_HALF_READ", len(first))
     server = sender.house.server
     async with sender.rpc.call("envelope", {}) as call:
         await call.send(first[:-1])
-        while server._half_read < len(first) - 1:  # noqa: ASYNC110 - the server tells nobody
+        while server._arrivals.size < len(first) - 1:  # noqa: ASYNC110 - the server tells nobody
             await asyncio.sleep(0)
-        assert await sender.fault(second) == "overloaded"
-        assert await sender.refusal(await sender.sealed(chat("x" * 10_000))) == "overloaded"
-        assert server._half_read == len(first) - 1
-        await call.send(first[-1:], end=True)
         with pytest.raises(RequestFailed, match="context_exceeded"):
-            answers_to(await call.read(1 << 20), reply)
-    assert server._half_read == 0
+            answers_to(await sender.bring(second), reply)
+        with clear_fault("overloaded"):
+            await call.reply()
+        sealed = await sender.sealed(chat("x"))
+        monkeypatch.setattr("enclave.arrivals.MAX_HALF_READ", 1)
+        assert await sender.refusal(sealed) == "overloaded"
+    assert server._arrivals.size == 0
     assert sender.totals.kms == {}
 
 
@@ -1343,7 +1352,7 @@ async def test_an_envelope_that_is_refused_gives_its_budget_back(sender: Sender,
         sender.kms.error = KmsError("kms_denied", "no")
     harmed = {"denied": envelope, "tampered": flipped(envelope), "cut": envelope[:-1]}[cause]
     await sender.fault(harmed)
-    assert sender.house.server._half_read == 0
+    assert sender.house.server._arrivals.size == 0
 
 
 async def test_a_sender_who_leaves_while_kms_is_asked(sender: Sender) -> None:
@@ -1355,7 +1364,7 @@ async def test_a_sender_who_leaves_while_kms_is_asked(sender: Sender) -> None:
             await asyncio.sleep(0)
     await sender.verified()
     assert sender.totals == Totals(evidence=1, requests=1, cancelled=1)
-    assert sender.house.server._half_read == 0
+    assert sender.house.server._arrivals.size == 0
     assert sender.house.engine.requests == []
 
 
@@ -1381,7 +1390,7 @@ async def test_an_envelope_that_takes_too_long(tmp_path: Path, what: str) -> Non
             with clear_fault("unavailable"):
                 await call.reply()
         assert sender.totals == Totals(requests=1, refused=1)
-        assert sender.house.server._half_read == 0
+        assert sender.house.server._arrivals.size == 0
 
 
 async def test_nothing_of_an_envelope_is_in_any_event(sender: Sender) -> None:

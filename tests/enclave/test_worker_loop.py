@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import socket
 import threading
 from collections import Counter
@@ -15,6 +16,8 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from attestation.model_family import model_family
 from enclave.generation import AnswerExceeded, ContextExceeded, EngineError, InvalidRequest, Overloaded
@@ -32,19 +35,31 @@ from enclave.pipe import (
     Failed,
     Generate,
     Load,
+    Pause,
     Piece,
     PipeError,
+    Resume,
     ToServer,
+    ToWorker,
     read_to_server,
 )
 from enclave.prompt import ChatTemplate, Segment
 from enclave.sampler import GrammarRefused, Logits
 from enclave.scheduler import Row
 from enclave.tokenizer import Tokenizer
-from enclave.worker import Gone, Loop, Pipe
+from enclave.worker import Gone, Loop, Pipe, _parts
 from tests.engines import engine_settings
 from vsockrpc.chat import ChatMessage, ChatRequest, CompletionRequest, Generation, JsonFormat
-from vsockrpc.messages import Delta, Done, MessageReader, Usage
+from vsockrpc.messages import (
+    MAX_TOKEN_SIZE,
+    Alternative,
+    Delta,
+    Done,
+    MessageReader,
+    TokenLogprob,
+    ToolCallDelta,
+    Usage,
+)
 
 TEMPLATE = "{{ messages[0].content }}"
 ALICE, BOB = bytes(32), bytes(range(32))
@@ -144,7 +159,7 @@ class Bench:
         finally:
             self._theirs.close()
 
-    def send(self, *messages: Generate | Count | Cancel | Load) -> None:
+    def send(self, *messages: ToWorker) -> None:
         self.server.sendall(b"".join(message.encode() for message in messages))
 
     def steps(self, count: int) -> None:
@@ -299,6 +314,54 @@ def test_a_token_of_much_text_goes_out_in_pieces(bench: Bench, size: int) -> Non
         text += message.delta.content
     assert text == "x" * size
     assert isinstance(message, End)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        '{"properties": {"\\u0000\\n": {"not": 1}}}',
+        '{"properties": {"' + "x" * 2000 + '": {"not": 1}}}',
+        '{"$ref": "#/\\u0007"}',
+        '{"properties": {"\u00a0": {"not": 1}}}',
+        '{"properties": {"\\ud800": {"not": 1}}}',
+        '{"\\u0000": ' * 3 + "1" + "}" * 3,
+        '"\\u0000"',
+        "\0",
+    ],
+)
+def test_a_refusal_may_quote_whatever_a_schema_holds(bench: Bench, schema: str) -> None:
+    bench.go()
+    bench.send(ask(0, "x", 1, response_format=JsonFormat(schema)), ask(1, "x", 1))
+    message = bench.receive()
+    assert isinstance(message, Failed)
+    assert (message.id, message.error.code) == (0, "invalid_request")
+    assert bench.done(1) == Done("length", Usage(1, 1))
+
+
+SCHEMAS = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 5) | st.text(st.characters(max_codepoint=0x110), max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["type", "properties", "not", "$ref", "anyOf", "items", "enum", "pattern"])
+            | st.text(max_size=4)
+            | st.just("\0" * 600),
+            inner,
+            max_size=3,
+        )
+    ),
+    max_leaves=6,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
+@given(schema=SCHEMAS.map(json.dumps) | st.text(max_size=8))
+def test_whatever_the_schema_the_server_understands_what_comes_of_it(bench: Bench, schema: str) -> None:
+    bench.go()
+    bench.send(ask(0, "x", 1, response_format=JsonFormat(schema)))
+    while not isinstance(message := bench.receive(), End | Failed):
+        assert isinstance(message, Piece | Alive)
+    assert message.id == 0
 
 
 # --- Side by side ----------------------------------------------------------------------------------------------------
@@ -604,6 +667,41 @@ def test_many_log_probabilities_at_once_go_out_in_pieces(make_bench: MakeBench, 
     bench.go()
     bench.send(ask(0, "x", 300, top_logprobs=20, stop=("a" * 255 + "b",)))
     assert logprobs_of(bench) == 300
+
+
+def test_a_piece_that_is_full_in_every_part_is_a_message() -> None:
+    """Whatever comes together in one, it may not be what the server ends the process for."""
+    sun, size = "🌞", MAX_DELTA_CHARACTERS
+    calls = tuple(ToolCallDelta(index, sun * (size // 128), "x" * 29, "x" * 64) for index in range(128))
+    alternatives = (Alternative(b"x" * MAX_TOKEN_SIZE, -0.1),) * 20
+    full = Delta(sun * size, sun * size, calls, (TokenLogprob(b"x" * MAX_TOKEN_SIZE, -0.1, alternatives),) * 16)
+    assert list(_parts(full)) == [full]
+    message = Piece(2**63 - 1, full)
+    assert list(read_to_server(MessageReader(MAX_TO_SERVER), message.encode())) == [message]
+
+
+# --- Pauses ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_paused_answer_rests_and_gives_its_slot_to_others(make_bench: MakeBench) -> None:
+    bench = make_bench(parallel=1)
+    bench.send(ask(0, "x", 4))
+    bench.llama.begun.acquire()
+    bench.send(Pause(0), ask(1, "y", 2), Pause(7), Resume(7))
+    bench.go()
+    assert [bench.receive() for _ in range(4)] == [a(0), a(1), a(1), end(1, 1, 2)]
+    bench.send(Resume(0), Resume(0))
+    assert [bench.receive() for _ in range(4)] == [a(0), a(0), a(0), end(0, 1, 4)]
+    assert bench.llama.decoded[-3:] == [[(0, 0, 2)], [(0, 2, 1)], [(0, 3, 1)]]
+
+
+def test_a_paused_answer_can_be_cancelled(bench: Bench) -> None:
+    bench.send(ask(0, "x", 4))
+    bench.llama.begun.acquire()
+    bench.send(Pause(0), Cancel(0), Resume(0), ask(1, "y", 1))
+    bench.go()
+    assert [bench.receive() for _ in range(3)] == [a(0), a(1), end(1, 1, 1)]
+    assert [sampler.closed for sampler in bench.llama.samplers] == [1, 1]
 
 
 # --- The end ---------------------------------------------------------------------------------------------------------

@@ -523,14 +523,14 @@ BUDGET = st.integers(1, MAX_COMPLETION_TOKENS)
 SCHEMAS = st.dictionaries(TEXT, st.booleans() | st.integers() | TEXT | st.lists(TEXT, max_size=3), max_size=4)
 GENERATION: dict[str, st.SearchStrategy[Any]] = {
     "model": TEXT,
-    "temperature": st.floats(0, 2),
+    "temperature": st.just(0.0) | st.floats(0.001, 2),
     "top_p": st.floats(0, 1, exclude_min=True),
     "top_k": st.integers(0, 1000),
     "min_p": st.floats(0, 1),
     "typical_p": st.floats(0, 1, exclude_min=True),
     "frequency_penalty": st.floats(-2, 2),
     "presence_penalty": st.floats(-2, 2),
-    "repetition_penalty": st.floats(0, 4, exclude_min=True),
+    "repetition_penalty": st.floats(0.01, 4),
     "seed": st.integers(0, MAX_SEED),
     "logit_bias": st.dictionaries(st.integers(0, 2**31 - 1).map(str), st.floats(-100, 100), max_size=5),
     "stop": st.lists(TEXT.filter(bool), max_size=16),

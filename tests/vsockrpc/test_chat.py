@@ -121,14 +121,17 @@ TINY = 5e-324
 BOUNDS: dict[str, tuple[list[object], list[object]]] = {
     "model": (["", "m" * 256], ["m" * 257, 5, b"m", "\ud800"]),
     "max_tokens": ([1, 1 << 20], [0, (1 << 20) + 1, 1.0, True, "1"]),
-    "temperature": ([0, 0.0, 2, 2.0], [-TINY, 2.0000001, float("nan"), float("inf"), True, "1", 10**400]),
+    "temperature": (
+        [0, 0.0, 0.001, 2, 2.0],
+        [-TINY, TINY, 1e-40, 0.00099, 2.0000001, float("nan"), float("inf"), True, "1", 10**400],
+    ),
     "top_p": ([TINY, 1, 1.0], [0, 0.0, -TINY, 1.0000001, float("nan"), True]),
     "top_k": ([0, 1000], [-1, 1001, 1.0, True]),
     "min_p": ([0, 1.0], [-TINY, 1.0000001, float("nan"), True]),
     "typical_p": ([TINY, 1.0], [0, -0.1, 1.0000001, float("nan"), True]),
     "frequency_penalty": ([-2, 2.0], [-2.0000001, 2.0000001, float("nan"), True]),
     "presence_penalty": ([-2, 2.0], [-2.0000001, 2.0000001, float("nan"), True]),
-    "repetition_penalty": ([TINY, 4.0], [0, -1, 4.0000001, float("nan"), True]),
+    "repetition_penalty": ([0.01, 4.0], [0, -1, TINY, 1e-40, 0.0099, 4.0000001, float("nan"), True]),
     "seed": ([0, 2**32 - 2], [-1, 2**32 - 1, 1.0, True]),
     "logit_bias": (
         [[], [[0, -100]], [[2**31 - 1, 100.0]], [[token, 1] for token in range(300)]],
@@ -182,9 +185,14 @@ def test_the_entry_that_is_wrong_is_named(base: dict[str, object], change: dict[
 
 
 def test_a_number_of_nothing_says_what_is_expected() -> None:
-    for name in ("top_p", "typical_p", "repetition_penalty"):
+    for name in ("top_p", "typical_p"):
         error = refused({name: 0})
         assert (error.expected, error.got) == ("more than 0", "0")
+
+
+def test_what_no_float_can_hold_is_no_temperature() -> None:
+    error = refused({"temperature": 1e-40})
+    assert (error.expected, error.got) == ("0, or 0.001..2", "1e-40")
 
 
 # --- A prompt --------------------------------------------------------------------------------------------------------
