@@ -41,11 +41,11 @@ from bench.kms_emulator import ANSWERING, MAKING, PLAIN_ANSWER, VERIFYING, read_
 from bench.kms_house import CONTEXT, ENCLAVE, HOST, PLAIN, PLAINTEXT, REGION, KmsHouse, kms_house
 from bench.turns import in_turns, since
 from emulator.cms import envelop
-from enclave.cms import open_enveloped, parse, unwrap
-from enclave.kms import Kms
-from enclave.kms_client import KmsClient, _SignedAt
-from enclave.kms_https import Attempt, KmsPool, _common_validity, trusting
-from enclave.tunnel import Tunnel, TunnelStream
+from enclave.kms.client import KmsClient, _SignedAt
+from enclave.kms.cms import open_enveloped, parse, unwrap
+from enclave.kms.https import Attempt, KmsPool, _common_validity, trusting
+from enclave.kms.service import Kms
+from enclave.kms.tunnel import Tunnel, TunnelStream
 from vsockrpc.address import TcpAddress, parse_address
 
 LATENCY_MS = 200
@@ -236,7 +236,7 @@ async def _steps(house: KmsHouse, within: _Within) -> AsyncIterator[dict[str, St
         assert released == Secret(PLAINTEXT)
         return taken
 
-    opening_cms = mock.patch("enclave.kms.open_enveloped", within.timed(OPENING, open_enveloped))
+    opening_cms = mock.patch("enclave.kms.service.open_enveloped", within.timed(OPENING, open_enveloped))
     signing = mock.patch.object(_SignedAt, "add_auth", within.timed(SIGNING, _SignedAt.add_auth))
     try:
         with opening_cms, signing:

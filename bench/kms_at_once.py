@@ -13,8 +13,8 @@ from attestation.secret import Secret
 from bench import Row
 from bench.kms_house import CONTEXT, PLAINTEXT, KmsHouse
 from bench.turns import since
-from enclave.kms import Kms
-from enclave.release import GuardedKms
+from enclave.kms.release import GuardedKms
+from enclave.kms.service import Kms
 
 TOGETHER, MAX_RATIO = 8, 2.0
 """So many releases at once may take less than so many times as long as one."""

@@ -25,7 +25,7 @@ from attestation.reference import PcrSet
 from attestation.secret import Secret
 from bench.house import command
 from enclave.config import KmsSettings
-from enclave.kms_https import Credentials
+from enclave.kms.https import Credentials
 from enclave.nsm import Nsm, open_nsm
 from vsockrpc.address import TcpAddress, parse_address
 

@@ -26,8 +26,8 @@ from attestation.manifest import ModelManifest
 from attestation.secret import Secret
 from bench import Row
 from enclave.config import WrappedKey
+from enclave.kms.release import EnvelopeKeys
 from enclave.model import receive_model
-from enclave.release import EnvelopeKeys
 from parent.modelstore import ModelStore
 from tests.gguf_files import TEXT, Gguf
 from vsockrpc.address import UnixAddress

@@ -24,10 +24,10 @@ from enclave.config import EnclaveConfiguration, KmsSettings, WrappedKey
 from enclave.cpu import check_cpu
 from enclave.engine import Engine
 from enclave.identity import Identity
+from enclave.kms.release import EnvelopeKeys, GuardedKms, KeyService
 from enclave.log import EventLog, Halted, KeyOffered, Phase, PhaseReached, WeightsReceived
 from enclave.model import Progress, SealedModel, open_model, receive_model
 from enclave.nsm import Nsm
-from enclave.release import EnvelopeKeys, GuardedKms, KeyService
 
 RNG_CURRENT = Path("/sys/class/misc/hw_random/rng_current")
 KERNEL_POOL = Path("/dev/urandom")
@@ -251,7 +251,9 @@ def reseed(pool: int) -> None:
 
 
 def _kms_over_the_tunnel(settings: KmsSettings, nsm: Nsm) -> KeyManagement:
-    from enclave.kms import Kms  # an SDK: half of what the server would import, and only some configurations need it
+    from enclave.kms.service import (
+        Kms,  # an SDK: half of what the server would import, and only some configurations need it
+    )
 
     return Kms(settings, nsm)
 

@@ -67,7 +67,7 @@ class EngineSettings:
     batch: int
     """Tokens that one decode takes at most: a cancelled call stops within one."""
     prefill: int
-    """How many of these are of prompts while somebody waits for the next token of an answer."""
+    """How many of these are of prompts while as many wait for the next token of an answer as for their first."""
     prompt_tokens: int
     """Of one prompt at most; 0 is as many as the context leaves."""
     answer_tokens: int

@@ -17,7 +17,7 @@ from enum import StrEnum
 from typing import ClassVar, TypeAlias
 
 from attestation.model_family import CallFormat, Family
-from enclave.kms_errors import KMS_CODES
+from enclave.kms.errors import KMS_CODES
 
 TOTALS_INTERVAL_SECONDS = 60
 
@@ -133,7 +133,7 @@ class Totals:
     engine_restarts: int = 0
     """Engine processes that ended while requests were served."""
     kms: dict[str, int] = field(default_factory=dict)
-    """Envelopes whose key did not come, by why: of :data:`~enclave.kms_errors.KMS_CODES` those that occurred."""
+    """Envelopes whose key did not come, by why: of :data:`~enclave.kms.errors.KMS_CODES` those that occurred."""
 
     def count_kms(self, code: str) -> None:
         """A key did not come. A code that is not KMS's is not counted: nothing else becomes a name in an event."""

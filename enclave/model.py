@@ -26,7 +26,7 @@ from attestation.errors import StrongroomError
 from attestation.gguf import read_header
 from attestation.manifest import MANIFEST_LABEL, MAX_MANIFEST_SIZE, ManifestFile, ModelManifest
 from attestation.reference import h384
-from enclave.release import EnvelopeKeys, EnvelopeReader
+from enclave.kms.release import EnvelopeKeys, EnvelopeReader
 from vsockrpc.address import Address
 from vsockrpc.digest import HashingSink
 from vsockrpc.limits import BULK

@@ -29,7 +29,7 @@ def most_bytes(context: int) -> int:
 
 def require_size(request: GenerationRequest, context: int) -> None:
     """Raises ContextExceeded for what is too large. A conversation that may lose its oldest turns may be larger: they
-    are dropped by whoever cuts it into tokens (:func:`enclave.truncation.without_oldest`).
+    are dropped by whoever cuts it into tokens (:func:`enclave.worker.truncation.without_oldest`).
     """
     truncates = isinstance(request, ChatRequest) and request.truncation == "auto"
     require_bytes(prompt_size(request), MAX_PROMPT_SIZE if truncates else most_bytes(context), context)

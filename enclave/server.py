@@ -21,11 +21,11 @@ from attestation.verifier import NONCE_SIZE
 from enclave.arrivals import ARRIVAL_SECONDS, Arrivals
 from enclave.boot import Enclave
 from enclave.identity import OfferedKey
-from enclave.kms_errors import KmsError
+from enclave.kms.errors import KmsError
+from enclave.kms.release import EnvelopeReader
 from enclave.log import TOTALS_INTERVAL_SECONDS, NsmFailed, Phase
 from enclave.nsm import NsmError
 from enclave.pacing import PacedAnswer
-from enclave.release import EnvelopeReader
 from vsockrpc.chat import ChatRequest, CompletionRequest
 from vsockrpc.deferred import SECRET_SIZE, ReplyKeys, reply_secret_of, request_of
 from vsockrpc.fields import MessageError

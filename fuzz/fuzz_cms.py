@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from attestation.secret import Secret
-from enclave.cms import CmsError, decrypt, open_enveloped, parse
+from enclave.kms.cms import CmsError, decrypt, open_enveloped, parse
 from scripts import vectors_cms
 
 CONTENT_KEY = Secret(vectors_cms.CONTENT_KEY)

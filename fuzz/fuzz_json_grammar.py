@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from enclave.gbnf import MAX_GRAMMAR_CHARACTERS
 from enclave.generation import InvalidRequest
-from enclave.json_grammar import BARE, json_grammar, tool_call_grammar
+from enclave.grammar.gbnf import MAX_GRAMMAR_CHARACTERS
+from enclave.grammar.json_grammar import BARE, json_grammar, tool_call_grammar
 from vsockrpc.chat import Tool
 
 

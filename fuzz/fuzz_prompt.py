@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from enclave.generation import InvalidRequest
-from enclave.prompt import ChatTemplate, TemplateError
+from enclave.worker.prompt import ChatTemplate, TemplateError
 from vsockrpc.chat import ROLES, ChatMessage, ChatRequest, Tool
 
 LONGEST = 2000

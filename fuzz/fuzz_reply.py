@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from enclave.reply import Reading, Reply
-from enclave.scheduler import Sampled
-from enclave.tool_calls import BARE, DEEPSEEK, HERMES, LLAMA, CallReader
+from enclave.worker.reply import Reading, Reply
+from enclave.worker.scheduler import Sampled
+from enclave.worker.tool_calls import BARE, DEEPSEEK, HERMES, LLAMA, CallReader
 from vsockrpc.messages import Delta, FinishReason
 
 SYNTAXES = (None, HERMES, LLAMA, DEEPSEEK, BARE)

@@ -19,12 +19,12 @@ from enclave.generation import (
     Overloaded,
     Unavailable,
 )
-from enclave.kv_cache import KvCache
-from enclave.prompt import Prompt
 from enclave.prompt_size import require_size
-from enclave.reply import Reply
-from enclave.scheduler import Admission, Sampled, Scheduler, Step
-from enclave.truncation import Tokenized, fitting, without_oldest
+from enclave.worker.kv_cache import KvCache
+from enclave.worker.prompt import Prompt
+from enclave.worker.reply import Reply
+from enclave.worker.scheduler import Admission, Sampled, Scheduler, Step
+from enclave.worker.truncation import Tokenized, fitting, without_oldest
 from vsockrpc.chat import ChatRequest, CompletionRequest, GenerationRequest
 from vsockrpc.messages import Delta, Done
 

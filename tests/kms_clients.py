@@ -21,7 +21,7 @@ from attestation.secret import Secret
 from emulator.kms_endpoint import KmsEmulator
 from emulator.kms_faults import Fault
 from emulator.sigv4 import Principal
-from enclave.cms import open_enveloped
+from enclave.kms.cms import open_enveloped
 from enclave.nsm import Nsm
 from tests import attested
 from tests.terminal import Ran, Terminal

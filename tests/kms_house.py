@@ -24,7 +24,7 @@ from attestation.keyrelease import released_to
 from attestation.policy import AppraisalPolicy
 from attestation.rules import Ignore, KeyRule
 from enclave.config import KmsSettings
-from enclave.kms import Kms, Patience
+from enclave.kms.service import Kms, Patience
 from enclave.nsm import Nsm
 from parent.proxy import Proxy
 from strongroom.prompt_file import Reply, open_answer

@@ -27,7 +27,7 @@ from emulator.pki import DevelopmentRoot
 from emulator.sigv4 import Principal
 from emulator.tls import TlsAuthority
 from enclave.config import KmsSettings
-from enclave.kms import Kms, Patience
+from enclave.kms.service import Kms, Patience
 from enclave.nsm import Nsm
 from parent.credentials import Credentials, Issued
 from parent.egress import Allowed, Egress, Endpoint

@@ -19,7 +19,7 @@ from attestation.envelope import EnvelopeHeader, EnvelopePurpose, Terms, encrypt
 from attestation.envelope_records import TAG_SIZE, Sealer
 from attestation.keypolicy.document import KeyArn
 from attestation.secret import Secret
-from enclave.kms_errors import KmsError
+from enclave.kms.errors import KmsError
 from strongroom.prompt_file import Reply
 from tests.key_policies import ACCOUNT
 from vsockrpc.address import UnixAddress

@@ -20,7 +20,7 @@ from bench.engine.measuring import RECORD, Bench, Figure, compare
 from bench.engine.prompts import essay
 from bench.engine.sides import Side, Sizes
 from bench.engine.throughput import OPENMP, OURS, PEER, PROMPT, number_of, play_essays, streams_text
-from enclave.worker import NICENESS
+from enclave.worker.__main__ import NICENESS
 
 # --- Neighbours -------------------------------------------------------------------------------------------------------
 

@@ -164,7 +164,7 @@ def add_texts(image: Image, source: Path, configuration: Path) -> None:
     image.write(LAST_FILE, "The last file of the image: where it is missing, the image was cut off.\n")
     image.copy(configuration, "/etc/strongroom/enclave.toml")
     # Whatever asks for the system's authorities gets those that TLS to KMS may lead to, and no others.
-    roots = sorted((source / "enclave" / "anchors").glob("*.der"))
+    roots = sorted((source / "enclave" / "kms" / "anchors").glob("*.der"))
     image.write("/etc/ssl/certs/ca-certificates.crt", "".join(map(_pem, roots)))
 
 

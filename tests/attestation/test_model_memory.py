@@ -1,5 +1,5 @@
 """What a model takes in memory: the account, the shape that it is made from, and the work that it is made for. Whether
-llama.cpp takes as much is asked in ``tests/enclave/test_memory.py``.
+llama.cpp takes as much is asked in ``tests/enclave/worker/test_memory.py``.
 """
 
 from __future__ import annotations

@@ -142,8 +142,8 @@ def test_of_several_batch_sizes_the_shortest_gap_is_the_best() -> None:
 
 
 def test_samples_are_shares_by_innermost_function() -> None:
-    raw = "run (enclave/worker.py:1);decode (enclave/llama.py:240) 970\n" + "".join(
-        f"run (enclave/worker.py:1);{name} (enclave/sampler.py:9) {count}\n"
+    raw = "run (enclave/worker/loop.py:1);decode (enclave/worker/llama.py:240) 970\n" + "".join(
+        f"run (enclave/worker/loop.py:1);{name} (enclave/worker/sampler.py:9) {count}\n"
         for name, count in (("sample", 28), ("x", 2))
     )
     assert threads.shares_of(raw) == "decode (llama.py) 97.0 %, sample (sampler.py) 2.8 %, others 0.2 %"

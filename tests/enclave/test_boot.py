@@ -29,7 +29,7 @@ from enclave.config import ChannelSettings, EnclaveConfiguration, KmsSettings
 from enclave.engine import Engine
 from enclave.generation import EngineRefused
 from enclave.identity import Identity
-from enclave.kms_errors import KmsError
+from enclave.kms.errors import KmsError
 from enclave.log import EventLog, Phase
 from enclave.model import SealedModel
 from enclave.nsm import Nsm, NsmError, NsmUnavailable

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from attestation.model_family import CallFormat, Family
 from enclave import log
-from enclave.kms_errors import KMS_CODES
+from enclave.kms.errors import KMS_CODES
 from enclave.log import (
     EngineLost,
     EngineStarted,

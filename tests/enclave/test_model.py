@@ -24,9 +24,9 @@ from attestation.gguf import ModelError
 from attestation.manifest import MANIFEST_LABEL, MAX_MANIFEST_SIZE, ManifestFile, ModelManifest
 from attestation.reference import h384
 from enclave.config import WrappedKey
-from enclave.kms_errors import KmsError
+from enclave.kms.errors import KmsError
+from enclave.kms.release import EnvelopeKeys
 from enclave.model import ModelRefused, Patience, SealedModel, StoreFailed, open_model, receive_model
-from enclave.release import EnvelopeKeys
 from parent.modelstore import ModelStore
 from tests.gguf_files import TEXT, Gguf
 from tests.sealing import CONTEXT, FLOOR, MODEL, MODEL_KEY, PROMPT, LocalKms, Sealing, split_records

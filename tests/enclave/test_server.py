@@ -26,11 +26,11 @@ from enclave.boot import Enclave
 from enclave.config import KmsSettings
 from enclave.generation import EngineFailed, Overloaded
 from enclave.identity import MAX_KEYS, Identity, OfferedKey
-from enclave.kms_errors import KMS_CODES, KmsError
+from enclave.kms.errors import KMS_CODES, KmsError
+from enclave.kms.release import AT_KMS, WAITING
 from enclave.log import EventLog, Phase, Totals
 from enclave.nsm import Nsm, NsmError, NsmErrorCode, NsmUnavailable, Transport
 from enclave.pacing import PacedAnswer
-from enclave.release import AT_KMS, WAITING
 from enclave.server import EVIDENCE_QUEUE, BoundedWorker, Server, longest_envelope, longest_request
 from strongroom.prompt_file import Reply, open_answer
 from strongroom.session import RequestFailed

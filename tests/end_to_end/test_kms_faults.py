@@ -29,9 +29,9 @@ from attestation.secret import Secret
 from emulator.https import Cut
 from emulator.kms_faults import GARBAGE, INTERNAL, THROTTLED, WITH_PLAINTEXT, Delay, another_key
 from emulator.nsm import boot_registers
-from enclave.cms import CmsError, open_enveloped
-from enclave.kms import Patience
-from enclave.kms_errors import KmsError
+from enclave.kms.cms import CmsError, open_enveloped
+from enclave.kms.errors import KmsError
+from enclave.kms.service import Patience
 from parent.credentials import Issued, NoCredentials
 from parent.egress import Endpoint
 from tests.canaries import where

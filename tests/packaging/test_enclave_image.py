@@ -16,12 +16,12 @@ import botocore
 import pytest
 from botocore.loaders import Loader
 
-import enclave.kms_client
+import enclave.kms.client
 from attestation.dependencies import APPLICATION_PACKAGES, ENCLAVE_DEPENDENCIES
 from attestation.secret import Secret
 from enclave.config import EnclaveConfiguration
-from enclave.kms_client import KmsClient
-from enclave.kms_https import Attempt, Credentials
+from enclave.kms.client import KmsClient
+from enclave.kms.https import Attempt, Credentials
 from scripts.image import collect
 from scripts.machine import wheels_digest
 from strongroom.prepare import WEIGHTS_FOLDER
@@ -342,7 +342,7 @@ def test_botocore_s_data_that_is_taken_is_enough_for_kms(tmp_path: Path, monkeyp
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, tmp_path / name)
     loader = Loader([str(tmp_path / "botocore" / "data")], include_default_search_paths=False)
-    monkeypatch.setattr(enclave.kms_client, "_LOADER", loader)
+    monkeypatch.setattr(enclave.kms.client, "_LOADER", loader)
     pool = Answering()
     client = KmsClient("eu-west-1", TcpAddress("kms.eu-west-1.amazonaws.com", 443), pool)  # type: ignore[arg-type]
     now = datetime(2026, 1, 1, tzinfo=UTC)

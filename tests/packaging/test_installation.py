@@ -11,7 +11,7 @@ import pytest
 from mypy import api as mypy
 from packaging.utils import canonicalize_name
 
-from enclave.anchors import FINGERPRINTS
+from enclave.kms.anchors import FINGERPRINTS
 from strongroom.cli import COMMANDS, NEEDS
 from strongroom.extras import EXTRAS
 from tests.packaging.installation import REPOSITORY, Installation, build, install, required
@@ -45,7 +45,7 @@ def test_the_wheel_holds_the_rooms_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     modules = {str(path.relative_to(REPOSITORY)) for room in ROOMS for path in REPOSITORY.glob(f"{room}/**/*.py")}
-    data = {"attestation/anchors/aws-nitro-root-g1.der", *(f"enclave/anchors/{name}" for name in FINGERPRINTS)}
+    data = {"attestation/anchors/aws-nitro-root-g1.der", *(f"enclave/kms/anchors/{name}" for name in FINGERPRINTS)}
     typed = {f"{room}/py.typed" for room in ("attestation", "strongroom", "vsockrpc")}
     assert names == modules | data | typed
 

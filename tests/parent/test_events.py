@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attestation.manifest import ModelManifest
-from enclave.kms_errors import KMS_CODES
+from enclave.kms.errors import KMS_CODES
 from enclave.log import Event, EventLog, Halted, KeyOffered, Phase, PhaseReached, Totals, WeightsReceived
 from parent.events import MAX_LINE, PHASES, EventError, EventReader, parse_event
 from parent.launch.process import MEMORY_SLACK, ProcessMachine

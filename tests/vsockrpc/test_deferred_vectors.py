@@ -54,7 +54,7 @@ def header_of(vector: dict[str, Any]) -> tuple[EnvelopeHeader, bytes]:
 def test_prompt(vector: dict[str, Any]) -> None:
     header, records = header_of(vector)
     if header.record != PROMPT_RECORD:
-        assert vector["expect"] == "malformed"  # tests/enclave/test_release.py: refused, and KMS is not asked
+        assert vector["expect"] == "malformed"  # tests/enclave/kms/test_release.py: refused, and KMS is not asked
         return
     model, configuration = bytes.fromhex(vector["model"]), bytes.fromhex(vector["configuration"])
     opener = Opener(header, Secret(bytes.fromhex(vector["data_key"])), model=model, configuration=configuration)

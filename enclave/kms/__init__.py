@@ -1,0 +1,1 @@
+"""What KMS releases to this measured image, and the way to it."""
