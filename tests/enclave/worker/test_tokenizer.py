@@ -196,7 +196,7 @@ from pathlib import Path
 from enclave.generation import InvalidRequest
 from enclave.worker.prompt import Segment
 from enclave.worker.tokenizer import Tokenizer
-from tests.enclave.test_tokenizer import BLANKS, EXPRESSIONS, RUNS, UNITS
+from tests.enclave.worker.test_tokenizer import BLANKS, EXPRESSIONS, RUNS, UNITS
 from tests.vocabularies import vocabulary
 
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
