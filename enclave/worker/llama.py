@@ -7,6 +7,7 @@ here the rows of a step go in, and the logits of those that want a token come ou
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Final
@@ -322,6 +323,13 @@ class _ThreadPool:
         if filled != (threads, 0, _DEFAULT_POLL, False, False):
             raise RuntimeError("struct ggml_threadpool_params is not laid out as expected")
         parameters.poll = POLL
+        cpus = sorted(os.sched_getaffinity(0))
+        if threads == len(cpus) and cpus[-1] < _MAX_THREADS:
+            # Each its own CPU. Else two stand in one's queue now and then, after others have woken, and within a step
+            # one waits for the other: 4 % at one stream, 6 % at two; beside a busy neighbour no difference.
+            for cpu in cpus:
+                parameters.cpumask[cpu] = True
+            parameters.strict_cpu = True
         _LIBRARY.ggml_threadpool_new.restype = ctypes.c_void_p
         pool = not_null(_LIBRARY.ggml_threadpool_new(ctypes.byref(parameters)))
         _LIBRARY.llama_attach_threadpool.restype = None

@@ -44,10 +44,11 @@ from vsockrpc.chat import CompletionRequest, GenerationRequest
 from vsockrpc.messages import Delta, Done, MessageReader, ToolCallDelta
 
 _CHUNK = 256 << 10
-COALESCE_SECONDS = 0.03
+COALESCE_SECONDS = 0.05
 """Text of one answer goes to the server at most so often, all tokens' that there are by then; its first at once, its
 last with its end. Each time wakes the server, the proxy and the client, which take a core from decoding: measured on 2
-cores, 1.2 ms a token when each goes alone (``bench.path``).
+cores, 1.2 ms a token when each goes alone (``bench.path``). It is the default tick, more often than which no record
+leaves anyway.
 """
 MESSAGE_SECONDS = 0.01
 """Text of some answer goes to the server so often, about, where many answer: whoever wakes while a step is decoded has
@@ -116,7 +117,7 @@ class _Request:
     """Tokens that come next, whatever the model would say."""
     held: list[Delta] = field(default_factory=list)
     """What waits for the interval to pass."""
-    due: float = 0.0
+    has_spoken: bool = False
     has_format: bool = False
     sampling: float = 0.0
     """Seconds that its grammar and the choice of its tokens have taken, over the usual ones."""
@@ -163,6 +164,8 @@ class Loop:
         self._requests: dict[int, _Request] = {}
         self._clock = clock
         self._spoke = clock()
+        self._due = 0.0
+        """When text goes to the server the next time."""
 
     def run(self) -> None:
         """Until the server goes. Raises Gone, PipeError and DecodeFailed."""
@@ -265,19 +268,27 @@ class Loop:
             match output:
                 case Delta():
                     request.held.append(output)
-                    if now >= request.due:
-                        request.due = now + max(COALESCE_SECONDS, MESSAGE_SECONDS * len(self._requests))
-                        messages += _pieces(number, request.held)
                 case Done():
                     del self._requests[number]
                     request.sampler.close()
                     messages += [*_pieces(number, request.held), End(number, output)]
+        messages += self._due_pieces(now)
         messages += [self._give_up(number) for number in sampled if self._has_failed(number)]
         if not messages and now - self._spoke >= COALESCE_SECONDS:
             messages.append(Alive())  # the server takes a long silence for a death
         if messages:
             self._pipe.send(*messages)
             self._spoke = now
+
+    def _due_pieces(self, now: float) -> Iterator[Piece]:
+        """When it is time, of all at once: one wake-up of the server then, and not one for each."""
+        is_time = now >= self._due
+        if is_time:
+            self._due = now + max(COALESCE_SECONDS, MESSAGE_SECONDS * len(self._requests))
+        for number, request in self._requests.items():
+            if is_time or not request.has_spoken:
+                request.has_spoken = request.has_spoken or bool(request.held)
+                yield from _pieces(number, request.held)
 
     def _stay_alive(self) -> None:
         now = self._clock()
