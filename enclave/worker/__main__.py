@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
         confine.die_with(load.parent)
         confine.forbid_new_privileges()
         confine.set_dumpable(True)
-        llama = Llama(f"/proc/self/fd/{weights_fd}", load.settings, threads=load.settings.threads)
+        llama = Llama(f"/proc/self/fd/{weights_fd}", load.settings, threads=load.settings.threads, pins=True)
         confine.set_dumpable(False)
         os.close(weights_fd)
         tokenizer = llama.tokenizer(load.template)

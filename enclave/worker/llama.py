@@ -63,8 +63,10 @@ _KV_TYPES: Final[Mapping[KvType, int]] = {
 class Llama:
     """One model and one context of several sequences. Sizes are tokens."""
 
-    def __init__(self, path: str, settings: EngineSettings, *, threads: int) -> None:
-        """Loads the GGUF file at ``path``, mapped, not copied. Raises LlamaRefused."""
+    def __init__(self, path: str, settings: EngineSettings, *, threads: int, pins: bool = False) -> None:
+        """Loads the GGUF file at ``path``, mapped, not copied. With ``pins`` each thread has a CPU of its own, if there is
+        one for each; the thread that calls is one of them, and stays so. Raises LlamaRefused.
+        """
         llama_cpp.llama_log_set(_say_nothing, ctypes.c_void_p(None))
         llama_cpp.llama_backend_init()
         self._settings = settings
@@ -74,7 +76,7 @@ class Llama:
         self._control_tokens = np.array(list(self._controls()), np.int32)
         self._context = self._make_context(threads)
         self._memory = not_null(llama_cpp.llama_get_memory(self._context))
-        self._pool = _ThreadPool(self._context, threads)
+        self._pool = _ThreadPool(self._context, threads, pins=pins)
         self._batch = _Batch(settings.batch)
         self._candidates = Candidates(self.vocabulary_size)
         self._piece = ctypes.create_string_buffer(_PIECE_SIZE)
@@ -316,7 +318,7 @@ class _ThreadPool:
             ("paused", ctypes.c_bool),
         )
 
-    def __init__(self, context: Any, threads: int) -> None:
+    def __init__(self, context: Any, threads: int, *, pins: bool) -> None:
         parameters = self._Parameters()
         _LIBRARY.ggml_threadpool_params_init(ctypes.byref(parameters), ctypes.c_int(threads))
         filled = (parameters.n_threads, parameters.priority, parameters.poll, parameters.strict_cpu, parameters.paused)
@@ -324,8 +326,8 @@ class _ThreadPool:
             raise RuntimeError("struct ggml_threadpool_params is not laid out as expected")
         parameters.poll = POLL
         cpus = sorted(os.sched_getaffinity(0))
-        if threads == len(cpus) and cpus[-1] < _MAX_THREADS:
-            # Each its own CPU. Else two stand in one's queue now and then, after others have woken, and within a step
+        if pins and threads == len(cpus) and cpus[-1] < _MAX_THREADS:
+            # Else two stand in one's queue now and then, after others have woken, and within a step
             # one waits for the other: 4 % at one stream, 6 % at two; beside a busy neighbour no difference.
             for cpu in cpus:
                 parameters.cpumask[cpu] = True

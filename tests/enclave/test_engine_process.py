@@ -549,6 +549,23 @@ async def test_as_many_threads_as_the_process_has_cpus_unless_it_is_told(
     assert [load.settings.threads for load in loads] == [expected]
 
 
+async def test_each_thread_has_a_cpu_of_its_own_where_there_are_as_many(tiny_weights: int) -> None:
+    cpus = os.sched_getaffinity(0)
+    for threads in {len(cpus), 1}:
+        engine = LlamaEngine(tiny_weights, CHAT_TEMPLATE, replace(SETTINGS, threads=threads))
+        await engine.start()
+        try:
+            tasks = [int(entry.name) for entry in Path(f"/proc/{pid_of(engine)}/task").iterdir()]
+            may_use = [os.sched_getaffinity(task) for task in tasks]
+        finally:
+            await engine.close()
+        if threads == len(cpus):
+            assert sorted(may_use, key=sorted) == [{cpu} for cpu in sorted(cpus)]
+        else:
+            assert may_use == [cpus]
+    assert os.sched_getaffinity(0) == cpus
+
+
 async def test_requests_do_not_wait_for_ever_for_a_process(tiny_weights: int, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = LlamaEngine(tiny_weights, CHAT_TEMPLATE, SETTINGS, wait_seconds=0.01)
     await engine.start()
