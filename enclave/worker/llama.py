@@ -64,8 +64,8 @@ class Llama:
     """One model and one context of several sequences. Sizes are tokens."""
 
     def __init__(self, path: str, settings: EngineSettings, *, threads: int, pins: bool = False) -> None:
-        """Loads the GGUF file at ``path``, mapped, not copied. With ``pins`` each thread has a CPU of its own, if there is
-        one for each; the thread that calls is one of them, and stays so. Raises LlamaRefused.
+        """Loads the GGUF file at ``path``, mapped, not copied. With ``pins`` each thread has a CPU of its own, if there
+        is one for each; the thread that calls is one of them, and stays so. Raises LlamaRefused.
         """
         llama_cpp.llama_log_set(_say_nothing, ctypes.c_void_p(None))
         llama_cpp.llama_backend_init()
@@ -327,8 +327,8 @@ class _ThreadPool:
         parameters.poll = POLL
         cpus = sorted(os.sched_getaffinity(0))
         if pins and threads == len(cpus) and cpus[-1] < _MAX_THREADS:
-            # Else two stand in one's queue now and then, after others have woken, and within a step
-            # one waits for the other: 4 % at one stream, 6 % at two; beside a busy neighbour no difference.
+            # Else two stand in one's queue now and then, after others have woken, and within a step one waits for the
+            # other: 4 % at one stream, 6 % at two; beside a busy neighbour no difference.
             for cpu in cpus:
                 parameters.cpumask[cpu] = True
             parameters.strict_cpu = True
