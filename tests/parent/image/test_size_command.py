@@ -82,7 +82,8 @@ def test_the_account_is_printed_for_people(model: Path, eif: Path) -> None:
     result = run("--model", model, "--image", eif)
     assert result.exit_code == 0
     assert "4 x 2048 tokens, 1 layers, f16" in result.output
-    assert "nitro-cli run-enclave --memory 2" in result.output
+    memory = json.loads(run("--model", model, "--image", eif, "--json").output)["memory_mib"]
+    assert f"nitro-cli run-enclave --memory {memory} " in result.output
     assert "--cpu-count 2" in result.output
     assert DATE in result.output
     assert "c7i.xlarge" in result.output
