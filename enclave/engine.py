@@ -51,7 +51,7 @@ MAX_FAILED_STARTS: Final = 5
 RECENT_ANSWERS: Final = 16
 """How many answers the estimate of the next one's time goes back, about."""
 MAX_RETRY_SECONDS: Final = 64
-MAX_UNREAD: Final = 16 << 20
+MAX_UNREAD_TOGETHER: Final = 16 << 20
 """Of all answers together that are whole and not read, in the units of :data:`enclave.process.PAUSE_ABOVE`."""
 _CLOSED: Final = "the engine is closed"
 _NAMESPACE_LABEL: Final = b"strongroom prefix cache 1"
@@ -178,7 +178,7 @@ class LlamaEngine:
             seconds = asyncio.get_running_loop().time() - place.begun
             self._seconds += (seconds - self._seconds) / RECENT_ANSWERS
             self._unread[answer] = None
-        while sum(each.unread for each in self._unread) > MAX_UNREAD:
+        while sum(each.unread for each in self._unread) > MAX_UNREAD_TOGETHER:
             oldest = next(each for each in self._unread if each.unread)
             del self._unread[oldest]
             oldest.give_up()

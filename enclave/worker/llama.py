@@ -328,7 +328,7 @@ class _ThreadPool:
         cpus = sorted(os.sched_getaffinity(0))
         if pins and threads == len(cpus) and cpus[-1] < _MAX_THREADS:
             # Else two stand in one's queue now and then, after others have woken, and within a step one waits for the
-            # other: 4 % at one stream, 6 % at two; beside a busy neighbour no difference.
+            # other.
             for cpu in cpus:
                 parameters.cpumask[cpu] = True
             parameters.strict_cpu = True

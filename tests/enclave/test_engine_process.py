@@ -418,7 +418,7 @@ async def test_an_answer_that_is_whole_takes_no_place_however_slowly_it_is_read(
 async def test_of_too_much_that_nobody_reads_the_oldest_goes(
     engine: LlamaEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("enclave.engine.MAX_UNREAD", 10_000)
+    monkeypatch.setattr("enclave.engine.MAX_UNREAD_TOGETHER", 10_000)
     request = replace(SHORT, max_tokens=20, top_logprobs=1)
     async with aclosing(engine.generate(request)) as first, aclosing(engine.generate(request)) as second:
         for slow in (first, second):

@@ -79,7 +79,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     elif QWEN2.exists():
         path = QWEN2
     else:
-        pytest.skip("no shared vectors")
+        pytest.skip("../shared/vectors/gguf is not here")
     with vocabulary(path) as vocab:
         yield Tokenizer(vocab, "", "qwen2")
 
@@ -241,7 +241,7 @@ def test_no_text_overflows_the_stack(names: frozenset[str], tmp_path: Path) -> N
 
 def test_no_text_overflows_the_stack_with_a_real_vocabulary() -> None:
     if not QWEN2.exists():
-        pytest.skip("no shared vectors")
+        pytest.skip("../shared/vectors/gguf is not here")
     assert list(refusals(QWEN2).values()) == [0]
 
 
@@ -309,7 +309,7 @@ with vocabulary(Path(sys.argv[1])) as vocab:
 @pytest.mark.parametrize(("unit", "end"), [("1", "😀"), ("<", "😀"), ("1<", ""), ("<|im_end|>1111", "😀")])
 def test_a_prompt_stays_within_its_account(unit: str, end: str) -> None:
     if not QWEN2.exists():
-        pytest.skip("no shared vectors")
+        pytest.skip("../shared/vectors/gguf is not here")
     command = [sys.executable, "-B", "-c", COSTLY, str(QWEN2), unit, end]
     root = Path(__file__).parents[3]
     run = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=root)
