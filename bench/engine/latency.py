@@ -11,7 +11,7 @@ from typing import Final
 from bench import Row
 from bench.engine import sides as servers
 from bench.engine.load import Ask, Clients, Heard, percentile, tokens_per_second
-from bench.engine.measuring import RECORD, Bar, Bench, Figure, compare
+from bench.engine.measuring import Bar, Bench, Figure, compare, paired_ratio
 from bench.engine.prompts import essay, second_turn
 from bench.engine.sides import Side, Sizes
 from bench.engine.throughput import OURS, PACED, PEER, number_of
@@ -78,9 +78,9 @@ LONG_ANSWER: Final = 32
 BEGUN: Final = 8
 """Events of each short stream, after which the long prompt comes."""
 BATCHES: Final = (32, 64, 128, 256, 512)
-"""llama-server's ``-b``, of which the one with the shortest gap counts as its best."""
-TRIALS: Final = 2
-"""Runs that find it."""
+"""llama-server's ``-b``: a smaller one shortens the gap and costs tokens of all."""
+KEPT: Final = 0.95
+"""The share of default llama-server's tokens per second that a side keeps to count for its gap."""
 SHORT_ANSWERS: Final = 4
 """How many times as long as elsewhere the answers of the short streams are: the long prompt is read beside them."""
 
@@ -103,19 +103,18 @@ class Mixed:
 
 
 def mixed(bench: Bench) -> Iterator[Row]:
-    """Against llama-server as it is by itself, and with the ``-b`` that a few rounds found to be its best."""
+    """Against llama-server as it is by itself, and with each ``-b`` that could be its best."""
     for model in bench.models:
         sizes = Sizes(model=bench.model(model), context=2304, parallel=SHORT + 1)
         what = f"{model}, {SHORT} short streams and a prompt of about {LONG_PROMPT} tokens"
         with ExitStack() as stack:
-            ours = stack.enter_context(servers.ours(bench.native, sizes))
-            default = stack.enter_context(servers.llama_server(bench.llama_server, sizes))
-            tuned = [
-                stack.enter_context(
-                    servers.llama_server(bench.llama_server, sizes, name=f"{PEER} -b {batch}", more=["-b", str(batch)])
-                )
-                for batch in BATCHES
+            sides = [
+                stack.enter_context(servers.ours(bench.native, sizes)),
+                stack.enter_context(servers.llama_server(bench.llama_server, sizes)),
             ]
+            for batch in BATCHES:
+                name, more = f"{PEER} -b {batch}", ["-b", str(batch)]
+                sides.append(stack.enter_context(servers.llama_server(bench.llama_server, sizes, name=name, more=more)))
 
             async def play(
                 side: Side, clients: Clients, run: int, tokens: int = SHORT_ANSWERS * bench.answer(model)
@@ -125,36 +124,43 @@ def mixed(bench: Bench) -> Iterator[Row]:
                 long = essay(number + 90, LONG_PROMPT, answer=LONG_ANSWER)
                 return Mixed.of(await clients.play([*short, Ask(long.messages, long.tokens, waits=BEGUN)]))
 
-            tried = bench.alternate(tuned, play, runs=TRIALS)
-            yield from _trial_rows(bench, what, tried)
-            best = next(side for side in tuned if side.name == shortest(tried))
-            results = bench.alternate([ours, default, best], play)
-            yield from mixed_rows(bench, what, results)
+            yield from mixed_rows(bench, what, bench.alternate(sides, play))
 
 
-def shortest(tried: Mapping[str, Sequence[Mixed]]) -> str:
-    """Whose longest gap was the shortest."""
-    return min(tried, key=lambda name: statistics.median(each.gap for each in tried[name]))
+def best_batch(results: Mapping[str, Sequence[Mixed]], *, keeps: float) -> str:
+    """Which of llama-server's had the shortest gap, of those that kept so much of the default's tokens per second."""
+    rates = {name: paired_ratio(_rates(of), _rates(results[PEER])) for name, of in results.items()}
+    gaps = {name: statistics.median(each.gap for each in results[name]) for name in results if name != OURS}
+    return min((name for name in gaps if rates[name] >= keeps), key=gaps.__getitem__)
 
 
-def _trial_rows(bench: Bench, what: str, tried: Mapping[str, Sequence[Mixed]]) -> Iterator[Row]:
-    for name, of in tried.items():
-        gap, _, rate = _figures(bench, f"{what}, found", {name: of})[name]
-        yield Row(f"{what}: {name}, {TRIALS} runs", "", f"{gap} longest gap, {rate}", bar=RECORD)
+def _rates(of: Sequence[Mixed]) -> list[float]:
+    return [each.rate for each in of]
 
 
 def mixed_rows(bench: Bench, what: str, results: Mapping[str, Sequence[Mixed]]) -> Iterator[Row]:
-    """``results`` of ours, of llama-server, and of that at its best."""
+    """The gap is held to the shortest that llama-server has where it keeps as many tokens per second as ours has to,
+    and to the shortest that it has at any price.
+    """
     figures = _figures(bench, what, results)
-    (best,) = results.keys() - {OURS, PEER}
+    at_rate, at_any = best_batch(results, keeps=KEPT), best_batch(results, keeps=0.0)
     gap, first, rate = figures[OURS]
-    for name, title, longest, total in (
-        (PEER, f"{PEER}, default", Bar(0.2, at_least=False), Bar(0.95)),
-        (best, f"{best}, its best", Bar(1.0, at_least=False), None),
-    ):
-        peer_gap, peer_first, peer_rate = figures[name]
+    for name, (peer_gap, peer_first, peer_rate) in figures.items():
+        if name == OURS:
+            continue
+        titles = [name]
+        if name == PEER:
+            titles.append("default")
+        if name == at_rate:
+            titles.append(f"its best with {KEPT:g} of the default's tokens/s")
+        if name == at_any:
+            titles.append("its shortest at any price")
+        title = ", ".join(titles)
+        longest = Bar(1.0, at_least=False) if name in {at_rate, at_any} else None
+        if name == PEER:
+            longest = Bar(0.2, at_least=False)
         yield compare(f"{what}: longest gap of a short stream", gap, peer_gap, title, longest)
-        yield compare(f"{what}: tokens/s of all together", rate, peer_rate, title, total)
+        yield compare(f"{what}: tokens/s of all together", rate, peer_rate, title, Bar(KEPT) if name == PEER else None)
         yield compare(f"{what}: the long prompt's first token", first, peer_first, title)
 
 

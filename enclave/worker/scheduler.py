@@ -163,6 +163,10 @@ class _Waiting:
             del self.clients[sequence.client]
 
 
+CROWD = 4
+"""So many times as many prompts as answers are a crowd, for which the answers wait a whole step."""
+
+
 class Scheduler:
     """All sizes are tokens, or cells, which is the same."""
 
@@ -179,7 +183,7 @@ class Scheduler:
         longest_answer: int | None = None,
     ) -> None:
         """``context`` is the longest sequence, ``step`` what one decode takes at most, ``beside`` how much of that are
-        prompts while as many wait for the next token of an answer as for their first, ``queue`` how many may wait.
+        prompts beside answers, unless the prompts are a crowd, ``queue`` how many may wait.
         ``longest_prompt`` and ``longest_answer`` are None where the context alone bounds them.
         """
         if not 0 < beside <= step or step < slots or queue < 0:
@@ -390,8 +394,8 @@ class Scheduler:
 
     def _counts(self) -> list[int]:
         """Tokens of each that is at work. Of the prompts the oldest has half of what there is, and the others the rest,
-        the shortest first: nobody starves, and a short one does not wait for a long one. Where more wait for their
-        first token than for their next one, the many go first, and a step is as large as it may be.
+        the shortest first: nobody starves, and a short one does not wait for a long one. Where a crowd waits for its
+        first tokens and a few for their next ones, the many go first, and a step is as large as it may be.
         """
         readers = [index for index, each in enumerate(self._active) if each.pending > 1]
         counts = [1] * len(self._active)
@@ -399,7 +403,7 @@ class Scheduler:
             return counts
         others = len(self._active) - len(readers)
         left = self._step - others
-        if others >= len(readers):
+        if len(readers) < CROWD * others:
             left = min(self._beside, left)
         oldest, *rest = readers
         pending = [each.pending for each in self._active]

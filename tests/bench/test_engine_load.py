@@ -125,20 +125,36 @@ def test_a_mixed_round_is_judged_by_its_short_streams() -> None:
     assert (mixed.gap, mixed.first, mixed.rate) == pytest.approx((0.7, 20.0, 9 / 30))
 
 
-def test_of_several_batch_sizes_the_shortest_gap_is_the_best() -> None:
-    def of(gap: float) -> list[Mixed]:
-        return [Mixed(gap, 2.0, 50.0)]
+def test_llama_server_s_best_batch_keeps_its_tokens_or_has_the_shortest_gap() -> None:
+    def of(gap: float, rate: float) -> list[Mixed]:
+        return [Mixed(gap, 2.0, rate)]
 
     bench = Bench(runs=1, tokens=8, models=[], longest=0, openmp=False)
-    tried = {"llama-server -b 64": of(0.2), "llama-server -b 128": of(0.3)}
-    assert latency.shortest(tried) == "llama-server -b 64"
-    results = {"Strongroom": of(0.1), "llama-server": of(1.0), "llama-server -b 64": of(0.2)}
+    results = {
+        "Strongroom": of(0.3, 49.0),
+        "llama-server": of(5.0, 50.0),
+        "llama-server -b 64": of(0.2, 40.0),
+        "llama-server -b 128": of(0.6, 48.0),
+        "llama-server -b 256": of(1.0, 49.0),
+    }
+    assert latency.best_batch(results, keeps=0.95) == "llama-server -b 128"
+    assert latency.best_batch(results, keeps=0.0) == "llama-server -b 64"
     rows = list(latency.mixed_rows(bench, "m", results))
-    default, best = (row for row in rows if "longest gap" in row.what)
-    assert (default.compared, default.holds) == ("0.100", True)
+    default, short, best, other = (row for row in rows if "longest gap" in row.what)
+    assert (default.compared, default.holds) == ("0.060", True)
+    assert (short.compared, short.holds) == ("1.500, missed by 0.500", False)
+    assert "its shortest at any price" in short.peer
     assert (best.compared, best.holds) == ("0.500", True)
-    assert "llama-server -b 64, its best" in best.peer
+    assert "its best with 0.95 of the default's tokens/s" in best.peer
+    assert other.holds is None
+    rates = [row.holds for row in rows if "tokens/s of all" in row.what]
+    assert rates == [True, None, None, None]
     assert len(bench.figures) == 3 * len(results)
+
+
+def test_nothing_but_the_default_may_keep_its_tokens() -> None:
+    results = {"llama-server": [Mixed(5.0, 2.0, 50.0)], "llama-server -b 64": [Mixed(0.2, 2.0, 40.0)]}
+    assert latency.best_batch(results, keeps=0.95) == "llama-server"
 
 
 def test_samples_are_shares_by_innermost_function() -> None:

@@ -120,7 +120,7 @@ ROWS = {
     "portable": 2 + 1,
     "prefill": 3,
     "first-token": 2 * 2 * 2,
-    "mixed": 5 + 2 * 3,
+    "mixed": 6 * 3,
     "turns": 4,
     "memory": 3 * 2,
     "growth": 2 + 6,
@@ -144,7 +144,9 @@ def test_bars_are_those_that_were_asked_for(bench: Bench) -> None:
         return [row.bar for row in command.PARTS[part](bench) if row.holds is not None]
 
     assert bars("streams") == [">= 0.95"] * 3 + [">= 1", ">= 1.8", ">= 1"]
-    assert bars("mixed") == ["<= 0.2", ">= 0.95", "<= 1"]
+    default, rate, *batches = bars("mixed")
+    assert (default, rate) == ("<= 0.2", ">= 0.95")
+    assert set(batches) == {"<= 1"}, "the shortest gap at any price, and perhaps another one"
     assert bars("turns") == ["<= 0.15", "<= 1"]
     assert bars("memory") == ["peak < 2 GiB", "peak < 2.4 GiB"]
     assert bars("portable") == ["> 10 tokens/s"]

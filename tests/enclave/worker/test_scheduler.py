@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from enclave.generation import AnswerExceeded, ContextExceeded, Overloaded
 from enclave.worker.kv_cache import Copy, Edit, KvCache, Truncate
 from enclave.worker.reply import Reply
-from enclave.worker.scheduler import Admission, Row, Sampled, Scheduler, Step
+from enclave.worker.scheduler import CROWD, Admission, Row, Sampled, Scheduler, Step
 from vsockrpc.messages import Delta, Done, FinishReason, Usage
 
 END = 0
@@ -187,15 +187,16 @@ def test_a_long_prompt_takes_no_more_than_its_share_beside_an_answer() -> None:
         assert rows[2] <= 8
 
 
-def test_where_more_wait_for_their_first_token_a_step_is_as_large_as_it_may_be() -> None:
-    machine = Machine(scheduler())
+@pytest.mark.parametrize(("readers", "tokens"), [(CROWD - 1, 8 + 1), (CROWD, 16)])
+def test_answers_wait_a_whole_step_for_a_crowd_of_prompts_and_for_no_fewer(readers: int, tokens: int) -> None:
+    machine = Machine(scheduler(slots=CROWD + 1))
     machine.admit(asks(1, [2], budget=9))
     machine.step()
-    for request in (2, 3):
-        machine.admit(asks(request, [1] * 20, budget=1))
+    for request in range(readers):
+        machine.admit(asks(2 + request, [1] * 20, budget=1))
     step = machine.step()
     assert step is not None
-    assert sum(len(row.tokens) for row in step.rows) == 16
+    assert sum(len(row.tokens) for row in step.rows) == tokens
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
