@@ -4,7 +4,7 @@ python -m bench.engine                                                everything
 python -m bench.engine --part streams --runs 3 --models smollm2       some of it
 python -m bench.engine --peers                                        the peers' environments are made, no more
 
-Each part leaves a file of its own, and engine.md shows the last run of every part.
+Each part leaves a file of its own for each model, and engine.md shows the last run of every one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import argparse
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -25,6 +25,7 @@ from bench.engine.peers import WORK, Build, PeerError, say
 from bench.engine.report import Watch, write_page
 from bench.model_shapes import SHAPES
 
+MODELS: Final = (SMOLLM2, *SHAPES)
 PARTS: Final[Mapping[str, Callable[[Bench], Iterator[Row]]]] = {
     "streams": throughput.streams,
     "portable": throughput.portable,
@@ -38,6 +39,10 @@ PARTS: Final[Mapping[str, Callable[[Bench], Iterator[Row]]]] = {
     "speculation": throughput.speculation,
     "profile": threads.profile,
 }
+
+
+ONE_MODEL: Final = frozenset({"neighbours", "speculation"})
+"""Parts to which another model adds nothing: the first is enough."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,55 +63,59 @@ def main(arguments: list[str] | None = None) -> int:
         default=96,
         help="of each answer; half as many of a model other than smollm2 (default: 96)",
     )
-    parser.add_argument(
-        "--models", nargs="+", default=[SMOLLM2, "1.5b"], choices=[SMOLLM2, *SHAPES], help="default: smollm2 1.5b"
-    )
+    parser.add_argument("--models", nargs="+", default=[SMOLLM2, "1.5b"], choices=MODELS, help="default: smollm2 1.5b")
     parser.add_argument("--longest", type=int, default=8192, help="context of the part growth (default: 8192)")
     parser.add_argument("--no-openmp", action="store_true", help="without llama-server's build with OpenMP")
     parser.add_argument("--peers", action="store_true", help="make the peers' environments and the models, and end")
     parser.add_argument(
-        "--out", type=Path, default=WORK / "engine", help="folder for PART.json and engine.md (build/bench/engine)"
+        "--out",
+        type=Path,
+        default=WORK / "engine",
+        help="folder for PART-MODEL.json and engine.md (build/bench/engine)",
     )
     options = parser.parse_args(arguments)
     # As Ctrl-C, which asyncio takes at a place where servers can still be stopped.
     signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
-    bench = Bench(
-        runs=options.runs,
-        tokens=options.tokens,
-        models=options.models,
-        longest=options.longest,
-        openmp=not options.no_openmp,
-    )
+    bench = Bench(runs=options.runs, tokens=options.tokens, longest=options.longest, openmp=not options.no_openmp)
     if options.peers:
-        return _prepare(bench)
+        return _prepare(bench, options.models)
     missed, failures = False, list[str]()
-    for part in options.part or PARTS:
-        say(f"{part} ...")
-        bench.part, watch, rows = part, Watch(), list[Row]()
+    for part, model in _order(options.part or PARTS, options.models):
+        what = f"{part}, {model}"
+        say(f"{what} ...")
+        bench.begin(part, model)
+        watch, rows = Watch(), list[Row]()
         try:
             for row in PARTS[part](bench):
                 rows.append(row)
                 say(f"{row.what}: {row.ours} | {row.peer} | {row.compared} | {row.bar} {verdict(row)}")
         except Exception as error:  # one part that breaks costs itself, not the hours of the others
             traceback.print_exception(error)
-            failures.append(part)
+            failures.append(what)
             rows.append(Row("not measured to its end", "", repr(error), bar="for the record"))
         except KeyboardInterrupt:
-            say(f"{part} was interrupted")
+            say(f"{what} was interrupted")
             return 130
         report = watch.report(bench, rows)
         report.save(options.out)
         # After each part: a run of hours that is broken off has shown what it had.
-        page = write_page(options.out, PARTS)
+        page = write_page(options.out, PARTS, MODELS)
         missed = missed or any(row.holds is False for row in rows)
-        say(f"{part} took {report.seconds:.0f} s; see {page}")
+        say(f"{what} took {report.seconds:.0f} s; see {page}")
     return 2 if failures else int(missed)
 
 
-def _prepare(bench: Bench) -> int:
+def _order(parts: Iterable[str], models: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for part in parts:
+        for model in models[:1] if part in ONE_MODEL else models:
+            yield part, model
+
+
+def _prepare(bench: Bench, models: Sequence[str]) -> int:
     try:
-        for model in bench.models:
-            say(f"{model}: {bench.model(model)}")
+        for model in models:
+            bench.begin("", model)
+            say(f"{model}: {bench.gguf}")
         for build in _builds(bench):
             say(f"{build.name}: {build.version}; {build.flags}; {build.features}")
     except PeerError as error:

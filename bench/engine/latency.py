@@ -28,35 +28,34 @@ LOAD: Final = 4
 
 
 def first_token(bench: Bench) -> Iterator[Row]:
-    for model in bench.models:
-        sizes = Sizes(model=bench.model(model), context=1024, parallel=8)
-        with ExitStack() as stack:
-            sides = [
-                stack.enter_context(servers.ours(bench.native, sizes)),
-                stack.enter_context(servers.ours(bench.native, sizes, name=PACED, tick_ms=Settings().tick_ms)),
-                stack.enter_context(servers.llama_server(bench.llama_server, sizes)),
-            ]
-            for streams in (0, LOAD):
+    sizes = Sizes(model=bench.gguf, context=1024, parallel=8)
+    with ExitStack() as stack:
+        sides = [
+            stack.enter_context(servers.ours(bench.native, sizes)),
+            stack.enter_context(servers.ours(bench.native, sizes, name=PACED, tick_ms=Settings().tick_ms)),
+            stack.enter_context(servers.llama_server(bench.llama_server, sizes)),
+        ]
+        for streams in (0, LOAD):
 
-                async def play(side: Side, clients: Clients, run: int, streams: int = streams) -> list[float]:
-                    number = number_of(run, streams)
-                    if not streams:
-                        return await _probes(clients, number)
+            async def play(side: Side, clients: Clients, run: int, streams: int = streams) -> list[float]:
+                number = number_of(run, streams)
+                if not streams:
+                    return await _probes(clients, number)
 
-                    def ask(index: int) -> Ask:
-                        return essay(number + 1000 + index, 64, answer=800)
+                def ask(index: int) -> Ask:
+                    return essay(number + 1000 + index, 64, answer=800)
 
-                    async with clients.background(ask, streams):
-                        return await _probes(clients, number)
+                async with clients.background(ask, streams):
+                    return await _probes(clients, number)
 
-                results = bench.alternate(sides, play)
-                load = f"beside {streams} streams" if streams else "without load"
-                what = f"{model}, time to first token, a prompt of about {PROBE_PROMPT} tokens, {load}"
-                for name, runs in results.items():
-                    bench.keep(what, name, [1000 * each for run in runs for each in run], "ms")
-                for name in (OURS, PACED):
-                    for percent in (50, 95):
-                        yield _percentiles(f"{what}, p{percent}, {name}", results[name], results[PEER], percent)
+            results = bench.alternate(sides, play)
+            load = f"beside {streams} streams" if streams else "without load"
+            what = f"{bench.model}, time to first token, a prompt of about {PROBE_PROMPT} tokens, {load}"
+            for name, runs in results.items():
+                bench.keep(what, name, [1000 * each for run in runs for each in run], "ms")
+            for name in (OURS, PACED):
+                for percent in (50, 95):
+                    yield _percentiles(f"{what}, p{percent}, {name}", results[name], results[PEER], percent)
 
 
 async def _probes(clients: Clients, number: int) -> list[float]:
@@ -104,27 +103,24 @@ class Mixed:
 
 def mixed(bench: Bench) -> Iterator[Row]:
     """Against llama-server as it is by itself, and with each ``-b`` that could be its best."""
-    for model in bench.models:
-        sizes = Sizes(model=bench.model(model), context=2304, parallel=SHORT + 1)
-        what = f"{model}, {SHORT} short streams and a prompt of about {LONG_PROMPT} tokens"
-        with ExitStack() as stack:
-            sides = [
-                stack.enter_context(servers.ours(bench.native, sizes)),
-                stack.enter_context(servers.llama_server(bench.llama_server, sizes)),
-            ]
-            for batch in BATCHES:
-                name, more = f"{PEER} -b {batch}", ["-b", str(batch)]
-                sides.append(stack.enter_context(servers.llama_server(bench.llama_server, sizes, name=name, more=more)))
+    sizes = Sizes(model=bench.gguf, context=2304, parallel=SHORT + 1)
+    what = f"{bench.model}, {SHORT} short streams and a prompt of about {LONG_PROMPT} tokens"
+    with ExitStack() as stack:
+        sides = [
+            stack.enter_context(servers.ours(bench.native, sizes)),
+            stack.enter_context(servers.llama_server(bench.llama_server, sizes)),
+        ]
+        for batch in BATCHES:
+            name, more = f"{PEER} -b {batch}", ["-b", str(batch)]
+            sides.append(stack.enter_context(servers.llama_server(bench.llama_server, sizes, name=name, more=more)))
 
-            async def play(
-                side: Side, clients: Clients, run: int, tokens: int = SHORT_ANSWERS * bench.answer(model)
-            ) -> Mixed:
-                number = number_of(run, 0)
-                short = [essay(number + index, 64, answer=tokens) for index in range(SHORT)]
-                long = essay(number + 90, LONG_PROMPT, answer=LONG_ANSWER)
-                return Mixed.of(await clients.play([*short, Ask(long.messages, long.tokens, waits=BEGUN)]))
+        async def play(side: Side, clients: Clients, run: int, tokens: int = SHORT_ANSWERS * bench.answer) -> Mixed:
+            number = number_of(run, 0)
+            short = [essay(number + index, 64, answer=tokens) for index in range(SHORT)]
+            long = essay(number + 90, LONG_PROMPT, answer=LONG_ANSWER)
+            return Mixed.of(await clients.play([*short, Ask(long.messages, long.tokens, waits=BEGUN)]))
 
-            yield from mixed_rows(bench, what, bench.alternate(sides, play))
+        yield from mixed_rows(bench, what, bench.alternate(sides, play))
 
 
 def best_batch(results: Mapping[str, Sequence[Mixed]], *, keeps: float) -> str:
@@ -198,31 +194,30 @@ class Turn:
 
 
 def second_turns(bench: Bench) -> Iterator[Row]:
-    for model in bench.models:
-        sizes = Sizes(model=bench.model(model), context=2048, parallel=4)
-        with ExitStack() as stack:
-            sides = [
-                stack.enter_context(servers.ours(bench.native, sizes, caches=True)),
-                stack.enter_context(servers.llama_server(bench.llama_server, sizes, caches=True)),
-            ]
+    sizes = Sizes(model=bench.gguf, context=2048, parallel=4)
+    with ExitStack() as stack:
+        sides = [
+            stack.enter_context(servers.ours(bench.native, sizes, caches=True)),
+            stack.enter_context(servers.llama_server(bench.llama_server, sizes, caches=True)),
+        ]
 
-            async def play(side: Side, clients: Clients, run: int) -> Turn:
-                number = number_of(run, 0)
-                known, unknown = (essay(number + index, HISTORY - 2 * REPLY, answer=REPLY) for index in range(2))
-                answer = await clients.listen(known)
-                text = answer.text or "And so on."
-                cold = await clients.listen(second_turn(unknown, text, number + 1, MORE, reply=REPLY))
-                return Turn(await clients.listen(second_turn(known, text, number, MORE, reply=REPLY)), cold)
+        async def play(side: Side, clients: Clients, run: int) -> Turn:
+            number = number_of(run, 0)
+            known, unknown = (essay(number + index, HISTORY - 2 * REPLY, answer=REPLY) for index in range(2))
+            answer = await clients.listen(known)
+            text = answer.text or "And so on."
+            cold = await clients.listen(second_turn(unknown, text, number + 1, MORE, reply=REPLY))
+            return Turn(await clients.listen(second_turn(known, text, number, MORE, reply=REPLY)), cold)
 
-            results = bench.alternate(sides, play)
-            yield from _turn_rows(bench, model, results)
+        results = bench.alternate(sides, play)
+        yield from _turn_rows(bench, results)
 
 
-def _turn_rows(bench: Bench, model: str, results: Mapping[str, Sequence[Turn]]) -> Iterator[Row]:
+def _turn_rows(bench: Bench, results: Mapping[str, Sequence[Turn]]) -> Iterator[Row]:
     ours = results[OURS]
     history, cached = ours[0].warm.prompt_tokens, ours[0].warm.cached_tokens
     theirs = results[PEER][0].warm.cached_tokens
-    what = f"{model}, second turn, {history} tokens of which {cached} are kept: first token"
+    what = f"{bench.model}, second turn, {history} tokens of which {cached} are kept: first token"
 
     def figure(name: str, kind: str, values: list[float]) -> Figure:
         return Figure(bench.keep(f"{what}, {kind}", name, [1000 * value for value in values], "ms"), "ms", 0)
@@ -232,4 +227,4 @@ def _turn_rows(bench: Bench, model: str, results: Mapping[str, Sequence[Turn]]) 
     yield compare(what, warm[OURS], cold[OURS], "cold, ours", Bar(0.15, at_least=False))
     yield compare(what, warm[OURS], warm[PEER], f"{PEER}, keeps {theirs}", Bar(1.0, at_least=False))
     yield compare(f"{what}, cold", cold[OURS], cold[PEER], PEER)
-    yield compare(f"{model}, second turn, {PEER}'s own", warm[PEER], cold[PEER], f"cold, {PEER}")
+    yield compare(f"{bench.model}, second turn, {PEER}'s own", warm[PEER], cold[PEER], f"cold, {PEER}")

@@ -28,9 +28,8 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Used:
-    """A server that a part has measured, for the report."""
+    """A server that was measured, for the report."""
 
-    part: str
     side: str
     build: str
     commands: tuple[str, ...]
@@ -39,18 +38,21 @@ class Used:
 class Bench:
     """One run of the benchmarks: its options, and everything that it finds."""
 
-    def __init__(self, *, runs: int, tokens: int, models: Sequence[str], longest: int, openmp: bool) -> None:
+    def __init__(self, *, runs: int, tokens: int, longest: int, openmp: bool) -> None:
         """``tokens`` is the length of answers, half of that where the model is a large one; ``longest`` that of
         contexts.
         """
         self.runs = runs
         self.tokens = tokens
-        self.models = tuple(models)
         self.longest = longest
         self.openmp = openmp
+        self.begin("", SMOLLM2)
+
+    def begin(self, part: str, model: str) -> None:
+        """What is used and found from here on is that part's, with that model."""
+        self.part, self.model = part, model
         self.used: list[Used] = []
         self.figures: list[dict[str, object]] = []
-        self.part = ""
 
     @property
     def builds(self) -> list[Build]:
@@ -79,8 +81,10 @@ class Bench:
     def llama_cpp_server(self) -> Build:
         return peers.llama_cpp_server()
 
-    def model(self, name: str) -> Path:
-        """The file of a model: SmolLM2's, or a made-up one in the shape of ``name``. Raises PeerError."""
+    @property
+    def gguf(self) -> Path:
+        """The model's file: SmolLM2's, or a made-up one of the shape that it names. Raises PeerError."""
+        name = self.model
         if name == SMOLLM2:
             return model_file()
         path = peers.WORK / f"{name}.gguf"
@@ -99,9 +103,10 @@ class Bench:
             )
         return path
 
-    def answer(self, model: str) -> int:
+    @property
+    def answer(self) -> int:
         """Tokens of an answer."""
-        return self.tokens if model == SMOLLM2 else max(1, self.tokens // 2)
+        return self.tokens if self.model == SMOLLM2 else max(1, self.tokens // 2)
 
     # --- Turns -------------------------------------------------------------------------------------------------------
 
@@ -112,7 +117,7 @@ class Bench:
         has the number -1.
         """
         for side in sides:
-            used = Used(self.part, side.name, side.build.name, side.commands)
+            used = Used(side.name, side.build.name, side.commands)
             if used not in self.used:
                 self.used.append(used)
         return asyncio.run(alternate(sides, play, self.runs if runs is None else runs))
@@ -120,7 +125,7 @@ class Bench:
     def keep(self, what: str, side: str, values: Sequence[float], unit: str) -> list[float]:
         """Notes the figures of all runs for the JSON report, and returns them."""
         numbers = [float(value) for value in values]
-        self.figures.append({"part": self.part, "what": what, "side": side, "unit": unit, "values": numbers})
+        self.figures.append({"what": what, "side": side, "unit": unit, "values": numbers})
         return numbers
 
 

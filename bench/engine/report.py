@@ -1,5 +1,5 @@
-"""What a part of the benchmark came to: kept as one JSON file for each part, so that hours of measuring can be had in
-pieces, and shown together as one page.
+"""What a part of the benchmark came to: kept as one JSON file for each part and model, so that hours of measuring can
+be had in pieces, and shown together as one page.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ ratio is the median of the runs' own.
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """One part, measured."""
+    """One part, measured with one model."""
 
     part: str
+    model: str
     machine: str
     when: str
     load: tuple[float, float]
@@ -51,7 +52,7 @@ class Report:
 
     def save(self, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{self.part}.json"
+        path = report_path(folder, self.part, self.model)
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
         return path
 
@@ -70,6 +71,10 @@ class Report:
         return cls(**fields)
 
 
+def report_path(folder: Path, part: str, model: str) -> Path:
+    return folder / f"{part}-{model}.json"
+
+
 class Watch:
     """From here to :meth:`report` is a part's time."""
 
@@ -79,10 +84,10 @@ class Watch:
         self._begun = time.monotonic()
 
     def report(self, bench: Bench, rows: Sequence[Row]) -> Report:
-        servers = [used for used in bench.used if used.part == bench.part]
-        names = {used.build for used in servers}
+        names = {used.build for used in bench.used}
         return Report(
             bench.part,
+            bench.model,
             machine(),
             self._when,
             (self._load, os.getloadavg()[0]),
@@ -90,15 +95,16 @@ class Watch:
             bench.runs,
             bench.tokens,
             {build.name: build for build in bench.builds if build.name in names},
-            servers,
+            bench.used,
             rows,
-            [figure for figure in bench.figures if figure["part"] == bench.part],
+            bench.figures,
         )
 
 
-def write_page(folder: Path, parts: Iterable[str]) -> Path:
-    """``engine.md``, of those of ``parts`` that have a report in the folder."""
-    reports = [Report.read(path) for part in parts if (path := folder / f"{part}.json").is_file()]
+def write_page(folder: Path, parts: Iterable[str], models: Sequence[str]) -> Path:
+    """``engine.md``, of those of ``parts`` and ``models`` that have a report in the folder, in this order."""
+    paths = [report_path(folder, part, model) for part in parts for model in models]
+    reports = [Report.read(path) for path in paths if path.is_file()]
     page = folder / PAGE
     page.write_text("\n".join(_page(reports)))
     return page
@@ -114,7 +120,7 @@ def _page(reports: Sequence[Report]) -> Iterator[str]:
     builds: dict[str, Build] = {}
     for report in reports:
         builds |= report.builds
-        yield f"## {report.part}\n"
+        yield f"## {report.part}, {report.model}\n"
         yield (
             f"{report.when}, {report.seconds / 60:.0f} minutes, {report.runs} runs of each side. {report.machine}; "
             f"load average {report.load[0]:.1f} before.\n"

@@ -40,24 +40,23 @@ LAYOUTS: Final = (
 
 
 def memory(bench: Bench) -> Iterator[Row]:
-    for model in bench.models:
-        for layout in LAYOUTS:
-            sizes = Sizes(
-                model=bench.model(model),
-                context=layout.context,
-                parallel=SEQUENCES,
-                cells=layout.cells,
-                repack=layout.repack,
-            )
-            with ExitStack() as stack:
-                sides = [
-                    stack.enter_context(servers.ours(bench.native, sizes)),
-                    stack.enter_context(servers.llama_server(bench.llama_server, sizes)),
-                ]
-                yield from _memory_rows(bench, f"{model}, {layout.what}", layout, model, sides)
+    for layout in LAYOUTS:
+        sizes = Sizes(
+            model=bench.gguf,
+            context=layout.context,
+            parallel=SEQUENCES,
+            cells=layout.cells,
+            repack=layout.repack,
+        )
+        with ExitStack() as stack:
+            sides = [
+                stack.enter_context(servers.ours(bench.native, sizes)),
+                stack.enter_context(servers.llama_server(bench.llama_server, sizes)),
+            ]
+            yield from _memory_rows(bench, f"{bench.model}, {layout.what}", layout, sides)
 
 
-def _memory_rows(bench: Bench, what: str, layout: Layout, model: str, sides: Sequence[Side]) -> Iterator[Row]:
+def _memory_rows(bench: Bench, what: str, layout: Layout, sides: Sequence[Side]) -> Iterator[Row]:
     async def play(side: Side, clients: Clients, run: int) -> list[Heard]:
         asks = [essay(number_of(run, 0) + index, 900, answer=64) for index in range(SEQUENCES)]
         return await clients.play(asks)
@@ -68,7 +67,7 @@ def _memory_rows(bench: Bench, what: str, layout: Layout, model: str, sides: Seq
     peer_now, peer_most = peer["engine"]
     bench.keep(f"{what}: resident", OURS, [now, most], "bytes now and at most")
     bench.keep(f"{what}: resident", PEER, [peer_now, peer_most], "bytes now and at most")
-    limit = layout.most_gib if model == "1.5b" else None
+    limit = layout.most_gib if bench.model == "1.5b" else None
     holds = None if limit is None else most < limit * GIB
     missed = "" if holds is not False or limit is None else f", missed by {most / GIB - limit:.2f} GiB"
     yield Row(

@@ -46,12 +46,10 @@ def neighbours(bench: Bench) -> Iterator[Row]:
     """Both with as many threads as there are cores, and with one fewer; llama-server also as nice as our engine process
     makes itself, since a neighbour that is not takes more of a core from whoever is.
     """
-    model = bench.models[0]
-    path = bench.model(model)
     with ExitStack() as stack:
         ours, theirs, openmp = list[Side](), list[Side](), list[Side]()
         for threads in (2, 1):
-            sizes = Sizes(model=path, context=512, parallel=4, threads=threads)
+            sizes = Sizes(model=bench.gguf, context=512, parallel=4, threads=threads)
             suffix = f", {threads} {'threads' if threads > 1 else 'thread'}"
             ours.append(stack.enter_context(servers.ours(bench.native, sizes, name=OURS + suffix)))
             theirs.append(stack.enter_context(servers.llama_server(bench.llama_server, sizes, name=PEER + suffix)))
@@ -67,11 +65,11 @@ def neighbours(bench: Bench) -> Iterator[Row]:
                 openmp.append(stack.enter_context(servers.llama_server(build, sizes, name=OPENMP + suffix)))
         for streams in (1, 4):
             for count in NEIGHBOURS:
-                yield from _beside(bench, model, streams, count, ours, theirs, openmp)
+                yield from _beside(bench, streams, count, ours, theirs, openmp)
 
 
 def _beside(
-    bench: Bench, model: str, streams: int, count: int, ours: list[Side], theirs: list[Side], openmp: list[Side]
+    bench: Bench, streams: int, count: int, ours: list[Side], theirs: list[Side], openmp: list[Side]
 ) -> Iterator[Row]:
     async def play(side: Side, clients: Clients, run: int) -> float:
         number = number_of(run, 10 * streams + count)
@@ -80,7 +78,7 @@ def _beside(
             return tokens_per_second(await clients.play(asks, seconds=NEIGHBOUR_SECONDS))
 
     values = bench.alternate([*ours, *theirs, *openmp], play)
-    what = f"{model}, {streams_text(streams)}, {count} busy neighbours: tokens/s"
+    what = f"{bench.model}, {streams_text(streams)}, {count} busy neighbours: tokens/s"
     rates = {name: Figure(bench.keep(what, name, of, "tokens/s"), "tokens/s") for name, of in values.items()}
     for mine in ours:
         suffix = mine.name.rpartition(", ")[2]
@@ -101,13 +99,12 @@ def profile(bench: Bench) -> Iterator[Row]:
     for the line that called it.
     """
     program = peers.profiler()
-    for model in bench.models:
-        sizes = Sizes(model=bench.model(model), context=512, parallel=16)
-        for streams in (1, 8):
-            with ExitStack() as stack:
-                side = stack.enter_context(servers.ours(bench.native, sizes))
-                shares = _sampled(bench, program, side, streams)
-                yield Row(f"{model}, {streams_text(streams)}: where the engine's time goes", shares, "", bar=RECORD)
+    sizes = Sizes(model=bench.gguf, context=512, parallel=16)
+    for streams in (1, 8):
+        with ExitStack() as stack:
+            side = stack.enter_context(servers.ours(bench.native, sizes))
+            shares = _sampled(bench, program, side, streams)
+            yield Row(f"{bench.model}, {streams_text(streams)}: where the engine's time goes", shares, "", bar=RECORD)
 
 
 def _sampled(bench: Bench, program: Path, side: Side, streams: int) -> str:

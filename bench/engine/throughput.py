@@ -68,30 +68,29 @@ def number_of(run: int, level: int) -> int:
 
 
 def streams(bench: Bench) -> Iterator[Row]:
-    for model in bench.models:
-        sizes = Sizes(model=bench.model(model), context=CONTEXT, parallel=max(STREAMS))
-        with ExitStack() as stack:
-            ours = stack.enter_context(servers.ours(bench.native, sizes))
-            paced = stack.enter_context(servers.ours(bench.native, sizes, name=PACED, tick_ms=Settings().tick_ms))
-            peers = [stack.enter_context(servers.llama_server(bench.llama_server, sizes))]
-            if bench.openmp:
-                build = bench.llama_server_openmp
-                peers.append(stack.enter_context(servers.llama_server(build, sizes, name=OPENMP)))
-            python = stack.enter_context(servers.llama_cpp_server(bench.llama_cpp_server, sizes))
-            for level in STREAMS:
-                sides = [ours, paced, *peers, *([python] if level in PYTHON_STREAMS else [])]
-                yield from _level(bench, model, sides, level)
-            yield from _session(bench, model, ours)
+    sizes = Sizes(model=bench.gguf, context=CONTEXT, parallel=max(STREAMS))
+    with ExitStack() as stack:
+        ours = stack.enter_context(servers.ours(bench.native, sizes))
+        paced = stack.enter_context(servers.ours(bench.native, sizes, name=PACED, tick_ms=Settings().tick_ms))
+        peers = [stack.enter_context(servers.llama_server(bench.llama_server, sizes))]
+        if bench.openmp:
+            build = bench.llama_server_openmp
+            peers.append(stack.enter_context(servers.llama_server(build, sizes, name=OPENMP)))
+        python = stack.enter_context(servers.llama_cpp_server(bench.llama_cpp_server, sizes))
+        for level in STREAMS:
+            sides = [ours, paced, *peers, *([python] if level in PYTHON_STREAMS else [])]
+            yield from _level(bench, sides, level)
+        yield from _session(bench, ours)
 
 
-def _level(bench: Bench, model: str, sides: Sequence[Side], level: int) -> Iterator[Row]:
-    tokens = bench.answer(model)
+def _level(bench: Bench, sides: Sequence[Side], level: int) -> Iterator[Row]:
+    tokens = bench.answer
 
     async def play(side: Side, clients: Clients, run: int) -> Round:
         return await play_essays(side, clients, number_of(run, level), level, PROMPT, tokens)
 
     rounds = bench.alternate(sides, play)
-    what = f"{model}, {streams_text(level)}"
+    what = f"{bench.model}, {streams_text(level)}"
     rates = {name: _kept(bench, f"{what}: tokens/s", name, [each.rate for each in of]) for name, of in rounds.items()}
     bar = Bar(0.95) if level <= 4 else Bar(1.0)
     yield compare(f"{what}: tokens/s, pacing off", rates[OURS], rates[PEER], PEER, bar)
@@ -132,9 +131,9 @@ def _described(bench: Bench, what: str, rounds: Mapping[str, Sequence[Round]], t
         )
 
 
-def _session(bench: Bench, model: str, ours: Side) -> Iterator[Row]:
+def _session(bench: Bench, ours: Side) -> Iterator[Row]:
     """The same through a session of Python, without the gateway."""
-    tokens = bench.answer(model)
+    tokens = bench.answer
     for level in (1, 8):
 
         async def play(side: Side, clients: Clients, run: int, level: int = level) -> tuple[float, float]:
@@ -144,9 +143,11 @@ def _session(bench: Bench, model: str, ours: Side) -> Iterator[Row]:
             return tokens_per_second(await through_session(side, asks)), played.rate
 
         pairs = bench.alternate([ours], play)[OURS]
-        session = _kept(bench, f"{model}, {level}: tokens/s", "a Session of Python", [pair[0] for pair in pairs])
+        session = _kept(bench, f"{bench.model}, {level}: tokens/s", "a Session of Python", [pair[0] for pair in pairs])
         gateway = Figure([pair[1] for pair in pairs], "tokens/s")
-        yield compare(f"{model}, {streams_text(level)}: a Session of Python", session, gateway, "through the gateway")
+        yield compare(
+            f"{bench.model}, {streams_text(level)}: a Session of Python", session, gateway, "through the gateway"
+        )
 
 
 def _kept(bench: Bench, what: str, side: str, values: Sequence[float], unit: str = "tokens/s") -> Figure:
@@ -164,31 +165,30 @@ GATE: Final = 10.0
 
 
 def portable(bench: Bench) -> Iterator[Row]:
-    for model in bench.models:
-        sizes = Sizes(model=bench.model(model), context=CONTEXT, parallel=8)
-        with ExitStack() as stack:
-            sides = [
-                stack.enter_context(servers.ours(bench.native, sizes)),
-                stack.enter_context(servers.ours(bench.portable, sizes, name="Strongroom, portable build")),
+    sizes = Sizes(model=bench.gguf, context=CONTEXT, parallel=8)
+    with ExitStack() as stack:
+        sides = [
+            stack.enter_context(servers.ours(bench.native, sizes)),
+            stack.enter_context(servers.ours(bench.portable, sizes, name="Strongroom, portable build")),
+        ]
+        for level in (1, 8):
+
+            async def play(
+                side: Side, clients: Clients, run: int, level: int = level, tokens: int = bench.answer
+            ) -> Round:
+                return await play_essays(side, clients, number_of(run, level), level, PROMPT, tokens)
+
+            rounds = bench.alternate(sides, play)
+            what = f"{bench.model}, {streams_text(level)}, portable build"
+            rates = [
+                _kept(bench, f"{what}: tokens/s", side.name, [each.rate for each in rounds[side.name]])
+                for side in sides
             ]
-            for level in (1, 8):
-
-                async def play(
-                    side: Side, clients: Clients, run: int, level: int = level, tokens: int = bench.answer(model)
-                ) -> Round:
-                    return await play_essays(side, clients, number_of(run, level), level, PROMPT, tokens)
-
-                rounds = bench.alternate(sides, play)
-                what = f"{model}, {streams_text(level)}, portable build"
-                rates = [
-                    _kept(bench, f"{what}: tokens/s", side.name, [each.rate for each in rounds[side.name]])
-                    for side in sides
-                ]
-                yield compare(f"{what}: tokens/s", rates[1], rates[0], "native build")
-                if level == 1 and model == "1.5b":
-                    least = min(each.rate_between for each in rounds[sides[1].name])
-                    held = f"{least:.1f} tokens/s, the least of {bench.runs} prompts"
-                    yield Row(f"{what}: the reference's gate", held, "", "", f"> {GATE:g} tokens/s", least > GATE)
+            yield compare(f"{what}: tokens/s", rates[1], rates[0], "native build")
+            if level == 1 and bench.model == "1.5b":
+                least = min(each.rate_between for each in rounds[sides[1].name])
+                held = f"{least:.1f} tokens/s, the least of {bench.runs} prompts"
+                yield Row(f"{what}: the reference's gate", held, "", "", f"> {GATE:g} tokens/s", least > GATE)
 
 
 # --- Prompts ----------------------------------------------------------------------------------------------------------
@@ -198,28 +198,25 @@ PREFILLS: Final = (256, 1024, 2000)
 
 def prefill(bench: Bench) -> Iterator[Row]:
     """Tokens of a prompt up to the first token of its answer: one prompt at a time."""
-    for model in bench.models:
-        sizes = Sizes(model=bench.model(model), context=2304, parallel=1)
-        with ExitStack() as stack:
-            sides = [
-                stack.enter_context(servers.ours(bench.native, sizes)),
-                stack.enter_context(servers.llama_server(bench.llama_server, sizes)),
-            ]
-            for index, length in enumerate(PREFILLS):
+    sizes = Sizes(model=bench.gguf, context=2304, parallel=1)
+    with ExitStack() as stack:
+        sides = [
+            stack.enter_context(servers.ours(bench.native, sizes)),
+            stack.enter_context(servers.llama_server(bench.llama_server, sizes)),
+        ]
+        for index, length in enumerate(PREFILLS):
 
-                async def play(
-                    side: Side, clients: Clients, run: int, index: int = index, length: int = length
-                ) -> Heard:
-                    return await clients.listen(essay(number_of(run, index), length, answer=2))
+            async def play(side: Side, clients: Clients, run: int, index: int = index, length: int = length) -> Heard:
+                return await clients.listen(essay(number_of(run, index), length, answer=2))
 
-                answers = bench.alternate(sides, play)
-                tokens = answers[OURS][0].prompt_tokens
-                what = f"{model}, a prompt of {tokens} tokens: prompt tokens/s"
-                rates = {
-                    name: _kept(bench, what, name, [prompt_tokens_per_second(each) for each in of])
-                    for name, of in answers.items()
-                }
-                yield compare(what, rates[OURS], rates[PEER], PEER)
+            answers = bench.alternate(sides, play)
+            tokens = answers[OURS][0].prompt_tokens
+            what = f"{bench.model}, a prompt of {tokens} tokens: prompt tokens/s"
+            rates = {
+                name: _kept(bench, what, name, [prompt_tokens_per_second(each) for each in of])
+                for name, of in answers.items()
+            }
+            yield compare(what, rates[OURS], rates[PEER], PEER)
 
 
 # --- Growth -----------------------------------------------------------------------------------------------------------
@@ -233,15 +230,14 @@ _TEMPLATE: Final = 64
 
 
 def growth(bench: Bench) -> Iterator[Row]:
-    for model in bench.models:
-        yield from _contexts(bench, model)
-        yield from _many(bench, model)
+    yield from _contexts(bench)
+    yield from _many(bench)
 
 
-def _contexts(bench: Bench, model: str) -> Iterator[Row]:
+def _contexts(bench: Bench) -> Iterator[Row]:
     """Of one prompt for each length, which both sides keep: what is measured comes after it."""
     lengths = [length for length in CONTEXTS if length <= bench.longest]
-    sizes = Sizes(model=bench.model(model), context=max(lengths), parallel=1)
+    sizes = Sizes(model=bench.gguf, context=max(lengths), parallel=1)
     with ExitStack() as stack:
         sides = [
             stack.enter_context(servers.ours(bench.native, sizes, caches=True)),
@@ -253,7 +249,7 @@ def _contexts(bench: Bench, model: str) -> Iterator[Row]:
                 return await clients.listen(essay(number_of(0, index), length - TAIL - _TEMPLATE, answer=TAIL))
 
             answers = bench.alternate(sides, play)
-            what = f"{model}, at the end of a context of {length} tokens: tokens/s"
+            what = f"{bench.model}, at the end of a context of {length} tokens: tokens/s"
             rates = {
                 name: _kept(bench, what, name, [tokens_per_second_between([each]) for each in of])
                 for name, of in answers.items()
@@ -261,8 +257,8 @@ def _contexts(bench: Bench, model: str) -> Iterator[Row]:
             yield compare(what, rates[OURS], rates[PEER], PEER)
 
 
-def _many(bench: Bench, model: str) -> Iterator[Row]:
-    sizes = Sizes(model=bench.model(model), context=256, parallel=max(GROWN_STREAMS))
+def _many(bench: Bench) -> Iterator[Row]:
+    sizes = Sizes(model=bench.gguf, context=256, parallel=max(GROWN_STREAMS))
     with ExitStack() as stack:
         sides = [
             stack.enter_context(servers.ours(bench.native, sizes)),
@@ -274,7 +270,9 @@ def _many(bench: Bench, model: str) -> Iterator[Row]:
                 return await play_essays(side, clients, number_of(run, level), level, PROMPT, TAIL)
 
             rounds = bench.alternate(sides, play)
-            what = f"{model}, {streams_text(level)} of {max(GROWN_STREAMS)} slots: tokens/s from first text to last"
+            what = (
+                f"{bench.model}, {streams_text(level)} of {max(GROWN_STREAMS)} slots: tokens/s from first text to last"
+            )
             rates = {name: _kept(bench, what, name, [each.rate_between for each in of]) for name, of in rounds.items()}
             yield compare(what, rates[OURS], rates[PEER], PEER)
 
@@ -286,8 +284,7 @@ SPECULATIONS: Final = ("ngram-simple", "ngram-map-k", "ngram-mod")
 
 def speculation(bench: Bench) -> Iterator[Row]:
     """What llama-server gains by guessing tokens from text that has been: one stream of natural text that recurs."""
-    model = bench.models[0]
-    sizes = Sizes(model=bench.model(model), context=1024, parallel=1)
+    sizes = Sizes(model=bench.gguf, context=1024, parallel=1)
     with ExitStack() as stack:
         ours = stack.enter_context(servers.ours(bench.native, sizes))
         plain = stack.enter_context(servers.llama_server(bench.llama_server, sizes))
@@ -303,7 +300,7 @@ def speculation(bench: Bench) -> Iterator[Row]:
         async def play(side: Side, clients: Clients, run: int) -> float:
             return tokens_per_second([await clients.listen(repetition(run + 2, answer=2 * bench.tokens))])
 
-        what = f"{model}, 1 stream of natural text that recurs: tokens/s"
+        what = f"{bench.model}, 1 stream of natural text that recurs: tokens/s"
         values = bench.alternate([ours, plain, *guessing], play)
         rates = {name: _kept(bench, what, name, of) for name, of in values.items()}
         yield compare(what, rates[OURS], rates[PEER], f"{PEER}, speculation off")

@@ -118,10 +118,10 @@ def test_a_peer_s_libraries_are_its_own(tmp_path: Path) -> None:
 
 @pytest.fixture
 def bench() -> Bench:
-    made = Bench(runs=2, tokens=8, models=["smollm2"], longest=256, openmp=False)
+    made = Bench(runs=2, tokens=8, longest=256, openmp=False)
     made.__dict__["native"] = Build("native", ("python",), "llama-cpp-python 1", "-DX=1", "AVX2 = 1")
-    made.used.append(Used("streams", "Strongroom", "native", ("strongroom start", "strongroom serve")))
-    made.part = "streams"
+    made.begin("streams", "1.5b")
+    made.used.append(Used("Strongroom", "native", ("strongroom start", "strongroom serve")))
     made.keep("what", "Strongroom", [1, 2.5], "ms")
     return made
 
@@ -130,25 +130,31 @@ def test_a_report_has_the_rows_and_what_they_belong_to(bench: Bench, tmp_path: P
     row = Row("a | b", "1 ms", "2 ms", "0.500", "<= 1", True)
     report = Watch().report(bench, [row])
     assert Report.read(report.save(tmp_path)) == report
-    page = write_page(tmp_path, ["streams", "mixed"]).read_text()
+    page = write_page(tmp_path, ["streams", "mixed"], ["smollm2", "1.5b"]).read_text()
+    assert "## streams, 1.5b" in page
     assert page.count("| a \\| b | 1 ms | 2 ms | 0.500 | <= 1 | yes |") == 2  # among the bars, and in its part
     assert "Bars: 1 of 1 hold" in page
     assert "- `native`: llama-cpp-python 1; CMake `-DX=1`; it says of itself: `AVX2 = 1`" in page
     assert "- Strongroom, on `native`: `strongroom start`; `strongroom serve`" in page
-    assert report.figures == [
-        {"part": "streams", "what": "what", "side": "Strongroom", "unit": "ms", "values": [1.0, 2.5]}
-    ]
+    assert report.figures == [{"what": "what", "side": "Strongroom", "unit": "ms", "values": [1.0, 2.5]}]
 
 
-def test_another_part_s_report_is_kept(bench: Bench, tmp_path: Path) -> None:
-    Watch().report(bench, [Row("first", "1", "2")]).save(tmp_path)
-    bench.part = "mixed"
-    later = Watch().report(bench, [Row("second", "3", "4")])
+@pytest.mark.parametrize(("part", "model"), [("mixed", "smollm2"), ("mixed", "1.5b"), ("streams", "smollm2")])
+def test_another_part_s_or_model_s_report_is_kept(bench: Bench, tmp_path: Path, part: str, model: str) -> None:
+    Watch().report(bench, [Row("one", "1", "2")]).save(tmp_path)
+    bench.begin(part, model)
+    later = Watch().report(bench, [Row("other", "3", "4")])
     later.save(tmp_path)
-    page = write_page(tmp_path, ["streams", "mixed"]).read_text()
-    assert page.index("| first | 1 | 2 |") < page.index("| second | 3 | 4 |")
+    page = write_page(tmp_path, ["streams", "mixed"], ["smollm2", "1.5b"]).read_text()
+    comes_first = part == "streams"
+    assert (page.index("| other | 3 | 4 |") < page.index("| one | 1 | 2 |")) is comes_first
     assert "Bars" not in page
     assert (later.servers, later.builds, later.figures) == ([], {}, [])
+
+
+def test_every_model_has_its_turn_where_another_one_adds_something() -> None:
+    order = list(command._order(["streams", "neighbours"], ["smollm2", "1.5b"]))
+    assert order == [("streams", "smollm2"), ("streams", "1.5b"), ("neighbours", "smollm2")]
 
 
 @pytest.mark.parametrize(("holds", "code"), [(True, 0), (None, 0), (False, 1)])

@@ -129,7 +129,7 @@ def test_llama_server_s_best_batch_keeps_its_tokens_or_has_the_shortest_gap() ->
     def of(gap: float, rate: float) -> list[Mixed]:
         return [Mixed(gap, 2.0, rate)]
 
-    bench = Bench(runs=1, tokens=8, models=[], longest=0, openmp=False)
+    bench = Bench(runs=1, tokens=8, longest=0, openmp=False)
     results = {
         "Strongroom": of(0.3, 49.0),
         "llama-server": of(5.0, 50.0),
