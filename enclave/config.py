@@ -68,9 +68,8 @@ class EngineSettings:
     """Tokens that one decode takes at most: a cancelled call stops within one."""
     prefill: int
     """How many of these are of prompts beside answers, unless the prompts are a crowd (``scheduler.CROWD``). By itself
-    129: one goes with the rows of answers, and 128 are twice what llama.cpp's attention takes at once (ggml's
-    GGML_FA_TILE_Q, 64). With 65 an answer stands still for half as long, and all together have fewer tokens a second
-    while a long prompt is read.
+    65: one goes with the rows of answers, and 64 are what llama.cpp's attention takes at once (ggml's GGML_FA_TILE_Q).
+    With 129 a long prompt is read sooner, and an answer beside it stands still for nearly twice as long.
     """
     prompt_tokens: int
     """Of one prompt at most; 0 is as many as the context leaves."""
@@ -252,7 +251,7 @@ def _engine(table: Table) -> EngineSettings:
         kv_type=KvType(_choice(table, "kv_type", tuple(KvType), default=DEFAULT_WORK.kv_type)),
         repack=table.flag("repack") if table.has("repack") else DEFAULT_WORK.repack,
         batch=batch,
-        prefill=_integer(table, "prefill", 1, batch, default=min(batch, 129)),
+        prefill=_integer(table, "prefill", 1, batch, default=min(batch, 65)),
         prompt_tokens=_integer(table, "prompt_tokens", 0, context - 1, default=0),
         answer_tokens=_integer(table, "answer_tokens", 0, context - 1, default=0),
         reasoning_tokens=_integer(table, "reasoning_tokens", 0, context - 1, default=0),

@@ -12,7 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from attestation.errors import StrongroomError
-from attestation.model_memory import DEFAULT_WORK, MAX_BATCH, MAX_CONTEXT, MAX_PARALLEL, KvType, SizingError, Work
+from attestation.model_memory import (
+    DEFAULT_WORK,
+    MAX_BATCH,
+    MAX_CONTEXT,
+    MAX_PARALLEL,
+    MIN_BATCH,
+    MIN_CONTEXT,
+    KvType,
+    SizingError,
+    Work,
+)
 from vsockrpc.address import Address, parse_address
 from vsockrpc.errors import AddressError
 
@@ -99,10 +109,10 @@ def engine_work(document: dict[str, object]) -> Work:
     engine = document.get("engine", {})
     if not isinstance(engine, dict):
         raise LaunchConfigurationError("[engine]", "no table", got=repr(engine)[:80])
-    context = _number(engine, "context", DEFAULT_WORK.context, MAX_CONTEXT)
-    parallel = _number(engine, "parallel", DEFAULT_WORK.parallel, MAX_PARALLEL)
-    cells = _number(engine, "cells", context, context * parallel) if "cells" in engine else None
-    batch = _number(engine, "batch", DEFAULT_WORK.batch, MAX_BATCH)
+    context = _number(engine, "context", DEFAULT_WORK.context, MIN_CONTEXT, MAX_CONTEXT)
+    parallel = _number(engine, "parallel", DEFAULT_WORK.parallel, 1, MAX_PARALLEL)
+    cells = _number(engine, "cells", context, 1, context * parallel) if "cells" in engine else None
+    batch = _number(engine, "batch", DEFAULT_WORK.batch, MIN_BATCH, MAX_BATCH)
     kind, repack = engine.get("kv_type", DEFAULT_WORK.kv_type.value), engine.get("repack", DEFAULT_WORK.repack)
     if kind not in list(KvType):
         raise LaunchConfigurationError("engine.kv_type", "unknown", expected=" or ".join(KvType), got=repr(kind)[:80])
@@ -114,10 +124,11 @@ def engine_work(document: dict[str, object]) -> Work:
         raise LaunchConfigurationError("[engine]", error.message, expected=error.expected, got=error.got) from error
 
 
-def _number(engine: dict[str, object], key: str, default: int, most: int) -> int:
+def _number(engine: dict[str, object], key: str, default: int, least: int, most: int) -> int:
     value = engine.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
-        raise LaunchConfigurationError(f"engine.{key}", "no such number", expected=f"1..{most}", got=repr(value)[:80])
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        expected, got = f"{least}..{most}", repr(value)[:80]
+        raise LaunchConfigurationError(f"engine.{key}", "no such number", expected=expected, got=got)
     return value
 
 

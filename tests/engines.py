@@ -20,7 +20,7 @@ from enclave.generation import (
     Unavailable,
 )
 from enclave.prompt_size import require_size
-from enclave.worker.kv_cache import KvCache
+from enclave.worker.kv_cache import KvCache, tokens_of
 from enclave.worker.prompt import Prompt
 from enclave.worker.reply import Reply
 from enclave.worker.scheduler import Admission, Sampled, Scheduler, Step
@@ -123,7 +123,7 @@ class EchoEngine:
         self._arrived.append(
             Admission(
                 number,
-                prompt,
+                tokens_of(prompt),
                 reply,
                 max_tokens=request.max_tokens,
                 namespace=request.cache_secret,

@@ -32,7 +32,7 @@ from enclave.pipe import (
     read_to_worker,
 )
 from enclave.worker.answer_format import answer_format
-from enclave.worker.kv_cache import KvCache
+from enclave.worker.kv_cache import KvCache, tokens_of
 from enclave.worker.llama import Llama
 from enclave.worker.prompt import ChatTemplate, Prompt, Segment, TemplateError
 from enclave.worker.reply import Reply
@@ -236,7 +236,7 @@ class Loop:
         spent = self._clock() - begun if has_format else 0.0
         admission = Admission(
             number,
-            tokens,
+            tokens_of(tokens),
             form.reply,
             max_tokens=request.max_tokens,
             namespace=request.cache_secret,

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 from enclave.generation import AnswerExceeded, ContextExceeded, Overloaded
-from enclave.worker.kv_cache import Edit, KvCache, Slot
+from enclave.worker.kv_cache import Edit, KvCache, Slot, Tokens
 from vsockrpc.messages import Delta, Done, FinishReason, Usage
 
 
@@ -80,8 +80,7 @@ class Admission:
     """A request that wants to be answered."""
 
     request: int
-    prompt: Sequence[int]
-    """Tokens."""
+    prompt: Tokens
     reply: Reply
     max_tokens: int | None = None
     namespace: bytes | None = None
@@ -96,7 +95,7 @@ class _Sequence:
     """Counts up in the order of arrival."""
     budget: int
     """Tokens of the answer at most."""
-    tokens: list[int]
+    tokens: Tokens
     """The prompt's, and those of the answer."""
     cached: int | None = None
     """Tokens of the prompt that its first slot held already."""
@@ -228,7 +227,7 @@ class Scheduler:
         self._arrived += 1
         room = self._context - len(prompt)
         budget = min(admission.max_tokens or self._longest_answer or room, room)
-        sequence = _Sequence(admission, self._arrived, budget, list(prompt))
+        sequence = _Sequence(admission, self._arrived, budget, prompt[:])
         begin = self._cache.free_slots  # so many of those who wait do so for the next step alone
         if len(self._waiting) >= self._queue + begin:
             raise Overloaded(expected=f"<= {self._queue} waiting", got=len(self._waiting) - begin + 1)
@@ -314,7 +313,7 @@ class Scheduler:
                 raise ValueError("not the planned step")
             if (row.request in sampled) != row.samples:
                 raise ValueError("a token for each row that samples, and for no other")
-            sequence.slot.tokens += row.tokens
+            sequence.slot.tokens.extend(row.tokens)
             if row.samples:
                 outputs += ((row.request, output) for output in self._take(sequence, sampled[row.request]))
         return outputs

@@ -153,7 +153,7 @@ def test_the_smallest_one_has_these_defaults() -> None:
             kv_type=KvType.F16,
             repack=True,
             batch=256,
-            prefill=129,
+            prefill=65,
             prompt_tokens=0,
             answer_tokens=0,
             reasoning_tokens=0,
@@ -280,7 +280,7 @@ def test_a_step_takes_a_token_of_each_sequence() -> None:
 
 def test_prompts_have_at_most_a_whole_step() -> None:
     assert parsed(engine__batch=16).engine.prefill == 16
-    assert parsed(engine__batch=4096).engine.prefill == 129
+    assert parsed(engine__batch=4096).engine.prefill == 65
     assert parsed(engine__batch=512, engine__prefill=512).engine.prefill == 512
     error = refusal(written(engine__batch=16, engine__prefill=17))
     assert (error.message.split(":")[0], error.expected, error.got) == ("engine.prefill", "1..16", "17")

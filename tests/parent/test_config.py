@@ -125,6 +125,8 @@ def test_where_nobody_says_it_it_is_what_enclaves_take(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("engine", "words"),
     [
+        ("context = 63", "engine.context: no such number"),
+        ("batch = 15", "engine.batch: no such number"),
         ("context = 64\nparallel = 2\ncells = 63", "cells: "),
         ("context = 64\nparallel = 2\ncells = 127.0", "no such number"),
         ("parallel = 32\nbatch = 31", "batch: "),

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from enclave.config import EngineSettings
-from enclave.worker.kv_cache import Truncate
+from enclave.worker.kv_cache import Truncate, tokens_of
 from enclave.worker.llama import Llama
 from enclave.worker.prompt import Segment
 from enclave.worker.reply import Reply
@@ -62,7 +62,7 @@ def forget(llama: Llama) -> None:
         llama._edit(Truncate(slot, 0))
 
 
-def tokens_of(llama: Llama, text: str, count: int | None = None) -> list[int]:
+def prompt_tokens(llama: Llama, text: str, count: int | None = None) -> list[int]:
     tokens = llama.tokenizer("").tokens([Segment(text, trusted=False)])
     return tokens if count is None else tokens[:count]
 
@@ -101,7 +101,7 @@ def greedy(llama: Llama, prompts: Mapping[int, Sequence[int]], count: int) -> di
 
 
 def test_answers_that_are_decoded_together_are_those_decoded_alone(llama: Llama) -> None:
-    prompts = {slot: tokens_of(llama, text) for slot, text in enumerate((RIVER, IRON, CHESS, RIVER))}
+    prompts = {slot: prompt_tokens(llama, text) for slot, text in enumerate((RIVER, IRON, CHESS, RIVER))}
     together = greedy(llama, prompts, 48)
     assert together[0] == together[3]
     for slot, prompt in prompts.items():
@@ -142,15 +142,15 @@ def test_the_content_of_a_neighbour_does_not_show(
     one bit of a logit differed. What is not one's own has a weight of exactly zero, wherever it stands.
     """
     llama: Llama = request.getfixturevalue(cells)
-    prompt = tokens_of(llama, RIVER * 3, 60)
-    one, other = (company(llama, prompt, tokens_of(llama, text, 20)) for text in (IRON, CHESS))
+    prompt = prompt_tokens(llama, RIVER * 3, 60)
+    one, other = (company(llama, prompt, prompt_tokens(llama, text, 20)) for text in (IRON, CHESS))
     assert np.array_equal(one, other)
-    assert not np.array_equal(company(llama, [*prompt[:-1], prompt[0]], tokens_of(llama, IRON, 20)), one)
+    assert not np.array_equal(company(llama, [*prompt[:-1], prompt[0]], prompt_tokens(llama, IRON, 20)), one)
 
 
 @pytest.mark.parametrize("chunk", [16, 48, 100])
 def test_other_chunks_move_the_logits_within_the_bound(llama: Llama, chunk: int) -> None:
-    text = tokens_of(llama, RIVER + IRON + CHESS + RIVER, 110)
+    text = prompt_tokens(llama, RIVER + IRON + CHESS + RIVER, 110)
     agreed, divergences = 0, list[float]()
     lengths = range(70, 110, 5)
     for length in lengths:
@@ -164,7 +164,7 @@ def test_other_chunks_move_the_logits_within_the_bound(llama: Llama, chunk: int)
 
 
 def test_a_prompt_beside_another_moves_within_the_bound(llama: Llama) -> None:
-    text, beside = tokens_of(llama, RIVER + IRON + CHESS, 90), tokens_of(llama, CHESS, 20)
+    text, beside = prompt_tokens(llama, RIVER + IRON + CHESS, 90), prompt_tokens(llama, CHESS, 20)
     alone, together = last_logits(llama, text, 90), last_logits(llama, text, 90, beside=beside)
     assert float(abs(alone - together).max()) < MAX_SHIFT
     assert divergence(alone, together) < MAX_DIVERGENCE
@@ -203,7 +203,9 @@ def play(
     while waiting or not scheduler.idle:
         while waiting and joins[waiting[0]] <= len(steps):
             number = waiting.pop(0)
-            scheduler.admit(Admission(number, prompts[number], Reply(requests[number].stop), max_tokens=max_tokens))
+            scheduler.admit(
+                Admission(number, tokens_of(prompts[number]), Reply(requests[number].stop), max_tokens=max_tokens)
+            )
         step = scheduler.plan()
         assert step is not None
         steps.append(step)
@@ -220,7 +222,7 @@ def play(
 
 
 def test_a_recorded_schedule_gives_the_same_text_again(llama: Llama) -> None:
-    prompts = [tokens_of(llama, text) for text in (RIVER * 2, IRON, CHESS, RIVER, IRON)]
+    prompts = [prompt_tokens(llama, text) for text in (RIVER * 2, IRON, CHESS, RIVER, IRON)]
     joins = [0, 0, 2, 5, 9]
     first, again = play(llama, prompts, joins=joins), play(llama, prompts, joins=joins)
     assert [step.rows for step in again.steps] == [step.rows for step in first.steps]
@@ -230,9 +232,9 @@ def test_a_recorded_schedule_gives_the_same_text_again(llama: Llama) -> None:
 
 def test_a_neighbour_does_not_use_up_a_sequence_s_random_numbers(llama: Llama) -> None:
     """A seed gives the same text alone and in company: here, of prompts that are read while it is answered."""
-    prompt = tokens_of(llama, RIVER)
+    prompt = prompt_tokens(llama, RIVER)
     alone = play(llama, [prompt], joins=[0])
-    others = [tokens_of(llama, text, 12) for text in (IRON, CHESS)]
+    others = [prompt_tokens(llama, text, 12) for text in (IRON, CHESS)]
     company = play(llama, [prompt, *others], joins=[0, 3, 3])
     assert company.said[0] == alone.said[0]
     assert len(alone.said[0].split()) > 6
@@ -240,7 +242,7 @@ def test_a_neighbour_does_not_use_up_a_sequence_s_random_numbers(llama: Llama) -
 
 def test_whoever_gives_up_its_cells_goes_on_with_what_it_would_have_said(shared: Llama) -> None:
     """llama.cpp's own cells run out: of 256, two answers want 160 each. What gave way is read again in other chunks."""
-    prompts = [tokens_of(shared, text * 4, 100) for text in (CHESS, IRON)]
+    prompts = [prompt_tokens(shared, text * 4, 100) for text in (CHESS, IRON)]
     options = {"settings": SHARED, "max_tokens": 60, "temperature": 0.0}
     alone = [play(shared, [prompt], joins=[0], **options).said[0] for prompt in prompts]  # type: ignore[arg-type]
     together = play(shared, prompts, joins=[0, 1], **options)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from enclave.generation import AnswerExceeded, ContextExceeded, Overloaded
-from enclave.worker.kv_cache import Copy, Edit, KvCache, Truncate
+from enclave.worker.kv_cache import Copy, Edit, KvCache, Truncate, tokens_of
 from enclave.worker.reply import Reply
 from enclave.worker.scheduler import CROWD, Admission, Row, Sampled, Scheduler, Step
 from vsockrpc.messages import Delta, Done, FinishReason, Usage
@@ -87,7 +87,7 @@ def scheduler(
 def asks(
     request: int, prompt: Sequence[int], *, budget: int | None = None, namespace: bytes | None = None
 ) -> Admission:
-    return Admission(request, prompt, Reply(), max_tokens=budget, namespace=namespace)
+    return Admission(request, tokens_of(prompt), Reply(), max_tokens=budget, namespace=namespace)
 
 
 @dataclass
@@ -114,7 +114,7 @@ class Machine:
         """No cell and no slot is held for anybody but those at work, in the memory itself too."""
         self.memory.edit(self.cache.take_edits())
         slots = self.cache.slots()
-        assert self.memory.slots == [slot.tokens for slot in slots]
+        assert self.memory.slots == [list(slot.tokens) for slot in slots]
         assert self.cache.free_slots == self.slots - self.scheduler.active
         for slot, cells, owner in zip(slots, self.memory.slots, self.memory.owners, strict=True):
             if cells:
