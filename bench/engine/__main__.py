@@ -74,7 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
         help="folder for PART-MODEL.json and engine.md (build/bench/engine)",
     )
     options = parser.parse_args(arguments)
-    # As Ctrl-C, which asyncio takes at a place where servers can still be stopped.
+    # As Ctrl-C, which asyncio takes at a place where servers can still be stopped; a shell's background job ignores it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
     bench = Bench(runs=options.runs, tokens=options.tokens, longest=options.longest, openmp=not options.no_openmp)
     if options.peers:

@@ -78,6 +78,11 @@ BEGUN: Final = 8
 """Events of each short stream, after which the long prompt comes."""
 BATCHES: Final = (32, 64, 128, 256, 512)
 """llama-server's ``-b``: a smaller one shortens the gap and costs tokens of all."""
+FINE_PREFILL: Final = BATCHES[0] - SHORT + 1
+"""``prefill`` with which our step has as much of a prompt as llama-server's with the smallest of these: what the short
+streams leave of it, and one that goes with their rows.
+"""
+FINE: Final = f"{OURS}, prefill = {FINE_PREFILL}"
 KEPT: Final = 0.95
 """The share of default llama-server's tokens per second that a side keeps to count for its gap."""
 SHORT_ANSWERS: Final = 4
@@ -108,6 +113,7 @@ def mixed(bench: Bench) -> Iterator[Row]:
     with ExitStack() as stack:
         sides = [
             stack.enter_context(servers.ours(bench.native, sizes)),
+            stack.enter_context(servers.ours(bench.native, sizes, name=FINE, engine={"prefill": FINE_PREFILL})),
             stack.enter_context(servers.llama_server(bench.llama_server, sizes)),
         ]
         for batch in BATCHES:
@@ -126,7 +132,7 @@ def mixed(bench: Bench) -> Iterator[Row]:
 def best_batch(results: Mapping[str, Sequence[Mixed]], *, keeps: float) -> str:
     """Which of llama-server's had the shortest gap, of those that kept so much of the default's tokens per second."""
     rates = {name: paired_ratio(_rates(of), _rates(results[PEER])) for name, of in results.items()}
-    gaps = {name: statistics.median(each.gap for each in results[name]) for name in results if name != OURS}
+    gaps = {name: statistics.median(each.gap for each in results[name]) for name in results if name not in (OURS, FINE)}
     return min((name for name in gaps if rates[name] >= keeps), key=gaps.__getitem__)
 
 
@@ -142,7 +148,7 @@ def mixed_rows(bench: Bench, what: str, results: Mapping[str, Sequence[Mixed]]) 
     at_rate, at_any = best_batch(results, keeps=KEPT), best_batch(results, keeps=0.0)
     gap, first, rate = figures[OURS]
     for name, (peer_gap, peer_first, peer_rate) in figures.items():
-        if name == OURS:
+        if name in (OURS, FINE):
             continue
         titles = [name]
         if name == PEER:
@@ -158,6 +164,10 @@ def mixed_rows(bench: Bench, what: str, results: Mapping[str, Sequence[Mixed]]) 
         yield compare(f"{what}: longest gap of a short stream", gap, peer_gap, title, longest)
         yield compare(f"{what}: tokens/s of all together", rate, peer_rate, title, Bar(KEPT) if name == PEER else None)
         yield compare(f"{what}: the long prompt's first token", first, peer_first, title)
+    gap, _, rate = figures[FINE]
+    peer_gap, _, peer_rate = figures[at_any]
+    yield compare(f"{what}: longest gap of a short stream, prefill = {FINE_PREFILL}", gap, peer_gap, at_any)
+    yield compare(f"{what}: tokens/s of all together, prefill = {FINE_PREFILL}", rate, peer_rate, at_any)
 
 
 def _figures(

@@ -132,6 +132,7 @@ def test_llama_server_s_best_batch_keeps_its_tokens_or_has_the_shortest_gap() ->
     bench = Bench(runs=1, tokens=8, longest=0, openmp=False)
     results = {
         "Strongroom": of(0.3, 49.0),
+        latency.FINE: of(0.1, 42.0),
         "llama-server": of(5.0, 50.0),
         "llama-server -b 64": of(0.2, 40.0),
         "llama-server -b 128": of(0.6, 48.0),
@@ -140,7 +141,7 @@ def test_llama_server_s_best_batch_keeps_its_tokens_or_has_the_shortest_gap() ->
     assert latency.best_batch(results, keeps=0.95) == "llama-server -b 128"
     assert latency.best_batch(results, keeps=0.0) == "llama-server -b 64"
     rows = list(latency.mixed_rows(bench, "m", results))
-    default, short, best, other = (row for row in rows if "longest gap" in row.what)
+    default, short, best, other, fine = (row for row in rows if "longest gap" in row.what)
     assert (default.compared, default.holds) == ("0.060", True)
     assert (short.compared, short.holds) == ("1.500, missed by 0.500", False)
     assert "its shortest at any price" in short.peer
@@ -148,7 +149,8 @@ def test_llama_server_s_best_batch_keeps_its_tokens_or_has_the_shortest_gap() ->
     assert "its best with 0.95 of the default's tokens/s" in best.peer
     assert other.holds is None
     rates = [row.holds for row in rows if "tokens/s of all" in row.what]
-    assert rates == [True, None, None, None]
+    assert rates == [True, None, None, None, None]
+    assert (fine.compared, fine.holds) == ("0.500", None)
     assert len(bench.figures) == 3 * len(results)
 
 

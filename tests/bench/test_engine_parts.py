@@ -121,7 +121,7 @@ ROWS = {
     "portable": 2 + 1,
     "prefill": 3,
     "first-token": 2 * 2 * 2,
-    "mixed": 6 * 3,
+    "mixed": 6 * 3 + 2,
     "turns": 4,
     "memory": 3 * 2,
     "growth": 2 + 6,
