@@ -138,8 +138,7 @@ async def test_a_template_that_fails_for_the_first_time_behind_the_filter_is_a_t
         await engine.close()
 
 
-# --- Death, silence, lies
-# ------------------------------------------------------------------------------------------------
+# --- Death, silence, lies --------------------------------------------------------------------------------------------
 
 
 async def test_a_process_killed_in_mid_answer_fails_what_was_in_flight_and_nothing_else(
@@ -243,6 +242,21 @@ def of(usage: Usage) -> End:
     return End(0, Done("stop", usage))
 
 
+@asynccontextmanager
+async def answerless(engine: LlamaEngine) -> AsyncIterator[EngineProcess]:
+    """A process with an answer in work that it cannot end: it is stopped before it is asked."""
+    worker = engine._worker
+    assert worker is not None
+    os.kill(pid_of(engine), signal.SIGSTOP)
+    asked = asyncio.create_task(finish(engine, LONG))
+    while 0 not in worker._answers:
+        await asyncio.sleep(0)
+    yield worker
+    asked.cancel()
+    with suppress(asyncio.CancelledError):
+        await asked
+
+
 @pytest.mark.parametrize(
     "lie",
     [
@@ -255,10 +269,7 @@ def of(usage: Usage) -> End:
     ids=["a count", "a prompt of too many", "an answer of too many", "more cached than read", "more thought than said"],
 )
 async def test_what_no_answer_can_be_is_a_lie(engine: LlamaEngine, lie: ToServer) -> None:
-    worker = engine._worker
-    assert worker is not None
-    async with aclosing(engine.generate(LONG)) as answer:
-        await anext(answer)
+    async with answerless(engine) as worker:
         with pytest.raises(PipeError):
             worker._take(lie)
 
@@ -267,10 +278,7 @@ async def test_what_no_answer_can_be_is_a_lie(engine: LlamaEngine, lie: ToServer
 async def test_what_is_over_a_budget_is_a_lie(tiny_weights: int, lie: ToServer) -> None:
     engine = LlamaEngine(tiny_weights, CHAT_TEMPLATE, replace(SETTINGS, prompt_tokens=40, answer_tokens=30))
     await engine.start()
-    worker = engine._worker
-    assert worker is not None
-    async with aclosing(engine.generate(LONG)) as answer:
-        await anext(answer)
+    async with answerless(engine) as worker:
         with pytest.raises(PipeError, match="more tokens"):
             worker._take(lie)
     await engine.close()
