@@ -40,7 +40,6 @@ PARTS: Final[Mapping[str, Callable[[Bench], Iterator[Row]]]] = {
     "profile": threads.profile,
 }
 
-
 ONE_MODEL: Final = frozenset({"neighbours", "speculation"})
 """Parts to which another model adds nothing: the first is enough."""
 
@@ -116,7 +115,7 @@ def _prepare(bench: Bench, models: Sequence[str]) -> int:
     try:
         for model in models:
             bench.begin("", model)
-            say(f"{model}: {bench.gguf}")
+            say(f"{model}: {bench.gguf()}")
         for build in _builds(bench):
             say(f"{build.name}: {build.version}; {build.flags}; {build.features}")
     except PeerError as error:

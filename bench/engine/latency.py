@@ -28,7 +28,7 @@ LOAD: Final = 4
 
 
 def first_token(bench: Bench) -> Iterator[Row]:
-    sizes = Sizes(model=bench.gguf, context=1024, parallel=8)
+    sizes = Sizes(model=bench.gguf(), context=1024, parallel=8)
     with ExitStack() as stack:
         sides = [
             stack.enter_context(servers.ours(bench.native, sizes)),
@@ -108,7 +108,7 @@ class Mixed:
 
 def mixed(bench: Bench) -> Iterator[Row]:
     """Against llama-server as it is by itself, and with each ``-b`` that could be its best."""
-    sizes = Sizes(model=bench.gguf, context=2304, parallel=SHORT + 1)
+    sizes = Sizes(model=bench.gguf(), context=2304, parallel=SHORT + 1)
     what = f"{bench.model}, {SHORT} short streams and a prompt of about {LONG_PROMPT} tokens"
     with ExitStack() as stack:
         sides = [
@@ -204,7 +204,7 @@ class Turn:
 
 
 def second_turns(bench: Bench) -> Iterator[Row]:
-    sizes = Sizes(model=bench.gguf, context=2048, parallel=4)
+    sizes = Sizes(model=bench.gguf(), context=2048, parallel=4)
     with ExitStack() as stack:
         sides = [
             stack.enter_context(servers.ours(bench.native, sizes, caches=True)),

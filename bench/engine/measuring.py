@@ -81,9 +81,10 @@ class Bench:
     def llama_cpp_server(self) -> Build:
         return peers.llama_cpp_server()
 
-    @property
     def gguf(self) -> Path:
-        """The model's file: SmolLM2's, or a made-up one of the shape that it names. Raises PeerError."""
+        """The model's file: SmolLM2's, or one of the shape that it names, which is made up when it is not there.
+        Raises PeerError.
+        """
         name = self.model
         if name == SMOLLM2:
             return model_file()

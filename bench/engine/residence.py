@@ -42,7 +42,7 @@ LAYOUTS: Final = (
 def memory(bench: Bench) -> Iterator[Row]:
     for layout in LAYOUTS:
         sizes = Sizes(
-            model=bench.gguf,
+            model=bench.gguf(),
             context=layout.context,
             parallel=SEQUENCES,
             cells=layout.cells,

@@ -49,7 +49,7 @@ def neighbours(bench: Bench) -> Iterator[Row]:
     with ExitStack() as stack:
         ours, theirs, openmp = list[Side](), list[Side](), list[Side]()
         for threads in (2, 1):
-            sizes = Sizes(model=bench.gguf, context=512, parallel=4, threads=threads)
+            sizes = Sizes(model=bench.gguf(), context=512, parallel=4, threads=threads)
             suffix = f", {threads} {'threads' if threads > 1 else 'thread'}"
             ours.append(stack.enter_context(servers.ours(bench.native, sizes, name=OURS + suffix)))
             theirs.append(stack.enter_context(servers.llama_server(bench.llama_server, sizes, name=PEER + suffix)))
@@ -99,7 +99,7 @@ def profile(bench: Bench) -> Iterator[Row]:
     for the line that called it.
     """
     program = peers.profiler()
-    sizes = Sizes(model=bench.gguf, context=512, parallel=16)
+    sizes = Sizes(model=bench.gguf(), context=512, parallel=16)
     for streams in (1, 8):
         with ExitStack() as stack:
             side = stack.enter_context(servers.ours(bench.native, sizes))

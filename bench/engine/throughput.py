@@ -68,7 +68,7 @@ def number_of(run: int, level: int) -> int:
 
 
 def streams(bench: Bench) -> Iterator[Row]:
-    sizes = Sizes(model=bench.gguf, context=CONTEXT, parallel=max(STREAMS))
+    sizes = Sizes(model=bench.gguf(), context=CONTEXT, parallel=max(STREAMS))
     with ExitStack() as stack:
         ours = stack.enter_context(servers.ours(bench.native, sizes))
         paced = stack.enter_context(servers.ours(bench.native, sizes, name=PACED, tick_ms=Settings().tick_ms))
@@ -165,7 +165,7 @@ GATE: Final = 10.0
 
 
 def portable(bench: Bench) -> Iterator[Row]:
-    sizes = Sizes(model=bench.gguf, context=CONTEXT, parallel=8)
+    sizes = Sizes(model=bench.gguf(), context=CONTEXT, parallel=8)
     with ExitStack() as stack:
         sides = [
             stack.enter_context(servers.ours(bench.native, sizes)),
@@ -198,7 +198,7 @@ PREFILLS: Final = (256, 1024, 2000)
 
 def prefill(bench: Bench) -> Iterator[Row]:
     """Tokens of a prompt up to the first token of its answer: one prompt at a time."""
-    sizes = Sizes(model=bench.gguf, context=2304, parallel=1)
+    sizes = Sizes(model=bench.gguf(), context=2304, parallel=1)
     with ExitStack() as stack:
         sides = [
             stack.enter_context(servers.ours(bench.native, sizes)),
@@ -237,7 +237,7 @@ def growth(bench: Bench) -> Iterator[Row]:
 def _contexts(bench: Bench) -> Iterator[Row]:
     """Of one prompt for each length, which both sides keep: what is measured comes after it."""
     lengths = [length for length in CONTEXTS if length <= bench.longest]
-    sizes = Sizes(model=bench.gguf, context=max(lengths), parallel=1)
+    sizes = Sizes(model=bench.gguf(), context=max(lengths), parallel=1)
     with ExitStack() as stack:
         sides = [
             stack.enter_context(servers.ours(bench.native, sizes, caches=True)),
@@ -258,7 +258,7 @@ def _contexts(bench: Bench) -> Iterator[Row]:
 
 
 def _many(bench: Bench) -> Iterator[Row]:
-    sizes = Sizes(model=bench.gguf, context=256, parallel=max(GROWN_STREAMS))
+    sizes = Sizes(model=bench.gguf(), context=256, parallel=max(GROWN_STREAMS))
     with ExitStack() as stack:
         sides = [
             stack.enter_context(servers.ours(bench.native, sizes)),
@@ -284,7 +284,7 @@ SPECULATIONS: Final = ("ngram-simple", "ngram-map-k", "ngram-mod")
 
 def speculation(bench: Bench) -> Iterator[Row]:
     """What llama-server gains by guessing tokens from text that has been: one stream of natural text that recurs."""
-    sizes = Sizes(model=bench.gguf, context=1024, parallel=1)
+    sizes = Sizes(model=bench.gguf(), context=1024, parallel=1)
     with ExitStack() as stack:
         ours = stack.enter_context(servers.ours(bench.native, sizes))
         plain = stack.enter_context(servers.llama_server(bench.llama_server, sizes))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 Tokens: TypeAlias = "array[int]"
-"""Four bytes each, where a list takes ten times as many: whole prompts wait for their turn."""
+"""Four bytes each, where a list takes nine times as many: whole prompts wait for their turn."""
 
 
 def tokens_of(values: Iterable[int] = ()) -> Tokens:

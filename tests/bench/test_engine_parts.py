@@ -111,7 +111,7 @@ def bench(url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bench:
     made = Bench(runs=1, tokens=4, longest=512, openmp=True)
     for name in ("native", "portable", "llama_server", "llama_server_openmp", "llama_cpp_server"):
         made.__dict__[name] = BUILD
-    monkeypatch.setattr(Bench, "gguf", property(lambda bench: tmp_path / f"{bench.model}.gguf"))
+    monkeypatch.setattr(Bench, "gguf", lambda bench: tmp_path / f"{bench.model}.gguf")
     made.begin("a part", "1.5b")
     return made
 

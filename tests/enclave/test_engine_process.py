@@ -249,8 +249,7 @@ async def answerless(engine: LlamaEngine) -> AsyncIterator[EngineProcess]:
     assert worker is not None
     os.kill(pid_of(engine), signal.SIGSTOP)
     asked = asyncio.create_task(finish(engine, LONG))
-    while 0 not in worker._answers:
-        await asyncio.sleep(0)
+    await until(lambda: 0 in worker._answers)
     yield worker
     asked.cancel()
     with suppress(asyncio.CancelledError):
