@@ -176,7 +176,7 @@ class Work:
     """As what keys and values are kept."""
     repack: bool = True
     """Weights are held a second time in an order that is faster to compute with."""
-    batch: int = 256
+    batch: int = 512
     """Tokens that one decode takes at most."""
 
     def __post_init__(self) -> None:

@@ -163,7 +163,9 @@ class _Waiting:
 
 
 CROWD = 4
-"""So many times as many prompts as answers are a crowd, for which the answers wait a whole step."""
+"""So many prompts are a crowd where the answers are no more: those wait a whole step for it. Were a burst read beside
+the first of its own answers, each of its prompts would come later, and all of them would end later.
+"""
 
 
 class Scheduler:
@@ -394,7 +396,7 @@ class Scheduler:
     def _counts(self) -> list[int]:
         """Tokens of each that is at work. Of the prompts the oldest has half of what there is, and the others the rest,
         the shortest first: nobody starves, and a short one does not wait for a long one. Where a crowd waits for its
-        first tokens and a few for their next ones, the many go first, and a step is as large as it may be.
+        first tokens and no more for their next ones, the crowd goes first, and a step is as large as it may be.
         """
         readers = [index for index, each in enumerate(self._active) if each.pending > 1]
         counts = [1] * len(self._active)
@@ -402,7 +404,7 @@ class Scheduler:
             return counts
         others = len(self._active) - len(readers)
         left = self._step - others
-        if len(readers) < CROWD * others:
+        if others and len(readers) < max(CROWD, others):
             left = min(self._beside, left)
         oldest, *rest = readers
         pending = [each.pending for each in self._active]

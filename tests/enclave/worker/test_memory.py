@@ -121,7 +121,7 @@ def test_llama_cpp_allocates_what_was_planned(tmp_path: Path, kind: str, work: W
 
 @pytest.mark.model
 @pytest.mark.parametrize(
-    "work", [Work(2048), Work(2048, cells=2048), Work(2048, kv_type=KvType.Q8_0), Work(1024, 1, batch=512)]
+    "work", [Work(2048), Work(2048, cells=2048), Work(2048, kv_type=KvType.Q8_0), Work(1024, 1, batch=256)]
 )
 def test_smollm2_takes_no_more_than_was_planned(smollm2: Path, work: Work) -> None:
     memory, got = planned_for(smollm2, work), ask_llama_cpp(smollm2, work)

@@ -187,13 +187,19 @@ def test_a_long_prompt_takes_no_more_than_its_share_beside_an_answer() -> None:
         assert rows[2] <= 8
 
 
-@pytest.mark.parametrize(("readers", "tokens"), [(CROWD - 1, 8 + 1), (CROWD, 16)])
-def test_answers_wait_a_whole_step_for_a_crowd_of_prompts_and_for_no_fewer(readers: int, tokens: int) -> None:
-    machine = Machine(scheduler(slots=CROWD + 1))
-    machine.admit(asks(1, [2], budget=9))
+@pytest.mark.parametrize(
+    ("answers", "readers", "tokens"), [(1, CROWD - 1, 8 + 1), (1, CROWD, 16), (5, CROWD, 8 + 5), (5, 5, 16)]
+)
+def test_answers_wait_a_whole_step_for_a_crowd_of_prompts_and_for_no_fewer(
+    answers: int, readers: int, tokens: int
+) -> None:
+    """Fewer than themselves are none."""
+    machine = Machine(scheduler(slots=answers + readers), slots=answers + readers)
+    for request in range(answers):
+        machine.admit(asks(1 + request, [2], budget=9))
     machine.step()
     for request in range(readers):
-        machine.admit(asks(2 + request, [1] * 20, budget=1))
+        machine.admit(asks(1 + answers + request, [1] * 20, budget=1))
     step = machine.step()
     assert step is not None
     assert sum(len(row.tokens) for row in step.rows) == tokens
