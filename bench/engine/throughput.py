@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from bench import Row
@@ -32,6 +32,10 @@ PYTHON_STREAMS: Final = (1, 8)
 OURS, PACED, PEER, OPENMP, PYTHON = (
     "Strongroom", "Strongroom, default tick", "llama-server", "llama-server, OpenMP", "llama_cpp.server",
 )  # fmt: skip
+FITTED: Final = "llama-server, a slot a stream"
+"""It takes the slot that has rested longest, and computes those that do not lie side by side in several passes: with
+slots to spare, and after other numbers of streams, that is not its best.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,11 @@ def streams(bench: Bench) -> Iterator[Row]:
         python = stack.enter_context(servers.llama_cpp_server(bench.llama_cpp_server, sizes))
         for level in STREAMS:
             sides = [ours, paced, *peers, *([python] if level in PYTHON_STREAMS else [])]
-            yield from _level(bench, sides, level)
+            with ExitStack() as fitted:
+                if 1 < level < sizes.parallel:
+                    fitting = replace(sizes, parallel=level)
+                    sides.append(fitted.enter_context(servers.llama_server(bench.llama_server, fitting, name=FITTED)))
+                yield from _level(bench, sides, level)
         yield from _session(bench, ours)
 
 
@@ -94,6 +102,8 @@ def _level(bench: Bench, sides: Sequence[Side], level: int) -> Iterator[Row]:
     rates = {name: _kept(bench, f"{what}: tokens/s", name, [each.rate for each in of]) for name, of in rounds.items()}
     bar = Bar(0.95) if level <= 4 else Bar(1.0)
     yield compare(f"{what}: tokens/s, pacing off", rates[OURS], rates[PEER], PEER, bar)
+    if FITTED in rates:
+        yield compare(f"{what}: tokens/s, pacing off", rates[OURS], rates[FITTED], FITTED, bar)
     yield compare(f"{what}: tokens/s, default tick", rates[PACED], rates[PEER], PEER)
     if OPENMP in rates:
         yield compare(f"{what}: tokens/s, pacing off", rates[OURS], rates[OPENMP], OPENMP)
