@@ -194,7 +194,7 @@ def compare(what: str, ours: Figure, peer: Figure, peer_name: str, bar: Bar | No
     ratio = paired_ratio(ours.values, peer.values)
     if bar is None:
         return Row(what, str(ours), f"{peer} ({peer_name})", f"{ratio:.3f}", RECORD)
-    missed = "" if bar.holds(ratio) else f", missed by {abs(bar.value - ratio):.3g}"
+    missed = "" if bar.holds(ratio) else f", missed by {abs(bar.value - ratio):.3f}"
     return Row(what, str(ours), f"{peer} ({peer_name})", f"{ratio:.3f}{missed}", str(bar), bar.holds(ratio))
 
 
