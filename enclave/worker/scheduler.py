@@ -164,7 +164,7 @@ class _Waiting:
 
 CROWD = 4
 """So many prompts are a crowd where the answers are no more: those wait a whole step for it. Were a burst read beside
-the first of its own answers, each of its prompts would come later, and all of them would end later.
+the first of its own answers, the last of it would be read later, and all of it would end later.
 """
 
 
