@@ -65,7 +65,7 @@ bench: setup  ## The table in bench/README.md, from one run
 	  || echo "bench: a peer has no wheel for this machine; its row will say so" >&2
 	@$(PY) -m bench
 
-bench-engine: setup  ## The engine against llama.cpp's own servers: build/bench/engine.md and .json; hours, and the peers are compiled first
+bench-engine: setup  ## The engine against llama.cpp's own servers: build/bench/engine; hours, and the peers are compiled first
 	@$(PY) -m bench.engine
 
 vectors: setup  ## Writes tests/vectors anew

@@ -3,6 +3,7 @@
 python -m bench.engine                                                everything, hours: 7 runs of each side
 python -m bench.engine --part streams --runs 3 --models smollm2       some of it
 python -m bench.engine --peers                                        the peers' environments are made, no more
+python -m bench.engine --out bench/recorded --page bench/ENGINE.md    nothing: the page of reports that were kept
 
 Each part leaves a file of its own for each model, and engine.md shows the last run of every one.
 """
@@ -72,7 +73,11 @@ def main(arguments: list[str] | None = None) -> int:
         default=WORK / "engine",
         help="folder for PART-MODEL.json and engine.md (build/bench/engine)",
     )
+    parser.add_argument("--page", type=Path, help="write the page of the reports in --out there, and end")
     options = parser.parse_args(arguments)
+    if options.page:
+        write_page(options.page, options.out, PARTS, MODELS)
+        return 0
     # As Ctrl-C, which asyncio takes at a place where servers can still be stopped; a shell's background job ignores it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
@@ -99,7 +104,8 @@ def main(arguments: list[str] | None = None) -> int:
         report = watch.report(bench, rows)
         report.save(options.out)
         # After each part: a run of hours that is broken off has shown what it had.
-        page = write_page(options.out, PARTS, MODELS)
+        page = options.out / "engine.md"
+        write_page(page, options.out, PARTS, MODELS)
         missed = missed or any(row.holds is False for row in rows)
         say(f"{what} took {report.seconds:.0f} s; see {page}")
     return 2 if failures else int(missed)

@@ -1,11 +1,15 @@
 """What a part of the benchmark came to: kept as one JSON file for each part and model, so that hours of measuring can
 be had in pieces, and shown together as one page.
+
+Reports that were kept are ``bench/recorded``, with the figures of every run, and their page is ``bench/ENGINE.md``
+(``scripts/record-bench --engine``).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,10 +19,9 @@ from typing import Any, Final
 from bench import Row
 from bench.__main__ import machine, verdict
 from bench.engine.measuring import Bench, Used
-from bench.engine.peers import Build
+from bench.engine.peers import ROOT, Build
 
 COLUMNS: Final = ("what", "ours", "peer", "compared", "bar", "holds")
-PAGE: Final = "engine.md"
 _FOREWORD: Final = """\
 # The engine against llama.cpp's own servers
 
@@ -39,8 +42,10 @@ class Report:
     model: str
     machine: str
     when: str
-    load: tuple[float, float]
-    """The machine's load average before and after."""
+    commit: str
+    """Of the checkout that was measured; ``-dirty`` behind it where that held more."""
+    load: float
+    """The machine's load average before."""
     seconds: float
     runs: int
     tokens: int
@@ -61,7 +66,6 @@ class Report:
         """Raises OSError, and ValueError, KeyError or TypeError for what :meth:`save` has not written."""
         fields: dict[str, Any] = json.loads(path.read_text())
         fields |= {
-            "load": tuple(fields["load"]),
             "builds": {
                 name: Build(**build | {"program": tuple(build["program"])}) for name, build in fields["builds"].items()
             },
@@ -80,6 +84,7 @@ class Watch:
 
     def __init__(self) -> None:
         self._when = time.strftime("%Y-%m-%d %H:%M")
+        self._commit = _commit()
         self._load = os.getloadavg()[0]
         self._begun = time.monotonic()
 
@@ -90,7 +95,8 @@ class Watch:
             bench.model,
             machine(),
             self._when,
-            (self._load, os.getloadavg()[0]),
+            self._commit,
+            self._load,
             time.monotonic() - self._begun,
             bench.runs,
             bench.tokens,
@@ -101,13 +107,18 @@ class Watch:
         )
 
 
-def write_page(folder: Path, parts: Iterable[str], models: Sequence[str]) -> Path:
-    """``engine.md``, of those of ``parts`` and ``models`` that have a report in the folder, in this order."""
+def _commit() -> str:
+    described = subprocess.run(
+        ["git", "-C", ROOT, "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True
+    )
+    return described.stdout.strip() or "not known"
+
+
+def write_page(page: Path, folder: Path, parts: Iterable[str], models: Sequence[str]) -> None:
+    """Of those of ``parts`` and ``models`` that have a report in the folder, in this order."""
     paths = [report_path(folder, part, model) for part in parts for model in models]
     reports = [Report.read(path) for path in paths if path.is_file()]
-    page = folder / PAGE
     page.write_text("\n".join(_page(reports)))
-    return page
 
 
 def _page(reports: Sequence[Report]) -> Iterator[str]:
@@ -122,8 +133,8 @@ def _page(reports: Sequence[Report]) -> Iterator[str]:
         builds |= report.builds
         yield f"## {report.part}, {report.model}\n"
         yield (
-            f"{report.when}, {report.seconds / 60:.0f} minutes, {report.runs} runs of each side. {report.machine}; "
-            f"load average {report.load[0]:.1f} before.\n"
+            f"{report.when}, {report.seconds / 60:.0f} minutes, {report.runs} runs of each side, commit "
+            f"{report.commit}. {report.machine}; load average {report.load:.1f} before.\n"
         )
         yield from _table(report.rows)
         yield from (f"- {used.side}, on `{used.build}`: {_commands(used)}" for used in report.servers)

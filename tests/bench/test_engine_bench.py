@@ -126,16 +126,22 @@ def bench() -> Bench:
     return made
 
 
+def page_of(folder: Path) -> str:
+    write_page(folder / "page.md", folder, ["streams", "mixed"], ["smollm2", "1.5b"])
+    return (folder / "page.md").read_text()
+
+
 def test_a_report_has_the_rows_and_what_they_belong_to(bench: Bench, tmp_path: Path) -> None:
     row = Row("a | b", "1 ms", "2 ms", "0.500", "<= 1", True)
     report = Watch().report(bench, [row])
     assert Report.read(report.save(tmp_path)) == report
-    page = write_page(tmp_path, ["streams", "mixed"], ["smollm2", "1.5b"]).read_text()
+    page = page_of(tmp_path)
     assert "## streams, 1.5b" in page
     assert page.count("| a \\| b | 1 ms | 2 ms | 0.500 | <= 1 | yes |") == 2  # among the bars, and in its part
     assert "Bars: 1 of 1 hold" in page
     assert "- `native`: llama-cpp-python 1; CMake `-DX=1`; it says of itself: `AVX2 = 1`" in page
     assert "- Strongroom, on `native`: `strongroom start`; `strongroom serve`" in page
+    assert f"commit {report.commit}. " in page
     assert report.figures == [{"what": "what", "side": "Strongroom", "unit": "ms", "values": [1.0, 2.5]}]
 
 
@@ -145,11 +151,17 @@ def test_another_part_s_or_model_s_report_is_kept(bench: Bench, tmp_path: Path, 
     bench.begin(part, model)
     later = Watch().report(bench, [Row("other", "3", "4")])
     later.save(tmp_path)
-    page = write_page(tmp_path, ["streams", "mixed"], ["smollm2", "1.5b"]).read_text()
+    page = page_of(tmp_path)
     comes_first = part == "streams"
     assert (page.index("| other | 3 | 4 |") < page.index("| one | 1 | 2 |")) is comes_first
     assert "Bars" not in page
     assert (later.servers, later.builds, later.figures) == ([], {}, [])
+
+
+def test_the_kept_page_is_that_of_the_kept_reports(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    assert command.main(["--out", str(peers.ROOT / "bench" / "recorded"), "--page", str(page)]) == 0
+    assert page.read_text() == (peers.ROOT / "bench" / "ENGINE.md").read_text()
 
 
 def test_every_model_has_its_turn_where_another_one_adds_something() -> None:
