@@ -12,7 +12,7 @@ import os
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -100,7 +100,8 @@ class Watch:
             time.monotonic() - self._begun,
             bench.runs,
             bench.tokens,
-            {build.name: build for build in bench.builds if build.name in names},
+            # Where its program is belongs to this machine.
+            {build.name: replace(build, program=()) for build in bench.builds if build.name in names},
             bench.used,
             rows,
             bench.figures,
