@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 import click
 
@@ -53,19 +54,28 @@ def sampling_options(command: F) -> F:
 
 class Voice:
     """Where an answer is heard: standard output. Reasoning is shown to a person alone, dimmed, with an empty line
-    behind it; a file or another program gets the answer and nothing else.
+    behind it; a file or another program gets the answer and nothing else. Leaving it ends the line, so that what is
+    said of an answer that broke off has one of its own.
     """
 
     def __init__(self) -> None:
         self._reasons = False
+        self._spoke = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._spoke:
+            write_now("\n")
 
     def say(self, delta: Delta) -> None:
         if delta.reasoning and out.is_terminal:
-            self._reasons = True
+            self._reasons = self._spoke = True
             out.print(delta.reasoning.translate(_CONTROLS), style="dim", end="", soft_wrap=True)
         if delta.content:
             write_now("\n\n" * self._reasons + delta.content)
-            self._reasons = False
+            self._reasons, self._spoke = False, True
 
 
 class Spoken:
@@ -183,15 +193,13 @@ def ask(
       git diff | strongroom ask - --system "Review this change."
     """
     request = Sampling(system, max_tokens, temperature, seed).request(ChatMessage("user", prompt_text(prompt)))
-    spoken = Spoken() if as_json else Spoken(Voice().say)
-    with open_session(url, policy) as (runner, session):
+    with Voice() as voice, open_session(url, policy) as (runner, session):
+        spoken = Spoken() if as_json else Spoken(voice.say)
         result = runner.run(session.verify())
         warn_of_labels(err, result)
         runner.run(spoken.listen(session, request))
     if as_json:
         click.echo(json.dumps(spoken.as_json(result)))
-    else:
-        click.echo()
 
 
 def prompt_text(argument: str) -> str:
@@ -236,15 +244,15 @@ def talk(runner: asyncio.Runner, session: Session, sampling: Sampling) -> None:
         if not line.strip():
             continue
         turn = (*history, ChatMessage("user", line))
-        spoken = Spoken(Voice().say)
         try:
-            runner.run(spoken.listen(session, sampling.request(*turn)))
+            with Voice() as voice:
+                spoken = Spoken(voice.say)
+                runner.run(spoken.listen(session, sampling.request(*turn)))
         except KeyboardInterrupt:
-            click.echo("\n(stopped)", err=True)
+            click.echo("(stopped)", err=True)
         except StrongroomError as error:
-            click.echo(f"\nstrongroom: {printable(str(error))}", err=True)
+            click.echo(f"strongroom: {printable(str(error))}", err=True)
         else:
-            click.echo()
             history = (*turn, ChatMessage("assistant", spoken.text))
     click.echo()
 

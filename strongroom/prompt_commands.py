@@ -205,10 +205,9 @@ def open_command(file: Path, reply: Path, as_json: bool) -> None:
     answers = list(open_answer(read_bounded(file, MAX_ANSWER), Reply.decode(read_bounded(reply, MAX_REPLY))))
     deltas = [each for each in answers if isinstance(each, Delta)]
     if not as_json:
-        voice = Voice()
-        for delta in deltas:
-            voice.say(delta)
-        click.echo()
+        with Voice() as voice:
+            for delta in deltas:
+                voice.say(delta)
         return
     [done] = [each for each in answers if isinstance(each, Done)]
     body = {

@@ -104,8 +104,8 @@ def _talk(url: str, prepared: Prepared, sampling: Sampling) -> None:
 
 
 def _ask(url: str, prepared: Prepared, prompt: str, sampling: Sampling, as_json: bool) -> None:
-    spoken = Spoken() if as_json else Spoken(Voice().say)
-    with open_session(url, prepared.policy) as (runner, session):
+    with Voice() as voice, open_session(url, prepared.policy) as (runner, session):
+        spoken = Spoken() if as_json else Spoken(voice.say)
         result = runner.run(session.verify())
         if not as_json:
             _show_verdict(result)
@@ -116,7 +116,7 @@ def _ask(url: str, prepared: Prepared, prompt: str, sampling: Sampling, as_json:
         return
     assert spoken.done is not None
     digest = digest_text(prepared.manifest.digest())
-    out.print(f"\n\nmodel        {prepared.manifest.name}  {digest}", soft_wrap=True)
+    out.print(f"\nmodel        {prepared.manifest.name}  {digest}", soft_wrap=True)
     out.print(f"first token  {spoken.seconds_to_first * 1000:.0f} ms, with the pacing tick")
     out.print(f"speed        {spoken.tokens_per_second:.1f} tokens/s over {spoken.done.usage.completion_tokens} tokens")
 

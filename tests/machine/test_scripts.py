@@ -20,7 +20,9 @@ PROGRAMS = sorted(
     for path in SCRIPTS.rglob("*")
     if path.is_file() and path.suffix in ("", ".sh") and path.name != "packages" and path.parent.name != "__pycache__"
 )
-OF_THE_CHECKOUT = re.compile(r"^ *(STRONGROOM_BOOT_LAYOUT=\S+ )?\.venv(-mutants)?/bin/python -m (bench|bench\.engine|mutmut|pytest) ")
+OF_THE_CHECKOUT = re.compile(
+    r"^ *(STRONGROOM_BOOT_LAYOUT=\S+ )?\.venv(-mutants)?/bin/python -m (bench|bench\.engine|mutmut|pytest) "
+)
 """What is imported from the checkout is meant, and the script is in it."""
 
 
